@@ -1,0 +1,41 @@
+# `make train` and `make test` work on a fresh clone: each makes what it needs first.
+PYTHON ?= python3.11
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+ARGS   ?=
+
+.PHONY: help install train test test-all lint format clean
+
+help:            ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(READY) ## the environment in .venv/, with everything the tests need
+
+# pip once, again only when pyproject.toml changes.
+$(READY): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11, or name yours with make PYTHON=..." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+train: $(READY)  ## one run: make train ARGS="train.epochs=2"
+	$(BIN)/python scripts/train.py $(ARGS)
+
+test: $(READY)   ## the test-suite, under four minutes
+	$(BIN)/python -m pytest -q $(ARGS)
+
+test-all: $(READY) ## everything, the long campaigns included
+	$(BIN)/python -m pytest -q -m "slow or not slow" $(ARGS)
+
+lint: $(READY)   ## ruff (lint and format) and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY) ## rewrite the code in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:           ## remove the environment and caches, keep data/ and outputs/
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

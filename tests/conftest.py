@@ -1,0 +1,63 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vae_torch import VAE
+from vae_torch.data import idx_bytes
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def made_up_digits(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Grey 28x28 images of one bright bar each, whose place is the label."""
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, 10, n).astype(np.uint8)
+    images = random.integers(0, 30, (n, 28, 28)).astype(np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        image[4:24, 2 + 2 * label : 5 + 2 * label] = random.integers(180, 256, (20, 3))
+    return images, labels
+
+
+@pytest.fixture(scope="session")
+def made_up_root(tmp_path_factory) -> Path:
+    """A data folder with 600 + 200 made-up images where Fashion-MNIST's files would be."""
+    root = tmp_path_factory.mktemp("data")
+    raw = root / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for prefix, n, seed in (("train", 600, 0), ("t10k", 200, 1)):
+        images, labels = made_up_digits(n, seed)
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(idx_bytes(images))
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(idx_bytes(labels))
+    return root
+
+
+@pytest.fixture
+def small_vae() -> VAE:
+    torch.manual_seed(0)
+    return VAE((784,), latent_dim=2, intermediate_dim=16)
+
+
+@pytest.fixture
+def composed():
+    """Compose `conf/` as the command line does: composed("model.latent_dim=3") -> Config."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    from vae_torch.config import Config
+
+    ConfigStore.instance().store(name="schema", node=Config)
+
+    def compose_config(*overrides: str) -> Config:
+        with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
+            return OmegaConf.to_object(compose("train", list(overrides)))
+
+    return compose_config
+
+
+@pytest.fixture
+def config(composed):
+    """The default run's config."""
+    return composed()

@@ -1,0 +1,102 @@
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+from vae_torch.config import CHOICES, ConfigError, check, config_from_dict
+
+GROUP_FILES = sorted(p for p in (REPOSITORY / "conf").glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("path", GROUP_FILES, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_file_of_conf_composes_to_a_valid_run(composed, path: Path):
+    config = composed(f"{path.parent.name}={path.stem}")
+    check(config)
+    if path.parent.name not in ("experiment",):
+        assert getattr(config, path.parent.name).name == path.stem
+
+
+def test_every_allowed_name_has_its_file():
+    for group in ("model", "data", "objective"):
+        files = {p.stem for p in GROUP_FILES if p.parent.name == group}
+        assert files == set(CHOICES[f"{group}.name"])
+
+
+def test_defaults_are_the_notebooks(config):
+    assert (config.model.name, config.model.latent_dim, config.model.intermediate_dim) == (
+        "mlp",
+        2,
+        512,
+    )
+    assert (config.train.epochs, config.data.batch_size, config.optimizer.lr) == (50, 128, 1e-3)
+    assert config.objective.name == "elbo"
+
+
+def test_keras_experiment_is_the_notebook(composed):
+    config = composed("experiment=keras_notebook")
+    assert config.objective.name == "keras"
+    assert (config.optimizer.name, config.optimizer.lr, config.optimizer.eps) == (
+        "adam",
+        1e-3,
+        1e-7,
+    )
+
+
+def test_dict_round_trip(config):
+    assert config_from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "allowed"),
+    [
+        ("model.latent_dim=0", "1 or more"),
+        ("model.intermediate_dim=-3", "1 or more"),
+        ("model.depth=0", "1 or more"),
+        ("data.batch_size=-1", "1 or more"),
+        ("data.limit_train=0", "1 or more"),
+        ("data.hold_out=-1", "0 or more"),
+        ("optimizer.lr=nan", "above 0"),
+        ("optimizer.lr=0", "above 0"),
+        ("optimizer.lr=inf", "above 0"),
+        ("optimizer.weight_decay=-1", "0 or more"),
+        ("objective.beta=-1", "0 or more"),
+        ("objective.free_bits=nan", "0 or more"),
+        ("objective.num_samples=0", "1 or more"),
+        ("train.epochs=0", "1 or more"),
+        ("train.ema=1", "below 1"),
+        ("seed=-1", "between 0 and"),
+        ("device=tpu", "cuda:N"),
+        ("precision=fp16", "fp32, bf16"),
+        ("likelihood=poisson", "gaussian"),
+        ("prior=uniform", "vamp"),
+        ("model.name=transformer", "residual"),
+        ("model.activation=selu", "silu"),
+        ("data.binarize=true", "dynamic"),
+        ("optimizer.schedule=step", "cosine"),
+    ],
+)
+def test_values_out_of_range_name_key_value_and_allowed(composed, override, allowed):
+    key, value = override.split("=")
+    with pytest.raises(ConfigError, match=key) as caught:
+        check(composed(override))
+    line = str(caught.value)
+    assert value.lower() in line.lower()
+    assert allowed in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["likelihood=gaussian", "data.binarize=dynamic"],
+        ["objective.estimator=dreg"],
+        ["objective=iwae", "objective.beta=2"],
+        ["objective.free_bits=1", "prior=vamp"],
+        ["objective=keras", "likelihood=gaussian"],
+    ],
+)
+def test_contradictions_name_both_keys(composed, overrides):
+    with pytest.raises(ConfigError) as caught:
+        check(composed(*overrides))
+    for override in overrides:
+        assert override.split("=")[1] in str(caught.value)

@@ -1,0 +1,92 @@
+import math
+
+import pytest
+import torch
+
+from vae_torch import VAE, Decoder, Encoder, reparameterize
+
+
+@pytest.mark.parametrize("architecture", ["mlp", "residual", "conv"])
+@pytest.mark.parametrize("input_shape", [(784,), (1, 28, 28)])
+def test_shapes_of_every_architecture(architecture, input_shape):
+    vae = VAE(input_shape, latent_dim=3, intermediate_dim=8, architecture=architecture)
+    flat, square = torch.rand(5, 784), torch.rand(5, 1, 28, 28)
+    for x in (flat, square):
+        out = vae(x)
+        assert out.logits.shape == (5, *input_shape)
+        assert out.mean.shape == out.logvar.shape == out.z.shape == (5, 3)
+    assert vae.decode(torch.zeros(4, 2, 3)).shape == (4, 2, *input_shape)
+    assert vae.decode(torch.zeros(3)).shape == input_shape
+    assert vae.reconstruct(flat).shape == (5, *input_shape)
+    assert vae.sample(6).shape == (6, *input_shape)
+
+
+def test_decode_of_many_equals_decode_of_each(small_vae):
+    z = torch.randn(3, 4, 2)
+    one_by_one = torch.stack([torch.stack([small_vae.decode(v) for v in row]) for row in z])
+    torch.testing.assert_close(small_vae.decode(z), one_by_one)
+
+
+def test_depth_adds_hidden_layers():
+    def weights(depth):
+        return sum(p.numel() for p in Encoder((784,), 2, 16, depth=depth).parameters())
+
+    assert weights(3) - weights(1) == 2 * (16 * 16 + 16)
+    assert Decoder((784,), 2, 16)(torch.zeros(7, 2)).shape == (7, 784)
+
+
+def test_reparameterize_has_the_moments_of_the_posterior():
+    generator = torch.Generator().manual_seed(0)
+    mean, logvar = torch.tensor([1.0, -2.0]), torch.tensor([0.0, math.log(4.0)])
+    z = reparameterize(mean.expand(200_000, 2), logvar.expand(200_000, 2), generator=generator)
+    torch.testing.assert_close(z.mean(0), mean, atol=0.02, rtol=0)
+    torch.testing.assert_close(z.var(0), logvar.exp(), atol=0.05, rtol=0)
+
+
+def test_reparameterize_passes_gradients():
+    mean, logvar = torch.zeros(2, requires_grad=True), torch.zeros(2, requires_grad=True)
+    eps = torch.tensor([0.5, -1.0])
+    reparameterize(mean, logvar, eps=eps).sum().backward()
+    torch.testing.assert_close(mean.grad, torch.ones(2))  # dz/dmean = 1
+    torch.testing.assert_close(logvar.grad, 0.5 * eps)  # dz/dlogvar = exp(logvar / 2) eps / 2
+
+
+def test_eval_mode_still_samples(small_vae):
+    x = torch.rand(2, 784)
+    small_vae.eval()
+    assert not torch.equal(small_vae(x).z, small_vae(x).z)
+
+
+def test_noise_comes_from_the_generator_alone(small_vae):
+    x = torch.rand(2, 784)
+    before = torch.get_rng_state()
+    draws = [small_vae(x, generator=torch.Generator().manual_seed(3)).z for _ in range(2)]
+    assert torch.equal(*draws)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_weights_start_glorot_uniform_with_zero_biases():
+    layer = VAE().encoder.trunk[0]
+    limit = math.sqrt(6 / (784 + 512))
+    assert layer.weight.abs().max() <= limit
+    assert layer.weight.abs().max() > 0.999 * limit
+    assert abs(layer.weight.std() / (limit / math.sqrt(3)) - 1) < 0.01
+    assert not layer.bias.any()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda vae: vae.encode(torch.rand(4, 783)), r"\(4, 783\)"),
+        (lambda vae: vae.encode(torch.rand(784)), r"\(784,\)"),
+        (lambda vae: vae.encode(torch.zeros(4, 784, dtype=torch.uint8)), "uint8"),
+        (lambda vae: vae.decode(torch.zeros(4, 3)), r"\(4, 3\)"),
+        (lambda _: VAE(latent_dim=0), "latent_dim is 0"),
+        (lambda _: VAE(architecture="transformer"), "transformer"),
+        (lambda _: VAE(likelihood="poisson"), "poisson"),
+        (lambda _: VAE((30,), architecture="conv"), "30 pixels"),
+    ],
+)
+def test_callers_mistakes_name_the_value(small_vae, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(small_vae)

@@ -1,0 +1,182 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributions import Bernoulli, Normal, kl_divergence
+
+from vae_torch import VAE, ObjectiveConfig, elbo, iwae_bound, keras_loss, kl_standard_normal
+from vae_torch.objective import kl_per_dim, log_weights, objective_terms
+
+
+def normal(mean, logvar):
+    return Normal(mean, torch.exp(0.5 * logvar))
+
+
+def random_posterior(n=6, latent_dim=3):
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.randn(n, latent_dim, generator=generator, dtype=torch.float64)
+    return mean, torch.randn(n, latent_dim, generator=generator, dtype=torch.float64)
+
+
+def test_kl_equals_torch_distributions():
+    mean, logvar = random_posterior()
+    expected = kl_divergence(normal(mean, logvar), Normal(0.0, 1.0))
+    torch.testing.assert_close(kl_per_dim(mean, logvar), expected)
+    torch.testing.assert_close(kl_standard_normal(mean, logvar), expected.sum(-1))
+
+
+def test_kl_equals_monte_carlo():
+    mean, logvar = random_posterior()
+    q, p = normal(mean, logvar), Normal(0.0, 1.0)
+    torch.manual_seed(0)
+    z = q.sample((200_000,))
+    draws = (q.log_prob(z) - p.log_prob(z)).sum(-1)  # (200000, 6)
+    error = draws.std(0) / math.sqrt(len(draws))
+    assert ((kl_standard_normal(mean, logvar) - draws.mean(0)).abs() < 4 * error).all()
+
+
+@given(st.floats(-1e3, 1e3), st.floats(-60, 60))
+def test_kl_is_finite_and_never_negative(mean, logvar):
+    mean, logvar = (torch.tensor([[v]], dtype=torch.float64) for v in (mean, logvar))
+    kl = kl_standard_normal(mean, logvar).item()
+    assert math.isfinite(kl)
+    assert kl >= 0
+
+
+def test_kl_near_the_prior_keeps_its_digits():
+    tiny = torch.full((1, 1), 1e-4)  # float32: exp(v) - 1 - v is pure rounding here
+    exact = 0.5 * (math.expm1(1e-4) - 1e-4)
+    assert kl_standard_normal(torch.zeros(1, 1), tiny).item() == pytest.approx(exact, rel=0.01)
+
+
+@pytest.mark.parametrize("shape", [(784,), (1, 28, 28)])
+def test_elbo_equals_torch_distributions(shape):
+    mean, logvar = random_posterior()
+    x, logits = torch.rand(6, 784).double(), 3 * torch.randn(6, 784).double()
+    # Bernoulli is linear in x, so its log_prob of grey pixels is the cross-entropy
+    log_px = Bernoulli(logits=logits, validate_args=False).log_prob(x).sum(-1)
+    expected = log_px - kl_divergence(normal(mean, logvar), Normal(0.0, 1.0)).sum(-1)
+    got = elbo(x.reshape(6, *shape), logits.reshape(6, *shape), mean, logvar)
+    torch.testing.assert_close(got, expected)
+
+
+def test_keras_loss_averages_pixels_and_sums_latents():
+    mean, logvar = random_posterior()
+    x, logits = torch.rand(6, 784).double(), torch.randn(6, 784).double()
+    kl = kl_standard_normal(mean, logvar)
+    reconstruction = elbo(x, logits, mean, logvar) + kl
+    torch.testing.assert_close(keras_loss(x, logits, mean, logvar), kl - reconstruction / 784)
+
+
+@pytest.mark.parametrize("logit", [-200.0, 200.0])
+@pytest.mark.parametrize("pixel", [0.0, 1.0])
+def test_extreme_logits_give_exact_nats(logit, pixel):
+    x = torch.full((1, 784), pixel, dtype=torch.float64)
+    logits = torch.full((1, 784), logit, dtype=torch.float64)
+    zero = torch.zeros(1, 2, dtype=torch.float64)
+    wrong = (logit > 0) != (pixel > 0)
+    expected = -200.0 * 784 if wrong else 0.0
+    assert elbo(x, logits, zero, zero).item() == pytest.approx(expected, abs=1e-9)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    zero = torch.zeros(2, 2)
+    with pytest.raises(ValueError, match=r"\(2, 784\).*\(2, 783\)"):
+        elbo(torch.zeros(2, 784), torch.zeros(2, 783), zero, zero)
+
+
+def test_iwae_bound_equals_its_definition():
+    log_w = torch.randn(7, 5, dtype=torch.float64)
+    torch.testing.assert_close(iwae_bound(log_w), log_w.exp().mean(0).log())
+    shifted = iwae_bound(log_w - 2000)  # where exp() underflows
+    torch.testing.assert_close(shifted, iwae_bound(log_w) - 2000)
+
+
+def test_bounds_tighten_with_more_samples(small_vae):
+    x = torch.rand(64, 784)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        log_w = log_weights(small_vae, x, torch.randn(4000, 64, 2)).double()
+    bounds = []
+    for k in (1, 4, 40):
+        groups = log_w.reshape(k, -1, 64)  # k draws in each of 4000 / k groups
+        bounds.append((torch.logsumexp(groups, 0) - math.log(k)).mean().item())
+    bounds.append(iwae_bound(log_w).mean().item())
+    assert bounds == sorted(bounds)
+    assert bounds[-1] - bounds[0] > 0.01
+
+
+def test_log_weights_average_to_the_elbo(small_vae):
+    x = torch.rand(8, 784)
+    eps = torch.randn(20_000, 8, 2, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        terms = objective_terms(small_vae, x, eps, ObjectiveConfig())
+        log_w = log_weights(small_vae, x, eps)
+    error = log_w.std(0) / math.sqrt(len(eps))
+    assert ((terms.elbo - log_w.mean(0)).abs() < 5 * error).all()
+
+
+def test_logged_elbo_stays_the_plain_bound(small_vae):
+    x, eps = torch.rand(8, 784), torch.randn(3, 8, 2)
+    plain = objective_terms(small_vae, x, eps, ObjectiveConfig())
+    for objective, beta in (
+        (ObjectiveConfig(beta=4.0), 4.0),
+        (ObjectiveConfig(free_bits=2.0), 1.0),
+        (ObjectiveConfig(name="iwae"), 1.0),
+        (ObjectiveConfig(name="iwae", estimator="dreg"), 1.0),
+        (ObjectiveConfig(name="keras"), 1.0),
+    ):
+        terms = objective_terms(small_vae, x, eps, objective, beta)
+        torch.testing.assert_close(terms.elbo, plain.elbo)
+        assert terms.loss.item() != pytest.approx(plain.loss.item())
+    torch.testing.assert_close(plain.loss, -plain.elbo.mean())
+
+
+def test_beta_and_free_bits_weight_the_kl(small_vae):
+    x, eps = torch.rand(8, 784), torch.randn(1, 8, 2)
+    plain = objective_terms(small_vae, x, eps, ObjectiveConfig())
+    weighted = objective_terms(small_vae, x, eps, ObjectiveConfig(beta=3.0), 3.0)
+    expected = (3 * plain.kl - plain.reconstruction).mean()
+    torch.testing.assert_close(weighted.loss.detach(), expected)
+    free = objective_terms(small_vae, x, eps, ObjectiveConfig(free_bits=100.0))
+    torch.testing.assert_close(free.loss.detach(), 200 - plain.reconstruction.mean())
+
+
+def gradient_of(vae: VAE, x, eps, objective) -> torch.Tensor:
+    vae.zero_grad()
+    objective_terms(vae, x, eps, objective).loss.backward()
+    return torch.cat([p.grad.flatten() for p in vae.parameters()])
+
+
+@pytest.mark.parametrize("prior", ["standard", "mixture", "vamp"])
+def test_dreg_and_iwae_gradients_agree_in_expectation(prior):
+    torch.manual_seed(0)
+    vae = VAE((6,), 2, 5, prior=prior, prior_components=3).double()
+    x = torch.rand(1, 6).double().expand(4000, 6)
+    standard, dreg = [], []
+    for seed in range(12):
+        eps = torch.randn(4, 4000, 2, generator=torch.Generator().manual_seed(seed)).double()
+        standard.append(gradient_of(vae, x, eps, ObjectiveConfig(name="iwae", num_samples=4)))
+        dreg.append(
+            gradient_of(vae, x, eps, ObjectiveConfig(name="iwae", num_samples=4, estimator="dreg"))
+        )
+    standard, dreg = torch.stack(standard), torch.stack(dreg)
+    error = (standard.var(0) / 12 + dreg.var(0) / 12).sqrt()
+    distance = (standard.mean(0) - dreg.mean(0)).abs()
+    assert (distance <= 5 * error + 1e-9).all()
+    if prior == "standard":  # the point of DReG: the encoder's gradient has less noise
+        encoder = sum(p.numel() for p in vae.encoder.parameters())
+        assert dreg[:, :encoder].var(0).sum() < standard[:, :encoder].var(0).sum()
+
+
+def test_images_are_averaged_once(small_vae):
+    """A batch's loss is the mean of its images' losses, whatever the batch size."""
+    x, eps = torch.rand(10, 784), torch.randn(1, 10, 2)
+    whole = objective_terms(small_vae, x, eps, ObjectiveConfig()).loss
+    halves = [
+        objective_terms(small_vae, x[part], eps[:, part], ObjectiveConfig()).loss
+        for part in (slice(5), slice(5, 10))
+    ]
+    torch.testing.assert_close(whole, (halves[0] + halves[1]) / 2)

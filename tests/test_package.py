@@ -1,0 +1,39 @@
+"""What holds for the package as a whole: what it imports, and what its README claims."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+MODULES = sorted(p.stem for p in (REPOSITORY / "vae_torch").glob("*.py") if p.stem != "__init__")
+HEAVY = ("hydra", "omegaconf", "tensorboard", "torchvision", "matplotlib")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_module_brings_hydra_or_heavy_libraries(module):
+    script = f"import sys, vae_torch.{module}; print(*[m for m in {HEAVY} if m in sys.modules])"
+    loaded = subprocess.check_output([sys.executable, "-c", script], cwd=REPOSITORY, text=True)
+    assert loaded.split() == []
+
+
+def test_public_names_are_there():
+    import vae_torch
+
+    for name in vae_torch.__all__:
+        assert getattr(vae_torch, name).__doc__, name
+
+
+@pytest.mark.network
+def test_readme_python_blocks_run(tmp_path):
+    readme = (REPOSITORY / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert blocks
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "scripts/train.py", "train.epochs=1", "data.limit_train=1000"]
+    subprocess.check_output([*command, f"hydra.run.dir={run_dir}"], cwd=REPOSITORY)
+    script = "\n".join(blocks).replace('"outputs/my-run"', repr(str(run_dir)))
+    script = script.replace("epochs=50", "epochs=1")  # of two minutes' time
+    subprocess.run([sys.executable, "-W", "error", "-c", script], cwd=REPOSITORY, check=True)

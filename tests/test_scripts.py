@@ -1,0 +1,160 @@
+"""The command line, as its users meet it: in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.conftest import REPOSITORY
+from vae_torch import load_run
+
+
+def run_script(name, *arguments, cwd=REPOSITORY):
+    environment = os.environ | {"PYTHONWARNINGS": "error::UserWarning"}
+    return subprocess.run(
+        [sys.executable, str(REPOSITORY / "scripts" / name), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment,
+        check=False,
+    )
+
+
+@pytest.fixture
+def small(made_up_root):
+    return [
+        "data=fashion_mnist",
+        f"data.root={made_up_root}",
+        "model.intermediate_dim=16",
+        "train.epochs=2",
+        "train.figure_every=1",
+    ]
+
+
+def test_a_run_leaves_everything_that_is_promised(small, tmp_path):
+    run_dir = tmp_path / "a run"
+    done = run_script("train.py", *small, f"hydra.run.dir={run_dir}")
+    assert done.returncode == 0, done.stderr
+    assert str(run_dir) in done.stdout
+    assert "tensorboard" in done.stdout
+    assert "\r" not in done.stderr  # no progress bar outside a terminal
+
+    epochs = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [m["epoch"] for m in epochs] == [1, 2]
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["final"]["test/elbo"] == epochs[-1]["test/elbo"]
+    assert summary["config"]["model"]["intermediate_dim"] == 16
+    assert {"versions", "git_commit", "device", "data_sha256", "seconds"} <= summary.keys()
+    for name in ("reconstructions", "samples", "manifold", "latent"):
+        with Image.open(run_dir / "figures" / f"{name}.png") as image:
+            assert min(image.size) > 100
+    for name in ("run.log", ".hydra/config.yaml", "checkpoints/last.pt", "checkpoints/best.pt"):
+        assert (run_dir / name).stat().st_size > 0, name
+
+    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"images": 0}).Reload()
+    for split in ("train", "test"):
+        for name in ("loss", "elbo", "reconstruction", "kl"):
+            points = events.Scalars(f"{split}/{name}")
+            assert [p.step for p in points] == [1, 2]
+            assert points[-1].value == pytest.approx(epochs[-1][f"{split}/{name}"])
+    assert {"reconstructions", "samples", "manifold", "latent"} <= set(events.Tags()["images"])
+    assert "config/text_summary" in events.Tags()["tensors"]
+
+    vae, config = load_run(run_dir)
+    assert (vae.intermediate_dim, config.data.name) == (16, "fashion_mnist")
+
+
+def test_resume_continues_where_a_killed_run_was(small, tmp_path):
+    from vae_torch.checkpoint import load_checkpoint
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    more = [*small[:3], "train.epochs=30"]
+    assert run_script("train.py", *more, f"hydra.run.dir={whole}").returncode == 0
+    command = [sys.executable, "scripts/train.py", *more, f"hydra.run.dir={cut}"]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("epoch   5/30"):
+                process.kill()
+                break
+    assert not (cut / "summary.json").exists()
+
+    blocked = run_script("train.py", *more, f"hydra.run.dir={cut}")
+    assert blocked.returncode == 2
+    assert "train.resume=auto" in blocked.stderr
+    resumed = run_script("train.py", *more, f"train.resume={cut}")
+    assert resumed.returncode == 0, resumed.stderr
+
+    def metrics(run_dir):
+        lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+        return [
+            {k: v for k, v in json.loads(line).items() if k != "train/images_per_second"}
+            for line in lines
+        ]
+
+    assert metrics(cut) == metrics(whole)
+    model = [load_checkpoint(d / "checkpoints" / "last.pt")["model"] for d in (whole, cut)]
+    assert all((model[0][name] == model[1][name]).all() for name in model[0])
+    steps = [
+        [p.step for p in EventAccumulator(str(d / "tensorboard")).Reload().Scalars("test/elbo")]
+        for d in (whole, cut)
+    ]
+    assert steps[0] == steps[1]
+
+
+def test_multirun_names_its_runs_by_their_overrides(small, tmp_path):
+    done = run_script(
+        "train.py", "-m", *small[:3], "train.epochs=1", "model.latent_dim=2,3", "seed=0,1",
+        f"hydra.sweep.dir={tmp_path}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    names = sorted(p.parent.name for p in tmp_path.glob("*/summary.json"))
+    assert len(names) == 4
+    assert "model.latent_dim=2" in names[0]
+    assert "seed=0" in names[0]
+
+
+def test_help_shows_keys_and_groups():
+    shown = run_script("train.py", "--help")
+    assert shown.returncode == 0
+    for word in ("latent_dim", "intermediate_dim", "keras_notebook", "binarize", "schedule"):
+        assert word in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("override", "parts", "status"),
+    [
+        ("model.latent_dim=0", ["model.latent_dim=0", "1 or more"], 2),
+        ("data.batch_size=-1", ["data.batch_size=-1", "1 or more"], 2),
+        ("optimizer.lr=nan", ["optimizer.lr=nan", "above 0"], 2),
+        ("device=cuda:99", ["device=cuda:99", "device=cpu"], 2),
+        ("hydra.run.dir=/dev/null/run", ["/dev/null/run", "cannot be written"], 2),
+        ("data.hold_out=600", ["data.hold_out=600"], 2),
+        ("train.resume=nowhere", ["train.resume=nowhere"], 2),
+        ("model.latnt_dim=3", ["latnt_dim"], 1),
+        ("model.latent_dim=two", ["latent_dim", "two"], 1),
+        ("model=unet", ["unet", "residual"], 1),
+    ],
+)
+def test_mistakes_end_in_words_and_leave_nothing(small, tmp_path, override, parts, status):
+    run_dir = tmp_path / "run"
+    order = [f"hydra.run.dir={run_dir}", override]
+    failed = run_script("train.py", *small, *order)
+    assert failed.returncode == status, failed.stderr
+    assert "Traceback" not in failed.stderr
+    for part in parts:
+        assert part in failed.stderr
+    if status == 2:
+        assert len(failed.stderr.strip().splitlines()) == 1
+    assert not run_dir.exists()
+
+
+def test_a_finished_run_is_not_overwritten(small, tmp_path):
+    for expected in (0, 2):
+        done = run_script("train.py", *small, f"hydra.run.dir={tmp_path / 'run'}")
+        assert done.returncode == expected, done.stderr
+    assert "holds a finished run" in done.stderr

@@ -1,0 +1,174 @@
+import json
+
+import pytest
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from tests.conftest import REPOSITORY
+from vae_torch import VAE, ObjectiveConfig, mnist_loaders, train
+from vae_torch.checkpoint import Checkpoints
+from vae_torch.config import OptimizerConfig
+from vae_torch.train import _NOTEBOOK_ADAM, DivergedError, beta_at, lr_factor
+
+EPOCHS = 4
+
+
+def loaders(root, **options):
+    return mnist_loaders(root, name="fashion_mnist", batch_size=100, **options)
+
+
+def new_vae(**options) -> VAE:
+    torch.manual_seed(0)
+    return VAE((784,), 2, 32, **options)
+
+
+def without_speed(history):
+    return {k: v for k, v in history.items() if k != "train/images_per_second"}
+
+
+def test_loop_overfits_one_batch(made_up_root):
+    """64 images, more units than images: the bound must come near what noise-free copies cost."""
+    train_loader, test_loader = loaders(made_up_root, limit_train=64, limit_test=10)
+    torch.manual_seed(0)
+    vae = VAE((784,), 8, 256)
+    history = train(
+        vae,
+        train_loader,
+        test_loader,
+        epochs=400,
+        optimizer=OptimizerConfig(name="adam", lr=3e-3, eps=1e-8, schedule="cosine"),
+    )
+    p = train_loader.dataset.images.float() / 255
+    entropy = torch.distributions.Bernoulli(p).entropy().sum(1).mean().item()  # no model beats it
+    reconstruction = -history["train/reconstruction"][-1]
+    assert entropy < reconstruction < entropy + 20
+    assert -history["train/elbo"][0] > entropy + 200
+
+
+def test_loss_falls_and_history_is_whole(made_up_root):
+    history = train(new_vae(), *loaders(made_up_root), epochs=EPOCHS)
+    assert history["epoch"] == [1, 2, 3, 4]
+    assert {len(values) for values in history.values()} == {EPOCHS}
+    assert history["train/loss"] == sorted(history["train/loss"], reverse=True)
+    for split in ("train", "test"):
+        for elbo, reconstruction, kl in zip(
+            *(history[f"{split}/{part}"] for part in ("elbo", "reconstruction", "kl")), strict=True
+        ):
+            assert elbo == pytest.approx(reconstruction - kl, abs=1e-3)
+    assert sum(history["test/kl_per_dim"][-1]) == pytest.approx(history["test/kl"][-1], rel=1e-5)
+
+
+def test_stored_trace_is_reproduced(made_up_root):
+    """A change of results, intended or not, shows here; the tolerance is for other processors."""
+    got = train(new_vae(), *loaders(made_up_root), epochs=3)
+    stored = json.loads((REPOSITORY / "tests" / "loss_trace.json").read_text())
+    for name, values in stored.items():
+        assert got[name] == pytest.approx(values, rel=2e-4, abs=1e-3), name
+
+
+@pytest.mark.parametrize("binarize", ["none", "dynamic"])
+def test_same_seed_same_bits_other_seed_other_bits(made_up_root, binarize):
+    def run(seed):
+        vae = new_vae()
+        history = train(
+            vae, *loaders(made_up_root, seed=seed, binarize=binarize), epochs=2, seed=seed
+        )
+        return without_speed(history), torch.cat([p.flatten() for p in vae.parameters()])
+
+    (history, weights), (same_history, same_weights), (_, other_weights) = run(0), run(0), run(1)
+    assert history == same_history
+    assert torch.equal(weights, same_weights)
+    assert not torch.equal(weights, other_weights)
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_resumed_run_is_bit_for_bit_the_uninterrupted_one(made_up_root, tmp_path, config, ema):
+    def run(folder, epochs, stop_after=None):
+        class Stop(Exception):  # noqa: N818
+            pass
+
+        def log(metrics, _):
+            if metrics["epoch"] == stop_after:
+                raise Stop
+
+        vae = new_vae()
+        try:
+            history = train(
+                vae,
+                *loaders(made_up_root, binarize="dynamic"),
+                epochs=epochs,
+                ema=ema,
+                optimizer=OptimizerConfig(name="adamw", lr=1e-3, eps=1e-8, schedule="cosine"),
+                objective=ObjectiveConfig(beta_warmup_epochs=3),
+                log=log,
+                checkpoints=Checkpoints(tmp_path / folder, config),
+            )
+        except Stop:
+            return None
+        return without_speed(history), vae.state_dict()
+
+    whole = run("whole", 5)
+    assert run("cut", 5, stop_after=3) is None
+    resumed = run("cut", 5)
+    assert resumed[0] == whole[0]
+    for name, tensor in whole[1].items():
+        assert torch.equal(tensor, resumed[1][name]), name
+
+
+def test_averaged_weights_are_the_exponential_average(made_up_root):
+    vae, seen = new_vae(), []
+    hook = register_optimizer_step_post_hook(
+        lambda *_: seen.append(vae.encoder.mean.weight.detach().clone())
+    )
+    train(vae, *loaders(made_up_root), epochs=1, ema=0.7)
+    hook.remove()
+    average = seen[0]
+    for weight in seen[1:]:
+        average = 0.7 * average + 0.3 * weight
+    torch.testing.assert_close(vae.encoder.mean.weight.detach(), average)
+
+
+def test_bf16_follows_fp32(made_up_root):
+    elbos = [
+        train(new_vae(), *loaders(made_up_root), epochs=3, precision=p)["test/elbo"][-1]
+        for p in ("fp32", "bf16")
+    ]
+    assert elbos[0] != elbos[1]
+    assert elbos[0] == pytest.approx(elbos[1], abs=2.0)
+
+
+@pytest.mark.parametrize("likelihood", ["continuous_bernoulli", "gaussian"])
+@pytest.mark.parametrize("prior", ["mixture", "vamp"])
+def test_every_likelihood_and_prior_learns(made_up_root, likelihood, prior):
+    vae = new_vae(likelihood=likelihood, prior=prior, prior_components=5)
+    before = {name: p.clone() for name, p in vae.named_parameters()}
+    history = train(vae, *loaders(made_up_root), epochs=3)
+    assert history["test/elbo"][-1] > history["test/elbo"][0]
+    unmoved = [name for name, p in vae.named_parameters() if torch.equal(p, before[name])]
+    assert not unmoved
+    assert "test/kl_per_dim" not in history
+
+
+def test_divergence_stops_with_the_epoch(made_up_root):
+    reckless = OptimizerConfig(name="sgd", lr=1e6, eps=1e-8, schedule="constant")
+    with pytest.raises(DivergedError, match=r"epoch \d.*optimizer.lr"):
+        train(new_vae(), *loaders(made_up_root), epochs=3, optimizer=reckless)
+
+
+def test_warmup_grows_linearly_to_beta():
+    objective = ObjectiveConfig(beta=2.0, beta_warmup_epochs=4)
+    assert [beta_at(objective, e) for e in range(6)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
+    assert beta_at(ObjectiveConfig(), 0) == 1.0
+
+
+def test_schedules():
+    assert lr_factor("constant", 0.9) == 1
+    assert [lr_factor("cosine", p) for p in (0, 0.5, 1)] == pytest.approx([1, 0.5, 0])
+    # Burda et al.: 3^i epochs at 10^(-i/7), 3,280 epochs in all
+    epochs = [lr_factor("burda", e / 3280) for e in range(3280)]
+    for i in range(8):
+        assert epochs.count(pytest.approx(10 ** (-i / 7))) == 3**i
+
+
+def test_library_default_is_the_command_lines(composed):
+    assert composed().optimizer == _NOTEBOOK_ADAM

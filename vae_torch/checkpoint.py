@@ -1,0 +1,159 @@
+"""Checkpoints: written beside and renamed, sealed with a checksum, loaded without running code.
+
+A checkpoint is what `torch.save` writes plus 40 bytes at the end: a magic word and the SHA-256 of
+all before it. So a flipped bit is refused, not trained on, and `torch.load` still opens the file.
+"""
+
+import hashlib
+import io
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vae_torch.config import Config, ConfigError, config_from_dict
+from vae_torch.model import VAE
+
+_MAGIC = b"VAETORCH"
+_SEAL = len(_MAGIC) + 32
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is absent, damaged, or of another model: one line that names the file."""
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` to `path`; a reader sees the old file or the new, no part of either."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getvalue()
+    write_atomically(path, content + _MAGIC + hashlib.sha256(content).digest())
+
+
+def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read what `save_checkpoint` wrote; tensors and plain values only, nothing that can run.
+
+    Raises:
+        CheckpointError: No such file, a damaged file, or one with anything but data inside.
+    """
+    try:
+        sealed = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
+    content, magic, digest = sealed[:-_SEAL], sealed[-_SEAL:-32], sealed[-32:]
+    if magic != _MAGIC or hashlib.sha256(content).digest() != digest:
+        raise CheckpointError(
+            f"{path}: damaged, or no checkpoint of vae_torch; resume from another checkpoint"
+        )
+    try:
+        state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise CheckpointError(
+            f"{path}: refused, it holds more than tensors and plain values "
+            f"({str(error).splitlines()[0]})"
+        ) from None
+    if not isinstance(state, dict) or not {"config", "model"} <= state.keys():
+        raise CheckpointError(f"{path}: holds no model with its config")
+    return state
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write beside, flush to disk, rename over."""
+    scratch = path.with_name(f".{path.name}.part")
+    try:
+        with scratch.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # the rename must not reach the disk before the bytes do
+        scratch.replace(path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+class Checkpoints:
+    """The checkpoints of one run: `last.pt` every few epochs, `best.pt` when the test elbo rises.
+
+    Args:
+        folder: `<run>/checkpoints`.
+        config: Of the run; stored inside, so that a checkpoint explains itself.
+        every: Epochs between two `last.pt`; the final epoch is always kept.
+    """
+
+    def __init__(self, folder: Path, config: Config, *, every: int = 1) -> None:
+        self.folder = folder
+        self.config = config
+        self.every = every
+
+    def save(self, state: dict[str, Any], *, best: bool, final: bool) -> None:
+        """Keep the state of a finished epoch, if it is due."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state = {"config": self.config.to_dict(), **state}
+        if final or state["epoch"] % self.every == 0:
+            save_checkpoint(self.folder / "last.pt", state)
+        if best:
+            save_checkpoint(self.folder / "best.pt", state)
+
+    def load(self, device: torch.device | str) -> dict[str, Any] | None:
+        """The last state, or None where the run has none yet.
+
+        Raises:
+            CheckpointError: It is damaged, or of a run with another config.
+        """
+        path = self.folder / "last.pt"
+        if not path.exists():
+            return None
+        state = load_checkpoint(path, device)
+        was, now = _what_matters(state["config"]), _what_matters(self.config.to_dict())
+        for key in was.keys() | now.keys():
+            if was.get(key) != now.get(key):
+                raise CheckpointError(
+                    f"{path}: its run had {key}={was.get(key)}, this one has {now.get(key)}; "
+                    "resume with the settings that it was started with"
+                )
+        return state
+
+
+def load_run(
+    run_dir: str | Path, *, checkpoint: str = "last", device: torch.device | str = "cpu"
+) -> tuple[VAE, Config]:
+    """A run folder's model, ready to use, and the config it was trained with.
+
+    Args:
+        run_dir: What `scripts/train.py` printed at its end.
+        checkpoint: `last`, or `best` (the highest test elbo; a choice made on the test set).
+        device: Where the model goes.
+
+    Raises:
+        CheckpointError: Not a run folder, no checkpoint in it, or a damaged one.
+        ConfigError: The checkpoint's config is not one of this version.
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise CheckpointError(f"run={run_dir}: no such folder")
+    path = run_dir / "checkpoints" / f"{checkpoint}.pt"
+    if not path.exists():
+        raise CheckpointError(f"run={run_dir}: has no checkpoints/{checkpoint}.pt; did it train?")
+    state = load_checkpoint(path, device)
+    try:
+        config = config_from_dict(state["config"])
+        vae = VAE.from_config(config)
+        vae.load_state_dict(state["model"])
+    except (ConfigError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: does not fit its own config ({reason})") from None
+    return vae.to(device), config
+
+
+def _what_matters(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flat keys whose change would make the continued run another one."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            flat |= _what_matters(value, f"{name}.")
+        elif name not in ("train.resume", "train.figure_every", "data.root", "device", "threads"):
+            flat[name] = value
+    return flat

@@ -1,0 +1,235 @@
+"""The typed configuration of a run, and the checks that Hydra's type system cannot express.
+
+`conf/` holds the values of a run; a default written here means that a feature is off.
+Nothing here imports Hydra or torch: a script's `--help` must stay quick.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import Any
+
+# The allowed words of every key that takes one of a few.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "precision": ("fp32", "bf16"),
+    "likelihood": ("bernoulli", "continuous_bernoulli", "gaussian"),
+    "prior": ("standard", "mixture", "vamp"),
+    "model.name": ("mlp", "residual", "conv"),
+    "model.activation": ("relu", "tanh", "silu", "gelu"),
+    "data.name": ("mnist", "fashion_mnist", "kmnist", "emnist", "qmnist"),
+    "data.binarize": ("none", "dynamic", "static"),
+    "objective.name": ("elbo", "iwae", "keras"),
+    "objective.estimator": ("standard", "dreg"),
+    "optimizer.name": ("adam", "adamw", "sgd"),
+    "optimizer.schedule": ("constant", "cosine", "burda"),
+}
+
+
+class ConfigError(ValueError):
+    """A user's mistake in a run's settings: one line that names key, value and remedy."""
+
+
+@dataclass
+class ModelConfig:
+    """The encoder and decoder, which mirror each other."""
+
+    name: str
+    latent_dim: int
+    intermediate_dim: int
+    depth: int = 1  # hidden layers of the mlp, blocks of the residual network
+    activation: str = "relu"
+
+
+@dataclass
+class DataConfig:
+    """Which images, how many, in what form."""
+
+    name: str
+    root: str
+    batch_size: int
+    binarize: str
+    limit_train: int | None = None  # the first N images; None is all of them
+    limit_test: int | None = None
+    hold_out: int = 0  # validate on the last N training images and leave the test set alone
+
+
+@dataclass
+class ObjectiveConfig:
+    """What is minimised. The logged `elbo` stays the plain bound, whatever stands here."""
+
+    name: str = "elbo"
+    beta: float = 1.0  # weight of the KL
+    beta_warmup_epochs: float = (
+        0.0  # the weight grows linearly from 0 to beta over this many epochs
+    )
+    free_bits: float = 0.0  # nats per latent dimension that the KL may cost for nothing
+    num_samples: int = 1  # draws of z per image
+    estimator: str = "standard"
+
+
+@dataclass
+class OptimizerConfig:
+    """The optimiser and its learning-rate schedule."""
+
+    name: str
+    lr: float
+    eps: float
+    schedule: str
+    weight_decay: float = 0.0
+
+
+@dataclass
+class TrainConfig:
+    """The loop."""
+
+    epochs: int
+    figure_every: int  # epochs; 0 draws figures only at the end
+    checkpoint_every: int  # epochs
+    resume: str | None = None
+    ema: float = 0.0  # decay of the averaged weights per step; 0 keeps none
+
+
+@dataclass
+class Config:
+    """A whole run: what `scripts/train.py` composes from `conf/` and a checkpoint remembers."""
+
+    seed: int
+    device: str
+    precision: str
+    compile: bool
+    likelihood: str
+    prior: str
+    model: ModelConfig
+    data: DataConfig
+    objective: ObjectiveConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    prior_components: int = 500  # of the mixture and VampPrior; the standard normal has none
+    threads: int | None = None  # CPU threads of this run; None leaves torch's choice
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dict, as it is stored in checkpoints and summaries."""
+        return asdict(self)
+
+
+def config_from_dict(values: dict[str, Any]) -> Config:
+    """Rebuild a `Config` from `Config.to_dict()`.
+
+    Raises:
+        ConfigError: A key is missing, unknown, or has a value of the wrong type.
+    """
+
+    def build(cls: type[Any], values: Any, prefix: str) -> Any:
+        if not isinstance(values, dict):
+            raise ConfigError(f"{prefix or 'config'} is {values!r}; expected a mapping")
+        known = {f.name: f for f in fields(cls)}
+        if unknown := sorted(set(values) - set(known)):
+            raise ConfigError(f"unknown key {prefix}{unknown[0]}")
+        built = {
+            name: build(f.type, values[name], f"{prefix}{name}.")
+            if isinstance(f.type, type) and is_dataclass(f.type)
+            else values[name]
+            for name, f in known.items()
+            if name in values
+        }
+        try:
+            return cls(**built)
+        except TypeError as error:
+            raise ConfigError(f"incomplete config: {error}") from None
+
+    config: Config = build(Config, values, "")
+    check(config)
+    return config
+
+
+def check(config: Config) -> None:
+    """Refuse what no run can use.
+
+    Raises:
+        ConfigError: One line with the key, its value and what is allowed.
+    """
+
+    def value_of(key: str) -> Any:
+        value: Any = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        return value
+
+    def need(key: str, ok: bool, allowed: str) -> None:
+        if not ok:
+            raise ConfigError(f"{key}={value_of(key)}: must be {allowed}")
+
+    for key, words in CHOICES.items():
+        need(key, value_of(key) in words, "one of " + ", ".join(words))
+
+    _numbers(value_of, need)
+    need("seed", 0 <= config.seed < 2**32, "between 0 and 4294967295")
+    need(
+        "device",
+        re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device) is not None,
+        "auto, cpu, cuda or cuda:N",
+    )
+    need("train.ema", 0 <= config.train.ema < 1, "at least 0 (off) and below 1")
+
+    _combinations(config)
+
+
+def _numbers(value_of: Any, need: Any) -> None:
+    at_least: Sequence[tuple[str, int]] = (
+        ("model.latent_dim", 1),
+        ("model.intermediate_dim", 1),
+        ("model.depth", 1),
+        ("data.batch_size", 1),
+        ("data.limit_train", 1),
+        ("data.limit_test", 1),
+        ("data.hold_out", 0),
+        ("objective.num_samples", 1),
+        ("prior_components", 1),
+        ("threads", 1),
+        ("train.epochs", 1),
+        ("train.figure_every", 0),
+        ("train.checkpoint_every", 1),
+    )
+    for key, low in at_least:
+        value = value_of(key)
+        need(key, value is None or low <= value < 2**31, f"a whole number, {low} or more")
+    for key in ("optimizer.lr", "optimizer.eps"):
+        need(key, math.isfinite(value_of(key)) and value_of(key) > 0, "a number above 0")
+    for key in (
+        "objective.beta",
+        "objective.beta_warmup_epochs",
+        "objective.free_bits",
+        "optimizer.weight_decay",
+    ):
+        need(key, math.isfinite(value_of(key)) and value_of(key) >= 0, "a number, 0 or more")
+
+
+def _combinations(config: Config) -> None:
+    """Refuse options that contradict each other, before an hour is spent on them."""
+    objective, binarize = config.objective, config.data.binarize
+    if binarize != "none" and config.likelihood != "bernoulli":
+        raise ConfigError(
+            f"likelihood={config.likelihood} with data.binarize={binarize}: binary pixels have no "
+            "density; use likelihood=bernoulli, or data.binarize=none"
+        )
+    if objective.estimator == "dreg" and objective.name != "iwae":
+        raise ConfigError(
+            f"objective.estimator=dreg with objective.name={objective.name}: the doubly "
+            "reparameterised gradient is of the importance-weighted bound; use objective=iwae"
+        )
+    if objective.name == "iwae" and (objective.beta != 1 or objective.free_bits > 0):
+        raise ConfigError(
+            f"objective.beta={objective.beta}, objective.free_bits={objective.free_bits} with "
+            "objective=iwae: the importance-weighted bound has no separate KL; use objective=elbo"
+        )
+    if objective.free_bits > 0 and config.prior != "standard":
+        raise ConfigError(
+            f"objective.free_bits={objective.free_bits} with prior={config.prior}: a KL per latent "
+            "dimension needs prior=standard"
+        )
+    if objective.name == "keras" and (config.likelihood, config.prior) != ("bernoulli", "standard"):
+        raise ConfigError(
+            f"objective=keras with likelihood={config.likelihood}, prior={config.prior}: the "
+            "notebook's loss is for likelihood=bernoulli and prior=standard"
+        )

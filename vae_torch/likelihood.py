@@ -1,0 +1,107 @@
+"""log p(x | z) of an image under the decoder's output, summed over pixels, in nats.
+
+Each likelihood reads one decoder output per pixel (called `logits` for all of them) and offers the
+same two methods: `log_prob(x, logits)` and `mean(logits)`, the expected pixel values in [0, 1].
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Bernoulli(nn.Module):
+    r"""log p(x|z) = Σ_pixels x log σ(l) + (1 - x) log(1 - σ(l)).
+
+    For grey x in [0, 1] this is the cross-entropy that the Keras notebook uses: a bound's worth of
+    nats, but no normalised density of grey images (see `ContinuousBernoulli`).
+    """
+
+    def log_prob(self, x: Tensor, logits: Tensor) -> Tensor:
+        """Nats per image.
+
+        Args:
+            x: (B, *shape), values in [0, 1].
+            logits: (..., B, *shape).
+
+        Returns:
+            (..., B).
+        """
+        _check_shapes(x, logits)
+        # x l - softplus(l), which no finite logit turns into log(0)
+        return _sum_pixels(x * logits - F.softplus(logits), x)
+
+    def mean(self, logits: Tensor) -> Tensor:
+        """Pixel probabilities, in the shape of `logits`."""
+        return torch.sigmoid(logits)
+
+
+class ContinuousBernoulli(nn.Module):
+    r"""The Bernoulli term plus the log-normaliser that makes it a density on [0, 1].
+
+    Loaiza-Ganem and Cunningham, *The continuous Bernoulli* (NeurIPS 2019), equation 6:
+    log C(λ) = log(2 tanh⁻¹(1 - 2λ) / (1 - 2λ)). With λ = σ(l) that is log(l / tanh(l / 2)), which
+    is smooth at l = 0 where the paper's form divides 0 by 0.
+    """
+
+    def log_prob(self, x: Tensor, logits: Tensor) -> Tensor:
+        """Nats per image: (B, *shape) and (..., B, *shape) -> (..., B)."""
+        _check_shapes(x, logits)
+        return _sum_pixels(x * logits - F.softplus(logits) + _log_normalizer(logits), x)
+
+    def mean(self, logits: Tensor) -> Tensor:
+        """Expected pixel values: σ(l) is the parameter, its mean is 1/(1 - e^-l) - 1/l."""
+        near = logits.abs() < 0.05  # there the difference of two large numbers loses its digits
+        safe = torch.where(near, torch.ones_like(logits), logits)
+        exact = -1 / torch.expm1(-safe) - 1 / safe
+        return torch.where(near, 0.5 + logits / 12 - logits**3 / 720, exact).clamp(0, 1)
+
+
+class Gaussian(nn.Module):
+    """N(x; l, σ²) with one learned log-variance for all pixels; nats of density, not of mass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logvar = nn.Parameter(torch.zeros(()))
+
+    def log_prob(self, x: Tensor, logits: Tensor) -> Tensor:
+        """Nats per image: (B, *shape) and (..., B, *shape) -> (..., B)."""
+        _check_shapes(x, logits)
+        squares = (x - logits) ** 2 * torch.exp(-self.logvar)
+        return _sum_pixels(-0.5 * (squares + self.logvar + math.log(2 * math.pi)), x)
+
+    def mean(self, logits: Tensor) -> Tensor:
+        """The decoder's output, held inside [0, 1] so that it is an image."""
+        return logits.clamp(0, 1)
+
+
+LIKELIHOODS: dict[str, type[Bernoulli | ContinuousBernoulli | Gaussian]] = {
+    "bernoulli": Bernoulli,
+    "continuous_bernoulli": ContinuousBernoulli,
+    "gaussian": Gaussian,
+}
+
+
+def _log_normalizer(logits: Tensor) -> Tensor:
+    """log(l / tanh(l / 2)), even in l; its Taylor series near 0, where l/tanh is 0/0."""
+    size = logits.abs()
+    near = size < 0.2
+    safe = torch.where(near, torch.ones_like(size), size)
+    # tanh(a/2) = (1 - e^-a) / (1 + e^-a)
+    exact = safe.log() + torch.log1p(torch.exp(-safe)) - torch.log(-torch.expm1(-safe))
+    square = logits**2
+    series = math.log(2) + square / 12 - 7 * square**2 / 1440 + 31 * square**3 / 90720
+    return torch.where(near, series, exact)
+
+
+def _sum_pixels(terms: Tensor, x: Tensor) -> Tensor:
+    return terms.flatten(terms.ndim - x.ndim + 1).sum(-1)
+
+
+def _check_shapes(x: Tensor, logits: Tensor) -> None:
+    if logits.shape[logits.ndim - x.ndim :] != x.shape:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} and logits {tuple(logits.shape)}; the last "
+            f"{x.ndim} dimensions of logits must be those of x"
+        )

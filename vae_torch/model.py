@@ -1,0 +1,380 @@
+"""Encoder, decoder, and the VAE that joins them.
+
+x (B, *input_shape) -> q(z|x) = N(mean, exp(logvar)) -> z (B, latent_dim)
+                    -> logits (B, *input_shape)
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vae_torch.config import CHOICES, Config
+from vae_torch.likelihood import LIKELIHOODS
+from vae_torch.prior import Mixture, StandardNormal, VampPrior
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+}
+
+
+class VAEOutput(NamedTuple):
+    """What one forward pass knows."""
+
+    logits: Tensor  # (B, *input_shape)
+    mean: Tensor  # (B, latent_dim)
+    logvar: Tensor  # (B, latent_dim)
+    z: Tensor  # (B, latent_dim)
+
+
+def reparameterize(
+    mean: Tensor,
+    logvar: Tensor,
+    *,
+    eps: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """A draw of q(z|x) that gradients pass through: z = mean + exp(logvar / 2) * eps.
+
+    Kingma and Welling, *Auto-Encoding Variational Bayes* (2013), section 2.4. It samples always;
+    no module's `.eval()` turns it into the mean.
+
+    Args:
+        mean: (..., latent_dim).
+        logvar: (..., latent_dim), natural log of the variance.
+        eps: Standard normal noise that broadcasts against `mean`; drawn when absent.
+        generator: Where to draw `eps` from.
+
+    Returns:
+        The shape of `mean`, or of `eps` where that has leading dimensions.
+    """
+    if eps is None:
+        eps = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
+    return mean + torch.exp(0.5 * logvar) * eps
+
+
+class Encoder(nn.Module):
+    """q(z|x): one trunk of features, then two linear heads.
+
+    Args:
+        input_shape: Shape of one image.
+        latent_dim: Dimensions of z.
+        intermediate_dim: Units of a hidden layer.
+        name: `mlp`, `residual` or `conv`.
+        depth: Hidden layers (mlp) or blocks (residual).
+        activation: `relu`, `tanh`, `silu` or `gelu`.
+    """
+
+    def __init__(
+        self,
+        input_shape: Sequence[int] = (784,),
+        latent_dim: int = 2,
+        intermediate_dim: int = 512,
+        *,
+        name: str = "mlp",
+        depth: int = 1,
+        activation: str = "relu",
+    ) -> None:
+        super().__init__()
+        pixels = math.prod(input_shape)
+        if name == "conv":
+            self.trunk: nn.Module = _conv_encoder(pixels, intermediate_dim, activation)
+        else:
+            self.trunk = _dense_trunk(name, pixels, intermediate_dim, depth, activation)
+        self.mean = nn.Linear(intermediate_dim, latent_dim)
+        self.logvar = nn.Linear(intermediate_dim, latent_dim)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, *shape) -> mean (B, latent_dim), logvar (B, latent_dim)."""
+        h = self.trunk(x.flatten(1))  # (B, intermediate_dim)
+        # under bf16 autocast the products are bf16; everything that is summed later is not
+        return self.mean(h).to(x.dtype), self.logvar(h).to(x.dtype)
+
+
+class Decoder(nn.Module):
+    """p(x|z): from z to one output per pixel, before any sigmoid. Arguments as in `Encoder`."""
+
+    def __init__(
+        self,
+        output_shape: Sequence[int] = (784,),
+        latent_dim: int = 2,
+        intermediate_dim: int = 512,
+        *,
+        name: str = "mlp",
+        depth: int = 1,
+        activation: str = "relu",
+    ) -> None:
+        super().__init__()
+        self.output_shape = tuple(output_shape)
+        pixels = math.prod(output_shape)
+        if name == "conv":
+            self.trunk: nn.Module = nn.Identity()
+            self.out: nn.Module = _conv_decoder(pixels, latent_dim, intermediate_dim, activation)
+        else:
+            self.trunk = _dense_trunk(name, latent_dim, intermediate_dim, depth, activation)
+            self.out = nn.Linear(intermediate_dim, pixels)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(..., latent_dim) -> (..., *output_shape)."""
+        logits = self.out(self.trunk(z.reshape(-1, z.shape[-1])))
+        return logits.to(z.dtype).reshape(*z.shape[:-1], *self.output_shape)  # type: ignore[no-any-return]
+
+
+class VAE(nn.Module):
+    """A variational autoencoder; its first three arguments are the Keras notebook's.
+
+    Kernels start Glorot-uniform and biases at zero, as in Keras.
+
+    Args:
+        input_shape: Shape of one image: (784,), or (1, 28, 28).
+        latent_dim: Dimensions of z.
+        intermediate_dim: Units of a hidden layer.
+        architecture: `mlp`, `residual` or `conv`.
+        depth: Hidden layers (mlp) or blocks (residual) on each side.
+        activation: `relu`, `tanh`, `silu` or `gelu`.
+        likelihood: `bernoulli`, `continuous_bernoulli` or `gaussian`.
+        prior: `standard`, `mixture` or `vamp`.
+        prior_components: Components of the mixture or VampPrior.
+
+    Raises:
+        ValueError: A size below 1, or a name that is none of the above.
+
+    Example:
+        >>> vae = VAE(latent_dim=2)
+        >>> vae(torch.rand(8, 784)).logits.shape
+        torch.Size([8, 784])
+    """
+
+    def __init__(
+        self,
+        input_shape: Sequence[int] = (784,),
+        latent_dim: int = 2,
+        intermediate_dim: int = 512,
+        *,
+        architecture: str = "mlp",
+        depth: int = 1,
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        prior: str = "standard",
+        prior_components: int = 500,
+    ) -> None:
+        super().__init__()
+        self.input_shape = tuple(input_shape)
+        self.latent_dim = latent_dim
+        self.intermediate_dim = intermediate_dim
+        sizes = {
+            "latent_dim": latent_dim,
+            "intermediate_dim": intermediate_dim,
+            "depth": depth,
+            "prior_components": prior_components,
+            "pixels": math.prod(self.input_shape),
+        }
+        for argument, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{argument} is {size}; it must be 1 or more")
+        names = {
+            "model.name": architecture,
+            "model.activation": activation,
+            "likelihood": likelihood,
+            "prior": prior,
+        }
+        for key, word in names.items():
+            if word not in CHOICES[key]:
+                raise ValueError(f"{key} is {word!r}; known are {', '.join(CHOICES[key])}")
+
+        shape: dict[str, Any] = {"name": architecture, "depth": depth, "activation": activation}
+        self.encoder = Encoder(self.input_shape, latent_dim, intermediate_dim, **shape)
+        self.decoder = Decoder(self.input_shape, latent_dim, intermediate_dim, **shape)
+        self.likelihood = LIKELIHOODS[likelihood]()
+        self.prior: StandardNormal | Mixture | VampPrior
+        if prior == "mixture":
+            self.prior = Mixture(latent_dim, prior_components)
+        elif prior == "vamp":
+            self.prior = VampPrior(self.input_shape, prior_components)
+        else:
+            self.prior = StandardNormal(latent_dim)
+        self.apply(_keras_init)
+
+    @classmethod
+    def from_config(cls, config: Config, input_shape: Sequence[int] = (784,)) -> "VAE":
+        """The model that a run's config describes, with fresh weights."""
+        return cls(
+            input_shape,
+            config.model.latent_dim,
+            config.model.intermediate_dim,
+            architecture=config.model.name,
+            depth=config.model.depth,
+            activation=config.model.activation,
+            likelihood=config.likelihood,
+            prior=config.prior,
+            prior_components=config.prior_components,
+        )
+
+    @classmethod
+    def from_keras_weights(cls, weights: Sequence[Any]) -> "VAE":
+        """The notebook's trained model in torch.
+
+        Args:
+            weights: The ten arrays of `encoder.get_weights() + decoder.get_weights()`: kernel (in,
+                out) and bias (out,) of the encoder's hidden layer, z_mean, z_log_var, the decoder's
+                hidden layer and its output layer.
+
+        Raises:
+            ValueError: Not ten arrays, or shapes that do not chain.
+        """
+        arrays = [torch.tensor(w, dtype=torch.float32) for w in weights]
+        if len(arrays) != 10:
+            raise ValueError(f"got {len(arrays)} arrays; the notebook's two models have ten")
+        kernel_shapes = [tuple(a.shape) for a in arrays[::2]]
+        if any(len(shape) != 2 for shape in kernel_shapes):
+            raise ValueError(f"kernels have shapes {kernel_shapes}; each must be (in, out)")
+        (pixels, hidden), (_, latent_dim) = kernel_shapes[:2]
+        vae = cls((pixels,), latent_dim, hidden)
+        layers = [m for m in vae.modules() if isinstance(m, nn.Linear)]  # in Keras' order
+        with torch.no_grad():
+            for layer, kernel, bias in zip(layers, arrays[::2], arrays[1::2], strict=True):
+                if kernel.T.shape != layer.weight.shape or bias.shape != layer.bias.shape:
+                    raise ValueError(
+                        f"a kernel of shape {tuple(kernel.shape)} and bias {tuple(bias.shape)} "
+                        f"stand where {tuple(layer.weight.T.shape)} and {tuple(layer.bias.shape)} "
+                        f"belong in a {pixels}-{hidden}-{latent_dim}-{hidden}-{pixels} model"
+                    )
+                layer.weight.copy_(kernel.T)
+                layer.bias.copy_(bias)
+        return vae
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of q(z|x).
+
+        Args:
+            x: (B, *shape) in [0, 1], where shape has as many pixels as `input_shape`.
+
+        Returns:
+            mean (B, latent_dim) and logvar (B, latent_dim).
+
+        Raises:
+            ValueError: Another number of pixels, or integer pixels.
+        """
+        if x.ndim < 2 or math.prod(x.shape[1:]) != math.prod(self.input_shape):
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}; this model takes (B, {_words(self.input_shape)}), "
+                "or any shape with as many pixels after B"
+            )
+        if not x.is_floating_point():
+            raise ValueError(f"x is {x.dtype}; pixels are floats in [0, 1] (divide bytes by 255)")
+        return self.encoder(x.reshape(-1, *self.input_shape))  # type: ignore[no-any-return]
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Decoder outputs before any sigmoid: (..., latent_dim) -> (..., *input_shape).
+
+        Raises:
+            ValueError: The last dimension of z is not `latent_dim`.
+        """
+        if z.ndim < 1 or z.shape[-1] != self.latent_dim:
+            raise ValueError(f"z has shape {tuple(z.shape)}; it must end in {self.latent_dim}")
+        return self.decoder(z)  # type: ignore[no-any-return]
+
+    def forward(
+        self, x: Tensor, *, eps: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> VAEOutput:
+        """Encode, draw z, decode. `eps` or `generator` fix the draw; see `reparameterize`."""
+        mean, logvar = self.encode(x)
+        z = reparameterize(mean, logvar, eps=eps, generator=generator)
+        return VAEOutput(self.decode(z), mean, logvar, z)
+
+    def log_prior(self, z: Tensor) -> Tensor:
+        """Log-density of the prior, in nats: (..., latent_dim) -> (...)."""
+        return self.prior.log_prob(z, self.encoder)
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Expected pixels at the posterior mean: (B, *shape) -> (B, *input_shape) in [0, 1]."""
+        mean, _ = self.encode(x)
+        return self.likelihood.mean(self.decode(mean))
+
+    @torch.no_grad()
+    def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """Expected pixels of n draws from the prior: (n, *input_shape) in [0, 1]."""
+        weight = next(self.parameters())
+        z = self.prior.sample(n, self.encoder, generator)
+        return self.likelihood.mean(self.decode(z.to(weight)))
+
+
+def _words(shape: Sequence[int]) -> str:
+    return ", ".join(str(n) for n in shape)
+
+
+def _keras_init(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class _ResidualBlock(nn.Module):
+    """x + W2 act(W1 norm(x)): He et al., *Identity Mappings in Deep Residual Networks* (2016)."""
+
+    def __init__(self, width: int, activation: str) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.LayerNorm(width),
+            nn.Linear(width, width),
+            ACTIVATIONS[activation](),
+            nn.Linear(width, width),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)  # type: ignore[no-any-return]
+
+
+def _dense_trunk(name: str, inputs: int, width: int, depth: int, activation: str) -> nn.Sequential:
+    if name == "residual":
+        blocks = [_ResidualBlock(width, activation) for _ in range(depth)]
+        return nn.Sequential(nn.Linear(inputs, width), *blocks, nn.LayerNorm(width))
+    layers: list[nn.Module] = []
+    for fan_in in [inputs] + [width] * (depth - 1):
+        layers += [nn.Linear(fan_in, width), ACTIVATIONS[activation]()]
+    return nn.Sequential(*layers)
+
+
+def _conv_side(pixels: int) -> int:
+    side = math.isqrt(pixels)
+    if side * side != pixels or side % 4:
+        raise ValueError(
+            f"model.name is 'conv' and an image has {pixels} pixels; it needs square grey images "
+            "with a side that 4 divides"
+        )
+    return side
+
+
+def _conv_encoder(pixels: int, width: int, activation: str) -> nn.Sequential:
+    side, act = _conv_side(pixels), ACTIVATIONS[activation]
+    return nn.Sequential(
+        nn.Unflatten(1, (1, side, side)),
+        nn.Conv2d(1, 32, 4, stride=2, padding=1),  # (B, 32, side/2, side/2)
+        act(),
+        nn.Conv2d(32, 64, 4, stride=2, padding=1),  # (B, 64, side/4, side/4)
+        act(),
+        nn.Flatten(),
+        nn.Linear(4 * pixels, width),
+        act(),
+    )
+
+
+def _conv_decoder(pixels: int, latent_dim: int, width: int, activation: str) -> nn.Sequential:
+    side, act = _conv_side(pixels), ACTIVATIONS[activation]
+    return nn.Sequential(
+        nn.Linear(latent_dim, width),
+        act(),
+        nn.Linear(width, 4 * pixels),
+        act(),
+        nn.Unflatten(1, (64, side // 4, side // 4)),
+        nn.ConvTranspose2d(64, 32, 4, stride=2, padding=1),  # (B, 32, side/2, side/2)
+        act(),
+        nn.ConvTranspose2d(32, 1, 4, stride=2, padding=1),  # (B, 1, side, side)
+    )

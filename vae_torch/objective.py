@@ -1,0 +1,183 @@
+"""KL, ELBO, the importance-weighted bound and the Keras loss: functions of tensors, in nats.
+
+Every function returns one value per image, (B,): pixels and latent dimensions are summed, and the
+training loop takes the mean over images, once.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vae_torch.config import ObjectiveConfig
+from vae_torch.model import VAE, reparameterize
+from vae_torch.prior import StandardNormal, log_normal
+
+
+def kl_per_dim(mean: Tensor, logvar: Tensor) -> Tensor:
+    r"""KL(N(mean, exp(logvar)) || N(0, 1)) of each latent dimension.
+
+    ½ (mean² + exp(logvar) - 1 - logvar): Kingma and Welling (2013), appendix B.
+
+    Args:
+        mean: (..., latent_dim).
+        logvar: (..., latent_dim).
+
+    Returns:
+        (..., latent_dim), nats.
+    """
+    # expm1 keeps the digits where the posterior is the prior and both parts vanish
+    return 0.5 * (mean**2 + torch.expm1(logvar) - logvar)
+
+
+def kl_standard_normal(mean: Tensor, logvar: Tensor) -> Tensor:
+    """KL(q(z|x) || N(0, I)) summed over latent dimensions: (..., latent_dim) -> (...), nats."""
+    return kl_per_dim(mean, logvar).sum(-1)
+
+
+def elbo(x: Tensor, logits: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
+    r"""The evidence lower bound E_q log p(x|z) - KL(q(z|x) || N(0, I)) ≤ log p(x).
+
+    One-sample estimate with Bernoulli pixels and the KL in closed form: Kingma and Welling (2013),
+    equation 10. `elbo(x, *vae(x)[:3])` is the usual call.
+
+    Args:
+        x: (B, *shape) in [0, 1].
+        logits: (B, *shape) decoder outputs, before the sigmoid.
+        mean: (B, latent_dim).
+        logvar: (B, latent_dim).
+
+    Returns:
+        (B,), nats per image.
+
+    Raises:
+        ValueError: x and logits have different numbers of pixels.
+    """
+    return -_cross_entropy(x, logits).sum(-1) - kl_standard_normal(mean, logvar)
+
+
+def keras_loss(x: Tensor, logits: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
+    """The notebook's loss: cross-entropy *averaged* over pixels plus KL *summed* over latents.
+
+    That weights the KL as many times too much as an image has pixels, and the posterior collapses.
+    It is here to reproduce the notebook; train with `elbo`. Arguments and errors as in `elbo`.
+
+    Returns:
+        (B,); lower is better, and no bound on anything.
+    """
+    return _cross_entropy(x, logits).mean(-1) + kl_standard_normal(mean, logvar)
+
+
+def iwae_bound(log_w: Tensor) -> Tensor:
+    r"""The importance-weighted bound log 1/K Σ_k w_k, tighter than the ELBO for K > 1.
+
+    Burda, Grosse and Salakhutdinov, *Importance Weighted Autoencoders* (ICLR 2016), equation 8.
+
+    Args:
+        log_w: (K, B): log p(x, z_k) - log q(z_k|x) of K draws, nats. `log_weights` computes them.
+
+    Returns:
+        (B,), nats per image.
+    """
+    return torch.logsumexp(log_w, 0) - torch.log(log_w.new_tensor(float(log_w.shape[0])))
+
+
+def log_weights(vae: VAE, x: Tensor, eps: Tensor) -> Tensor:
+    """Log-weights log p(x|z_k) + log p(z_k) - log q(z_k|x) at z_k = mean + exp(logvar / 2) eps_k.
+
+    Args:
+        vae: The model.
+        x: (B, *shape) in [0, 1].
+        eps: (K, B, latent_dim) standard normal noise.
+
+    Returns:
+        (K, B), nats.
+    """
+    x = x.reshape(-1, *vae.input_shape)
+    mean, logvar = vae.encode(x)
+    z = reparameterize(mean, logvar, eps=eps)  # (K, B, latent_dim)
+    log_px_given_z = vae.likelihood.log_prob(x, vae.decode(z))
+    return log_px_given_z + vae.log_prior(z) - log_normal(z, mean, logvar)
+
+
+class Terms(NamedTuple):
+    """One batch's worth of what is minimised and what is logged."""
+
+    loss: Tensor  # (), what is minimised
+    elbo: Tensor  # (B,) the plain bound: no beta, no warm-up, no free bits
+    reconstruction: Tensor  # (B,) log p(x|z), higher is better
+    kl: Tensor  # (B,) KL(q(z|x) || p(z)); a one-sample estimate unless the prior is standard
+    kl_per_dim: Tensor  # (latent_dim,) batch mean against the standard normal
+
+
+def objective_terms(
+    vae: VAE, x: Tensor, eps: Tensor, objective: ObjectiveConfig, beta: float | Tensor = 1.0
+) -> Terms:
+    """What `objective` minimises on one batch, with the plain bound beside it.
+
+    Args:
+        vae: The model.
+        x: (B, *shape) in [0, 1].
+        eps: (K, B, latent_dim) noise; several draws are averaged (elbo) or weighted (iwae).
+        objective: Which loss.
+        beta: The KL's weight at this epoch, warm-up included.
+    """
+    x = x.reshape(-1, *vae.input_shape)
+    mean, logvar = vae.encode(x)
+    z = reparameterize(mean, logvar, eps=eps)  # (K, B, latent_dim)
+    log_px_given_z = vae.likelihood.log_prob(x, vae.decode(z))  # (K, B)
+    reconstruction = log_px_given_z.mean(0)
+    kl_dims = kl_per_dim(mean, logvar).mean(0)  # (latent_dim,)
+    if isinstance(vae.prior, StandardNormal):
+        kl = kl_standard_normal(mean, logvar)
+    else:  # no closed form: the draws that the decoder saw estimate it
+        kl = (log_normal(z, mean, logvar) - vae.log_prior(z)).mean(0)
+
+    if objective.name == "keras":
+        loss = (kl - reconstruction / x[0].numel()).mean()
+    elif objective.name == "iwae" and objective.estimator == "dreg":
+        log_qz = log_normal(z, mean.detach(), logvar.detach())
+        loss = -_dreg_bound(log_px_given_z + vae.log_prior(z) - log_qz, z).mean()
+    elif objective.name == "iwae":
+        log_qz = log_normal(z, mean, logvar)
+        loss = -iwae_bound(log_px_given_z + vae.log_prior(z) - log_qz).mean()
+    elif objective.free_bits > 0:
+        # Kingma et al. (2016), appendix C.8: each dimension's batch mean may cost this much free
+        loss = -reconstruction.mean() + beta * kl_dims.clamp(min=objective.free_bits).sum()
+    else:
+        loss = (beta * kl - reconstruction).mean()
+
+    return Terms(
+        loss,
+        (reconstruction - kl).detach(),
+        reconstruction.detach(),
+        kl.detach(),
+        kl_dims.detach(),
+    )
+
+
+def _dreg_bound(log_w: Tensor, z: Tensor) -> Tensor:
+    """The value of the bound with DReG's gradient.
+
+    Tucker et al., *Doubly Reparameterized Gradient Estimators* (ICLR 2019), equation 8: with q's
+    own parameters stopped in log q, the decoder's gradient is weighted by the normalised weights,
+    and what flows back through z by their square.
+
+    Args:
+        log_w: (K, B), where log q saw a stopped mean and logvar.
+        z: (K, B, latent_dim), the draws that `log_w` was computed at.
+    """
+    weights = log_w.detach().softmax(0)  # (K, B)
+    if z.requires_grad:
+        z.register_hook(lambda gradient: gradient * weights.unsqueeze(-1))
+    surrogate = (weights * log_w).sum(0)
+    return iwae_bound(log_w).detach() + surrogate - surrogate.detach()
+
+
+def _cross_entropy(x: Tensor, logits: Tensor) -> Tensor:
+    """(B, pixels), nats."""
+    flat = logits.flatten(1)
+    if x.numel() != flat.numel() or x.shape[0] != flat.shape[0]:
+        raise ValueError(f"x has shape {tuple(x.shape)} and logits {tuple(logits.shape)}")
+    return F.binary_cross_entropy_with_logits(flat, x.reshape(flat.shape), reduction="none")

@@ -1,0 +1,198 @@
+"""A run's records: metrics.jsonl, TensorBoard, figures and summary.json, all in its folder."""
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vae_torch.checkpoint import write_atomically
+from vae_torch.config import Config
+from vae_torch.figures import (
+    latent_scatter,
+    manifold_grid,
+    reconstruction_grid,
+    sample_grid,
+    save_png,
+    to_pixels,
+)
+from vae_torch.model import VAE
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_CURVES = ("loss", "elbo", "reconstruction", "kl")
+_GRID_SCALE = 3  # a 28-pixel digit is a postage stamp on today's screens
+
+
+class RunLog:
+    """Writes what happens in a run into its folder.
+
+    Args:
+        run_dir: The folder; made if absent.
+        config: Of the run.
+        config_text: The resolved config as the user would read it.
+        first_epoch: Epochs already done when a run is continued; later records are dropped, so
+            that no epoch stands twice.
+    """
+
+    def __init__(
+        self, run_dir: Path, config: Config, *, config_text: str, first_epoch: int = 0
+    ) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # a second that only runs should pay
+
+        self.run_dir = run_dir
+        self.config = config
+        self.began = time.time()
+        (run_dir / "figures").mkdir(parents=True, exist_ok=True)
+        self._metrics = run_dir / "metrics.jsonl"
+        kept = [m for m in read_metrics(run_dir) if m["epoch"] <= first_epoch]
+        text = "".join(json.dumps(m) + "\n" for m in kept)
+        write_atomically(self._metrics, text.encode())
+        self._writer = SummaryWriter(
+            str(run_dir / "tensorboard"), purge_step=first_epoch + 1 if first_epoch else None
+        )
+        self._writer.add_text("config", f"```yaml\n{config_text}\n```")
+        self._writer.add_text("command", f"`{' '.join(sys.argv)}`")
+        charts = {name: ["Multiline", [f"train/{name}", f"test/{name}"]] for name in _CURVES}
+        self._writer.add_custom_scalars({"train and test, nats per image": charts})
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """One epoch: a line of metrics.jsonl, and its points in TensorBoard."""
+        with self._metrics.open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+        epoch = metrics["epoch"]
+        for name, value in metrics.items():
+            if isinstance(value, list):
+                for dim, part in enumerate(value):
+                    self._writer.add_scalar(f"{name}/{dim}", part, epoch)
+            elif name != "epoch":
+                self._writer.add_scalar(name, value, epoch)
+
+    def figures(self, epoch: int, vae: VAE, x: Tensor, labels: Tensor) -> None:
+        """Draw what the model does now, as PNG files and in TensorBoard.
+
+        Args:
+            epoch: Its step in TensorBoard; the PNG files show the latest.
+            vae: The model.
+            x: (N, *shape) test images; the first ten are reconstructed, all are encoded.
+            labels: (N,).
+        """
+        pictures: dict[str, Tensor | Figure] = {
+            "reconstructions": reconstruction_grid(vae, x[:10]),
+            "samples": sample_grid(vae),
+        }
+        if vae.latent_dim == 2:
+            pictures["manifold"] = manifold_grid(vae)
+            pictures["latent"] = latent_scatter(vae, x, labels)
+        for name, picture in pictures.items():
+            pixels = to_pixels(picture)
+            if isinstance(picture, Tensor):
+                scale = 2 if name == "manifold" else _GRID_SCALE
+                pixels = pixels.repeat(scale, 0).repeat(scale, 1)
+            save_png(pixels, self.run_dir / "figures" / f"{name}.png")
+            self._writer.add_image(
+                name, pixels, epoch, dataformats="HW" if pixels.ndim == 2 else "HWC"
+            )
+
+    def finish(self, history: dict[str, list[Any]], facts: dict[str, Any]) -> dict[str, Any]:
+        """Write summary.json and the hparams, and close. A run without summary.json is unfinished.
+
+        Args:
+            history: What `train` returned.
+            facts: What the caller knows besides: data hashes, device.
+
+        Returns:
+            The summary.
+        """
+        final = {
+            name: values[-1]
+            for name, values in history.items()
+            if name.startswith(("train/", "test/"))
+        }
+        summary = {
+            "final": final,
+            "unit": "nats per image; elbo and reconstruction: higher is better",
+            "epochs": len(history["epoch"]),
+            "best_test_elbo": max(history["test/elbo"]),
+            "seconds": round(time.time() - self.began, 1),
+            **facts,
+            "versions": versions(),
+            "git_commit": git_commit(),
+            "config": self.config.to_dict(),
+        }
+        self._write_hparams(final)
+        self._writer.close()
+        text = json.dumps(summary, indent=2) + "\n"
+        write_atomically(self.run_dir / "summary.json", text.encode())
+        return summary
+
+    def close(self) -> None:
+        """Close the files of a run that did not finish."""
+        self._writer.close()
+
+    def _write_hparams(self, final: dict[str, Any]) -> None:
+        from torch.utils.tensorboard.summary import hparams
+
+        flat: dict[str, Any] = {}
+        for key, value in self.config.to_dict().items():
+            if isinstance(value, dict):
+                flat |= {f"{key}.{inner}": v for inner, v in value.items()}
+            else:
+                flat[key] = value
+        known = {k: v for k, v in flat.items() if isinstance(v, bool | int | float | str)}
+        metrics = {f"final/{name}": final[f"test/{name}"] for name in _CURVES}
+        for record in hparams(known, metrics):
+            self._writer._get_file_writer().add_summary(record)
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, self.config.train.epochs)
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The epochs in metrics.jsonl; a last line torn by a crash is left out."""
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines()
+    epochs = []
+    for number, line in enumerate(lines, 1):
+        try:
+            epochs.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise ValueError(f"{path}: line {number} is not JSON") from None
+    return epochs
+
+
+def versions() -> dict[str, str]:
+    """Of what decides a run's numbers."""
+    import numpy
+    import torchvision
+
+    from vae_torch import __version__
+
+    return {
+        "vae_torch": __version__,
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of the code, with `-dirty` where files differ from it; None outside git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        got = subprocess.run(
+            [*command, "--abbrev=40", "--exclude=*"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return got.stdout.strip() or None
