@@ -7,17 +7,23 @@ import copy
 import logging
 import shutil
 import sys
-import tempfile
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
-from omegaconf.errors import OmegaConfBaseException
 
+from _common import (
+    device_name,
+    refuse,
+    require_writable,
+    resolve_device,
+    shown,
+    typed,
+)
 from vae_torch.config import Config, ConfigError, check
 
 ConfigStore.instance().store(name="schema", node=Config)
@@ -32,7 +38,9 @@ def main(cfg: DictConfig) -> float:
     from vae_torch.train import DivergedError
 
     try:
-        return run(typed(cfg), run_dir, OmegaConf.to_yaml(cfg, resolve=True))
+        config = typed(cfg, Config)
+        check(config)
+        return run(config, run_dir, OmegaConf.to_yaml(cfg, resolve=True))
     except (ConfigError, DataError, CheckpointError) as error:
         remove_if_unused(run_dir)
         refuse(str(error))
@@ -53,21 +61,14 @@ def run(config: Config, run_dir: Path, config_text: str) -> float:
     from vae_torch.train import train
 
     device = resolve_device(config.device)
+    # Adam's first moments decay into denormal numbers, which make a step twice as slow. Threads
+    # inherit the setting where they start, so it stands before the first parallel operation.
+    torch.set_flush_denormal(True)
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)  # of the initial weights; the rest has generators of its own
 
-    train_loader, test_loader = data.mnist_loaders(
-        config.data.root,
-        name=config.data.name,
-        batch_size=config.data.batch_size,
-        binarize=config.data.binarize,
-        limit_train=config.data.limit_train,
-        limit_test=config.data.limit_test,
-        hold_out=config.data.hold_out,
-        seed=config.seed,
-        device=device,
-    )
+    train_loader, test_loader = data.loaders_of(config, device)
     vae = VAE.from_config(config).to(device)
     checkpoints = Checkpoints(run_dir / "checkpoints", config, every=config.train.checkpoint_every)
     state = checkpoints.load("cpu") if config.train.resume else None
@@ -138,47 +139,6 @@ def run(config: Config, run_dir: Path, config_text: str) -> float:
     return elbo
 
 
-def typed(cfg: DictConfig) -> Config:
-    """The composed settings as a checked `Config`.
-
-    Raises:
-        ConfigError: A value that no run can use.
-    """
-    try:
-        config = OmegaConf.to_object(cfg)
-    except OmegaConfBaseException as error:
-        raise ConfigError(str(error).splitlines()[0]) from None
-    assert isinstance(config, Config)
-    check(config)
-    return config
-
-
-def resolve_device(name: str) -> Any:
-    """The torch device that `device=` names.
-
-    Raises:
-        ConfigError: CUDA is asked for and is not there.
-    """
-    import torch
-
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "auto":
-        return torch.device("cuda" if count else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise ConfigError(f"device={name}: this machine has {count} CUDA devices; use device=cpu")
-    return device
-
-
-def device_name(device: Any) -> str:
-    """Device, its model where it has a name, and the threads that a CPU run used."""
-    import torch
-
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"cpu ({torch.get_num_threads()} threads)"
-
-
 class RefuseBadRuns(Callback):
     """Checks the settings before Hydra makes or touches the run folder."""
 
@@ -207,23 +167,12 @@ class RefuseBadRuns(Callback):
         with read_write(settings), open_dict(settings):
             del settings["hydra"]
         try:
-            checked = typed(settings)
+            checked = typed(settings, Config)
+            check(checked)
             resolve_device(checked.device)
         except ConfigError as error:
             refuse(str(error))
         return checked
-
-
-def require_writable(key: str, folder: Path) -> None:
-    """Refuse a folder that cannot be made or written, without leaving one behind."""
-    existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        refuse(f"{key}={folder}: {existing} cannot be written ({error.strerror})")
 
 
 def remove_if_unused(run_dir: Path) -> None:
@@ -233,30 +182,19 @@ def remove_if_unused(run_dir: Path) -> None:
         shutil.rmtree(run_dir)
 
 
-def refuse(message: str) -> NoReturn:
-    """A user's mistake: one line, exit status 2."""
-    print(f"train.py: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
-
-
 def tell_what_next(run_dir: Path, elbo: float) -> None:
     """The last lines of a run: where it is and what to open."""
-    with_cwd = Path.cwd()
-    shown = run_dir.relative_to(with_cwd) if run_dir.is_relative_to(with_cwd) else run_dir
-    bin_dir = Path(sys.executable).parent
-    tensorboard = bin_dir / "tensorboard"
-    if tensorboard.is_relative_to(with_cwd):
-        tensorboard = tensorboard.relative_to(with_cwd)
+    tensorboard = shown(Path(sys.executable).parent / "tensorboard")
     log.info(
         "\nDone: test elbo %.2f nats per image.\n"
         "  run folder    %s\n"
         "  pictures      %s\n"
         "  curves        %s --logdir %s   then open http://localhost:6006",
         elbo,
-        shown,
-        shown / "figures",
+        shown(run_dir),
+        shown(run_dir / "figures"),
         tensorboard,
-        shown,
+        shown(run_dir),
     )
 
 

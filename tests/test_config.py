@@ -100,3 +100,17 @@ def test_contradictions_name_both_keys(composed, overrides):
         check(composed(*overrides))
     for override in overrides:
         assert override.split("=")[1] in str(caught.value)
+
+
+def test_evaluate_settings_compose():
+    from hydra import compose, initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    from vae_torch.config import EvaluateConfig, check_evaluate
+
+    ConfigStore.instance().store(name="schema_evaluate", node=EvaluateConfig)
+    with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
+        config = OmegaConf.to_object(compose("evaluate", ["run=somewhere"]))
+    check_evaluate(config)
+    assert config.eval.num_samples == 5000

@@ -56,6 +56,16 @@ def test_gaussian_equals_torch_distributions():
 
 
 @pytest.mark.parametrize("name", LIKELIHOODS)
+def test_affine_is_log_prob_of_every_pair(name):
+    likelihood = LIKELIHOODS[name]().double()
+    if name == "gaussian":
+        likelihood.logvar.data.fill_(-1.3)
+    x, logits = torch.rand(4, 9).double(), 2 * torch.randn(6, 9).double()
+    pairs = torch.stack([likelihood.log_prob(x, output.expand(4, 9)) for output in logits], 1)
+    torch.testing.assert_close(likelihood.affine(x, logits), pairs)
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
 def test_means_are_images_and_shapes_are_checked(name):
     likelihood = LIKELIHOODS[name]()
     logits = 100 * torch.randn(3, 784)

@@ -158,3 +158,37 @@ def test_a_finished_run_is_not_overwritten(small, tmp_path):
         done = run_script("train.py", *small, f"hydra.run.dir={tmp_path / 'run'}")
         assert done.returncode == expected, done.stderr
     assert "holds a finished run" in done.stderr
+
+
+def test_evaluation_card_of_a_run(small, tmp_path):
+    run_dir = tmp_path / "run"
+    assert run_script("train.py", *small, f"hydra.run.dir={run_dir}").returncode == 0
+    before = {p for p in REPOSITORY.iterdir()}
+    card = run_script("evaluate.py", f"run={run_dir}", "eval.num_samples=20", "eval.limit=50")
+    assert card.returncode == 0, card.stderr
+    assert {p for p in REPOSITORY.iterdir()} == before
+    stored = json.loads((run_dir / "evaluation.json").read_text())
+    for name in ("elbo", "log_px", "log_px_exact", "mutual_information", "linear_probe_accuracy"):
+        assert f"{stored[name]['value']:.3f}" in card.stdout
+    assert stored["log_px"]["num_samples"] == 20
+    assert stored["log_px"]["num_images"] == 50
+    events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    points = events.Scalars("evaluation/log_px")
+    assert points[-1].value == pytest.approx(stored["log_px"]["value"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ([], "run is missing"),
+        (["run=nowhere"], "run=nowhere: no such folder"),
+        (["run=docs"], "no checkpoints/last.pt"),
+        (["run=docs", "eval.num_samples=0"], "eval.num_samples=0"),
+        (["run=docs", "eval.checkpoint=first"], "one of last, best"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_told(arguments, part):
+    failed = run_script("evaluate.py", *arguments)
+    assert failed.returncode == 2
+    assert part in failed.stderr
+    assert len(failed.stderr.strip().splitlines()) == 1

@@ -113,6 +113,42 @@ class Config:
         return asdict(self)
 
 
+@dataclass
+class EvalConfig:
+    """How `scripts/evaluate.py` estimates."""
+
+    num_samples: int
+    fit_images: int
+    chunk: int
+    seed: int
+    checkpoint: str
+    limit: int | None = None
+
+
+@dataclass
+class EvaluateConfig:
+    """What `scripts/evaluate.py` composes from `conf/evaluate.yaml`."""
+
+    run: str
+    device: str
+    data_root: str | None
+    eval: EvalConfig
+
+
+def check_evaluate(config: EvaluateConfig) -> None:
+    """Refuse what cannot be evaluated.
+
+    Raises:
+        ConfigError: One line with the key, its value and what is allowed.
+    """
+    for key in ("num_samples", "fit_images", "chunk", "limit"):
+        value = getattr(config.eval, key)
+        if value is not None and value < 1:
+            raise ConfigError(f"eval.{key}={value}: must be a whole number, 1 or more")
+    if config.eval.checkpoint not in ("last", "best"):
+        raise ConfigError(f"eval.checkpoint={config.eval.checkpoint}: must be one of last, best")
+
+
 def config_from_dict(values: dict[str, Any]) -> Config:
     """Rebuild a `Config` from `Config.to_dict()`.
 

@@ -26,7 +26,7 @@ from filelock import FileLock
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vae_torch.config import CHOICES
+from vae_torch.config import CHOICES, Config
 
 # Folder under data.root, then images and labels of train and test: torchvision's own layout.
 _FILES: dict[str, tuple[str, tuple[str, str], tuple[str, str]]] = {
@@ -269,6 +269,23 @@ def mnist_loaders(
     return (
         _loader(train_set, batch_size, shuffle=True, seed=seed),
         _loader(test_set, max(batch_size, 1000), shuffle=False, seed=seed),
+    )
+
+
+def loaders_of(
+    config: Config, device: torch.device | str
+) -> tuple[DataLoader[tuple[Tensor, Tensor]], DataLoader[tuple[Tensor, Tensor]]]:
+    """`mnist_loaders` as a run's config asks for them."""
+    return mnist_loaders(
+        config.data.root,
+        name=config.data.name,
+        batch_size=config.data.batch_size,
+        binarize=config.data.binarize,
+        limit_train=config.data.limit_train,
+        limit_test=config.data.limit_test,
+        hold_out=config.data.hold_out,
+        seed=config.seed,
+        device=device,
     )
 
 

@@ -1,21 +1,30 @@
-"""What a trained model is worth: bounds and their parts over a data set, in nats per image."""
+"""What a trained model is worth: bounds, log p(x), and how it uses its latents. Nats per image.
+
+`bound_metrics` is what the training loop logs. `evaluate_model` fills the evaluation card, from
+functions that also work alone and return one value per image.
+"""
 
 import math
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from vae_torch.config import ObjectiveConfig
 from vae_torch.data import seeded_generator
-from vae_torch.model import VAE
-from vae_torch.objective import objective_terms
-from vae_torch.prior import StandardNormal
-
-_NOISE = 3  # tells this module's random stream from those of data order and training noise
+from vae_torch.model import VAE, reparameterize
+from vae_torch.objective import kl_per_dim, objective_terms
+from vae_torch.prior import StandardNormal, log_mixture, log_normal
 
 Loader = DataLoader[tuple[Tensor, Tensor]]
+
+# Tell the random streams of one seed apart (data order and training noise have their own).
+_BOUND, _IMPORTANCE, _FIT, _AGGREGATE = 3, 4, 5, 6
+
+ACTIVE_UNIT_VARIANCE = 0.01  # Burda et al. (2016), section 5.2
 
 
 @torch.no_grad()
@@ -32,74 +41,497 @@ def bound_metrics(
         the KL).
     """
     device = next(vae.parameters()).device
-    noise = seeded_generator(device, seed, _NOISE)
+    noise = seeded_generator(device, seed, _BOUND)
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     kl_dims = torch.zeros(vae.latent_dim, dtype=torch.float64, device=device)
     images = 0
     for x, _ in loader:
         x = x.to(device)
-        eps = torch.randn(
-            objective.num_samples, len(x), vae.latent_dim, generator=noise, device=device
-        )
+        shape = (objective.num_samples, len(x), vae.latent_dim)
+        eps = torch.randn(shape, generator=noise, device=device)
         terms = objective_terms(vae, x, eps, objective, beta)
         parts = (terms.loss, terms.elbo.mean(), terms.reconstruction.mean(), terms.kl.mean())
         sums += len(x) * torch.stack(parts)
         kl_dims += len(x) * terms.kl_per_dim
         images += len(x)
-    loss, elbo, reconstruction, kl = (sums / images).tolist()
-    metrics: dict[str, Any] = {
-        "loss": loss,
-        "elbo": elbo,
-        "reconstruction": reconstruction,
-        "kl": kl,
-    }
+    names = ("loss", "elbo", "reconstruction", "kl")
+    metrics: dict[str, Any] = dict(zip(names, (sums / images).tolist(), strict=True))
     if isinstance(vae.prior, StandardNormal):
         metrics["kl_per_dim"] = (kl_dims / images).tolist()
     return metrics
 
 
+class ImportanceEstimate(NamedTuple):
+    """log p(x) by importance sampling from q(z|x), one entry per image."""
+
+    log_px: Tensor  # (N,) nats
+    effective_samples: Tensor  # (N,) (Σ w)² / Σ w², at most num_samples
+
+
 @torch.no_grad()
-def evaluate_model(vae: VAE, loader: Loader, *, seed: int = 0) -> dict[str, Any]:
-    """The plain bound of a model on a data set, with its parts and its uncertainty.
+def importance_log_px(
+    vae: VAE,
+    x: Tensor,
+    *,
+    num_samples: int = 5000,
+    seed: int = 0,
+    chunk: int = 5000,
+    progress: bool = False,
+) -> ImportanceEstimate:
+    """Log 1/K Σ_k p(x, z_k) / q(z_k|x): Burda et al. (2016), equation 8 with a large K.
+
+    Each image's noise depends on (seed, its place) alone, so the answer does not depend on `chunk`
+    beyond the rounding of sums.
 
     Args:
         vae: The model.
-        loader: Yields (x, label); x in [0, 1].
+        x: (N, *shape) in [0, 1].
+        num_samples: K.
+        seed: Of the noise.
+        chunk: Decoder rows at once; bounds memory, 6 KB a row for 784 pixels.
+        progress: Show a bar on a terminal.
+
+    Raises:
+        ValueError: num_samples or chunk is below 1.
+    """
+    if num_samples < 1 or chunk < 1:
+        raise ValueError(f"num_samples={num_samples}, chunk={chunk}: both must be 1 or more")
+    mean, logvar = vae.encode(x)
+    together = max(1, chunk // num_samples)  # images
+    log_px, effective = [], []
+    steps = range(0, len(x), together)
+    for start in tqdm(steps, "log p(x)", disable=None if progress else True, leave=False):
+        part = slice(start, start + together)
+        eps = torch.stack(
+            [
+                torch.randn(
+                    num_samples,
+                    vae.latent_dim,
+                    generator=seeded_generator(x.device, seed, i, _IMPORTANCE),
+                    device=x.device,
+                )
+                for i in range(start, min(start + together, len(x)))
+            ],
+            1,
+        ).to(x.dtype)  # (K, images, latent_dim)
+        log_w = torch.cat(
+            [
+                _log_weights(vae, x[part], mean[part], logvar[part], some)
+                for some in eps.split(max(1, chunk // eps.shape[1]))
+            ]
+        ).double()  # (K, images)
+        total = log_w.logsumexp(0)
+        log_px.append(total - math.log(num_samples))
+        effective.append(torch.exp(2 * total - (2 * log_w).logsumexp(0)))
+    return ImportanceEstimate(torch.cat(log_px), torch.cat(effective))
+
+
+def _log_weights(vae: VAE, x: Tensor, mean: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
+    """(K, images) of log p(x, z) - log q(z|x)."""
+    z = reparameterize(mean, logvar, eps=eps)
+    log_px_given_z = vae.likelihood.log_prob(x.reshape(-1, *vae.input_shape), vae.decode(z))
+    return log_px_given_z + vae.log_prior(z) - log_normal(z, mean, logvar)
+
+
+class Quadrature(NamedTuple):
+    """log p(x) by numerical integration over the latent space."""
+
+    log_px: Tensor  # (N,) nats
+    residual: float  # nats by which the mean still moved in the last refinement
+    step: float  # of the grid
+    half_width: float  # the grid covers ± this in each dimension
+
+
+@torch.no_grad()
+def exact_log_px(
+    vae: VAE, x: Tensor, *, tolerance: float = 0.01, progress: bool = False
+) -> Quadrature:
+    r"""Log p(x) = log ∫ p(x|z) p(z) dz on a grid over a latent space of one or two dimensions.
+
+    A log-likelihood that is affine in x turns all images at all grid points into one matrix
+    product. The range is widened by a quarter, and the step halved, until neither moves the mean by
+    `tolerance`.
+
+    Args:
+        vae: A model with latent_dim 1 or 2.
+        x: (N, *shape) in [0, 1].
+        tolerance: Nats, on the mean over images.
+        progress: Show a bar on a terminal.
+
+    Raises:
+        ValueError: latent_dim is above 2, or the integral does not settle.
+    """
+    dims = vae.latent_dim
+    if dims > 2:
+        raise ValueError(
+            f"latent_dim is {dims}: integration over a grid is for 1 or 2; use importance sampling"
+        )
+    x = x.flatten(1)
+    bar = tqdm(desc="exact log p(x)", unit="point", disable=None if progress else True, leave=False)
+
+    def log_sum(points: Tensor) -> Tensor:
+        """Log Σ_g p(x|z_g) p(z_g) of every image, (N,)."""
+        total = x.new_full((len(x),), -math.inf)
+        # a block of (N, points) floats, at most some 200 MB
+        for z in points.split(max(64, 50_000_000 // len(x))):
+            logits = vae.decode(z).flatten(1)
+            block = vae.likelihood.affine(x, logits) + vae.log_prior(z)
+            total = torch.logaddexp(total, block.logsumexp(1))
+            bar.update(len(z))
+        return total
+
+    step = 0.1
+    n = math.ceil(5 / step)  # points on each side of 0
+    total = log_sum(_grid(x, n, dims) * step)
+    for _ in range(20):
+        wider = math.ceil(1.25 * n)
+        widened = torch.logaddexp(total, log_sum(_grid(x, wider, dims, hole=n) * step))
+        moved = (widened - total).mean().abs().item()
+        total, n = widened, wider
+        if moved < tolerance / 10:
+            break
+    else:
+        raise ValueError(
+            f"widening the grid to ±{n * step:.0f} still moves the mean by {moved:.3f}"
+        )
+    width_residual = moved
+    for _ in range(6):
+        before = total + dims * math.log(step)
+        offsets = _grid(x, n, dims)
+        for shift in torch.cartesian_prod(*[torch.tensor([0.0, 0.5])] * dims).reshape(-1, dims)[1:]:
+            total = torch.logaddexp(total, log_sum((offsets + shift.to(x)) * step))
+        step, n = step / 2, 2 * n
+        log_px = total + dims * math.log(step)
+        moved = (log_px - before).mean().abs().item()
+        if moved < tolerance / 2:
+            bar.close()
+            return Quadrature(log_px.double(), moved + width_residual, step, n * step)
+    raise ValueError(f"halving the grid's step to {step} still moves the mean by {moved:.3f} nats")
+
+
+def _grid(like: Tensor, n: int, dims: int, *, hole: int = -1) -> Tensor:
+    """Integer points of [-n, n]^dims outside [-hole, hole]^dims: (points, dims)."""
+    ticks = torch.arange(-n, n + 1, device=like.device, dtype=like.dtype)
+    points = torch.cartesian_prod(*[ticks] * dims).reshape(-1, dims)
+    return points[points.abs().amax(1) > hole]
+
+
+def fit_posterior(
+    vae: VAE, x: Tensor, *, steps: int = 500, num_samples: int = 16, seed: int = 0
+) -> Tensor:
+    """The ELBO of the best Gaussian posterior of each image, found by ascent from the encoder's.
+
+    Cremer, Li and Duvenaud, *Inference Suboptimality in VAEs* (ICML 2018), section 4.1: L[q*].
+
+    Args:
+        vae: The model; its weights stay as they are.
+        x: (N, *shape) in [0, 1].
+        steps: Of Adam, on each image's own mean and log-variance.
+        num_samples: Draws of z per step.
         seed: Of the noise.
 
     Returns:
-        Each figure as `{"value", "standard_error", "unit", "definition", "num_samples",
-        "num_images", "seed"}`: `elbo`, `reconstruction`, `kl`.
+        (N,) nats, estimated with 1,000 fresh draws.
     """
-    device = next(vae.parameters()).device
-    noise = seeded_generator(device, seed, _NOISE)
-    per_image: dict[str, list[Tensor]] = {"elbo": [], "reconstruction": [], "kl": []}
-    for x, _ in loader:
-        x = x.to(device)
-        eps = torch.randn(1, len(x), vae.latent_dim, generator=noise, device=device)
-        terms = objective_terms(vae, x, eps, ObjectiveConfig())
-        for name, per_batch in per_image.items():
-            per_batch.append(getattr(terms, name).double().cpu())
-    definitions = {
-        "elbo": "reconstruction - kl, a lower bound on log p(x)",
-        "reconstruction": "E_q(z|x) log p(x|z), summed over pixels, one draw of z",
-        "kl": "KL(q(z|x) || p(z)), summed over latent dimensions"
-        + (
-            ""
-            if isinstance(vae.prior, StandardNormal)
-            else "; a Monte Carlo estimate from one draw of z"
-        ),
-    }
+    noise = seeded_generator(x.device, seed, _FIT)
+    with torch.no_grad():
+        mean, logvar = (part.clone() for part in vae.encode(x))
+    mean.requires_grad_()
+    logvar.requires_grad_()
+    optimizer = torch.optim.Adam([mean, logvar], lr=0.02)
+    shape = (num_samples, *mean.shape)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / steps)
+        eps = torch.randn(shape, generator=noise, device=x.device, dtype=x.dtype)
+        loss = -_log_weights(vae, x, mean, logvar, eps).mean(0).sum()
+        mean.grad, logvar.grad = torch.autograd.grad(loss, [mean, logvar])
+        optimizer.step()
+    with torch.no_grad():
+        draws = [
+            torch.randn((20, *mean.shape), generator=noise, device=x.device, dtype=x.dtype)
+            for _ in range(50)
+        ]
+        return torch.cat([_log_weights(vae, x, mean, logvar, eps) for eps in draws]).mean(0)
+
+
+@torch.no_grad()
+def aggregate_kl(vae: VAE, x: Tensor, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """The mean KL(q(z|x) || p(z)) as mutual information plus KL(q(z) || p(z)).
+
+    Hoffman and Johnson, *ELBO surgery* (2016), with q(z) the mean of the N posteriors and one draw
+    of z from each.
+
+    Returns:
+        log q(z_n|x_n) - log q(z_n) and log q(z_n) - log p(z_n), (N,) each; their means are the two
+        parts. The first mean cannot exceed log N.
+    """
+    mean, logvar = vae.encode(x)
+    noise = seeded_generator(x.device, seed, _AGGREGATE)
+    eps = torch.randn(mean.shape, generator=noise, device=x.device, dtype=x.dtype)
+    z = reparameterize(mean, logvar, eps=eps)
+    uniform = mean.new_full((len(mean),), -math.log(len(mean)))
+    # in double, since posteriors can be narrow where log_mixture subtracts squares
+    parts = (mean.double(), logvar.double(), uniform.double())
+    log_qz = torch.cat([log_mixture(some.double(), *parts) for some in z.split(1000)])
+    return log_normal(z, mean, logvar) - log_qz, log_qz - vae.log_prior(z)
+
+
+def evaluate_model(
+    vae: VAE,
+    loader: Loader,
+    *,
+    train_loader: Loader | None = None,
+    num_samples: int = 5000,
+    fit_images: int = 100,
+    chunk: int = 5000,
+    seed: int = 0,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """The evaluation card.
+
+    Args:
+        vae: The model.
+        loader: Of the test set: (x, label), x in [0, 1].
+        train_loader: Adds the training bound, and probes of the latents fitted on it.
+        num_samples: Of the importance-sampling estimate of log p(x).
+        fit_images: How many images get a posterior of their own, to split the gap.
+        chunk: Decoder rows at once.
+        seed: Of all noise.
+        progress: Show bars on a terminal.
+
+    Returns:
+        Each figure as `{"value", "standard_error", "unit", "definition", "num_samples",
+        "num_images", "seed"}`, by name, and under `verdict` a list of sentences.
+
+    Raises:
+        ValueError: num_samples, fit_images or chunk is below 1.
+    """
+    if fit_images < 1:
+        raise ValueError(f"fit_images={fit_images}: must be 1 or more")
+    x, labels = _whole(vae, loader)
     card: dict[str, Any] = {}
-    for name, per_batch in per_image.items():
-        values = torch.cat(per_batch)
+
+    def put(name: str, value: Any, definition: str, samples: int, **more: Any) -> None:
+        """A per-image tensor is averaged here, with its standard error; other values stand."""
+        images, error = len(x), None
+        if isinstance(value, Tensor):
+            images, error = len(value), _standard_error(value)
+            value = value.double().mean().item()
         card[name] = {
-            "value": values.mean().item(),
-            "standard_error": values.std().item() / math.sqrt(len(values)),
+            "value": value,
+            "standard_error": error,
             "unit": "nats per image",
-            "definition": definitions[name],
-            "num_samples": 1,
-            "num_images": len(values),
+            "definition": definition,
+            "num_samples": samples,
+            "num_images": images,
             "seed": seed,
+            **more,
         }
+
+    _put_bound(put, vae, x, seed)
+    estimate = importance_log_px(
+        vae, x, num_samples=num_samples, seed=seed, chunk=chunk, progress=progress
+    )
+    log_px = estimate.log_px
+    definition = "log p(x) by importance sampling from q(z|x); in expectation a lower bound"
+    put("log_px", log_px, definition, num_samples)
+    put(
+        "effective_samples",
+        estimate.effective_samples,
+        "(Σ w)² / Σ w² of the importance weights",
+        num_samples,
+        unit="samples",
+        share_below_10=(estimate.effective_samples < min(10, num_samples)).double().mean().item(),
+    )
+    if vae.latent_dim <= 2:
+        exact = exact_log_px(vae, x, progress=progress)
+        log_px = exact.log_px
+        put(
+            "log_px_exact",
+            log_px,
+            f"log p(x) by integration over ±{exact.half_width:g} in steps of {exact.step:g}",
+            0,
+            residual=exact.residual,
+        )
+    _put_gap(put, vae, x[:fit_images], log_px, seed)
+    _put_latents(put, vae, x, labels, train_loader, seed)
+    if not ((x == 0) | (x == 1)).all():
+        floor = -torch.special.xlogy(x, x) - torch.special.xlogy(1 - x, 1 - x)
+        put(
+            "entropy_floor",
+            -floor.flatten(1).sum(1),
+            "reconstruction that no Bernoulli decoder of these grey pixels can exceed; "
+            "grey and binarised figures do not compare",
+            0,
+        )
+    if train_loader is not None:
+        bound = bound_metrics(vae, train_loader, ObjectiveConfig(), seed=seed)
+        put("train_elbo", bound["elbo"], "elbo on the training images", 1)
+    card["verdict"] = verdict(card, num_samples)
     return card
+
+
+def _whole(vae: VAE, loader: Loader) -> tuple[Tensor, Tensor]:
+    device = next(vae.parameters()).device
+    batches = list(loader)
+    x, labels = (torch.cat(parts).to(device) for parts in zip(*batches, strict=True))
+    return x, labels
+
+
+def _standard_error(values: Tensor) -> float:
+    return values.double().std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def _in_batches(x: Tensor) -> Iterator[Tensor]:
+    yield from x.split(1000)
+
+
+@torch.no_grad()
+def _put_bound(put: Any, vae: VAE, x: Tensor, seed: int) -> None:
+    noise = seeded_generator(x.device, seed, _BOUND)
+    rows = []
+    for part in _in_batches(x):
+        eps = torch.randn((1, len(part), vae.latent_dim), generator=noise, device=x.device)
+        terms = objective_terms(vae, part, eps.to(x.dtype), ObjectiveConfig())
+        rows.append(torch.stack([terms.elbo, terms.reconstruction, terms.kl]))
+    elbo, reconstruction, kl = torch.cat(rows, 1)
+    analytic = isinstance(vae.prior, StandardNormal)
+    put("elbo", elbo, "reconstruction - kl, a lower bound on log p(x)", 1)
+    put("reconstruction", reconstruction, "E_q log p(x|z), summed over pixels", 1)
+    how = "in closed form" if analytic else "a Monte Carlo estimate from one draw of z"
+    put("kl", kl, f"KL(q(z|x) || p(z)), {how}", 0 if analytic else 1)
+    mean, logvar = vae.encode(x)
+    if analytic:
+        per_dim = kl_per_dim(mean, logvar).mean(0)
+        put("kl_per_dim", per_dim.tolist(), "the KL of each latent dimension", 0)
+    variance = mean.var(0)
+    put(
+        "active_units",
+        int((variance > ACTIVE_UNIT_VARIANCE).sum()),
+        f"latent dimensions whose posterior mean varies by more than {ACTIVE_UNIT_VARIANCE} "
+        "(variance over images)",
+        0,
+        unit=f"of {vae.latent_dim} dimensions",
+        variance_per_dim=variance.tolist(),
+    )
+
+
+def _put_gap(put: Any, vae: VAE, x: Tensor, log_px: Tensor, seed: int) -> None:
+    with torch.no_grad():
+        mean, logvar = vae.encode(x)
+        noise = seeded_generator(x.device, seed, _FIT, 1)
+        shape = (20, *mean.shape)
+        encoder_elbo = torch.cat(
+            [
+                _log_weights(
+                    vae,
+                    x,
+                    mean,
+                    logvar,
+                    torch.randn(shape, generator=noise, device=x.device, dtype=x.dtype),
+                )
+                for _ in range(50)
+            ]
+        ).mean(0)
+    best_elbo = fit_posterior(vae, x, seed=seed)
+    log_px = log_px[: len(x)]
+    put("gap", log_px - encoder_elbo, "log p(x) - elbo, on the images of the next two", 1000)
+    put(
+        "approximation_gap",
+        log_px - best_elbo,
+        "log p(x) - elbo of the best Gaussian posterior of each image (Cremer et al., 2018)",
+        1000,
+    )
+    put(
+        "amortisation_gap",
+        best_elbo - encoder_elbo,
+        "elbo of the best Gaussian posterior - elbo of the encoder's (Cremer et al., 2018)",
+        1000,
+    )
+
+
+def _put_latents(
+    put: Any, vae: VAE, x: Tensor, labels: Tensor, train_loader: Loader | None, seed: int
+) -> None:
+    information, marginal = aggregate_kl(vae, x, seed=seed)
+    put(
+        "mutual_information",
+        information,
+        f"I(x; z) in the mean KL (Hoffman, Johnson, 2016); at most log N = {math.log(len(x)):.2f}",
+        1,
+    )
+    put("marginal_kl", marginal, "KL(q(z) || p(z)), the rest of the mean KL", 1)
+    if train_loader is None:
+        return
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+
+    train_x, train_labels = _whole(vae, train_loader)
+    with torch.no_grad():
+        train_means, means = (vae.encode(part)[0].cpu().numpy() for part in (train_x, x))
+    classes, train_classes = labels.cpu().numpy(), train_labels.cpu().numpy()
+    spread = train_means.std(0) + 1e-12
+    probes = {
+        "linear_probe_accuracy": (
+            "logistic regression",
+            LogisticRegression(max_iter=2000, tol=1e-3),
+        ),
+        "knn_accuracy": ("10 nearest neighbours", KNeighborsClassifier(10)),
+    }
+    for name, (words, probe) in probes.items():
+        right = probe.fit(train_means / spread, train_classes).predict(means / spread) == classes
+        put(
+            name,
+            torch.from_numpy(right).double(),
+            f"labels that {words} on the training images' posterior means finds",
+            0,
+            unit="share of images",
+        )
+
+
+def verdict(card: dict[str, Any], num_samples: int) -> list[str]:
+    """What the card's figures mean, in sentences, each with something to try."""
+    value = {name: entry["value"] for name, entry in card.items()}
+    said = []
+    variances = card["active_units"]["variance_per_dim"]
+    collapsed = len(variances) - value["active_units"]
+    if value["active_units"] == 0:
+        said.append(
+            "The posterior has collapsed: no latent dimension says anything about the image. Try "
+            "objective=elbo, objective.beta_warmup_epochs or objective.free_bits."
+        )
+    elif collapsed:
+        said.append(
+            f"{collapsed} of {len(variances)} latent dimensions are collapsed. That costs little; "
+            "objective.free_bits or objective.beta_warmup_epochs may bring them to use."
+        )
+    if "train_elbo" in value:
+        gap = value["train_elbo"] - value["elbo"]
+        if gap > 3:
+            said.append(
+                f"The training bound is {gap:.1f} nats better than the test bound: overfitting. "
+                "Try data.binarize=dynamic, fewer epochs, train.ema or a smaller model."
+            )
+    poor = card["effective_samples"]["share_below_10"]
+    if poor > 0.01:
+        said.append(
+            f"log_px is not to be trusted for {100 * poor:.0f}% of the images, which have fewer "
+            f"than 10 effective samples of {num_samples}. Try a larger eval.num_samples."
+        )
+    if "log_px_exact" in value:
+        off = value["log_px"] - value["log_px_exact"]
+        said.append(
+            f"Importance sampling is {abs(off):.3f} nats {'above' if off > 0 else 'below'} the "
+            "integral, which is the truth here."
+        )
+    if value["gap"] > 1:
+        larger = max("approximation_gap", "amortisation_gap", key=lambda name: value[name])
+        remedy = (
+            "a Gaussian fits the true posterior badly: more latent dimensions or objective=iwae"
+            if larger == "approximation_gap"
+            else "the encoder does not find the best Gaussian: a larger or longer trained encoder"
+        )
+        said.append(
+            f"Most of the bound's gap of {value['gap']:.1f} nats is the {larger}: {remedy}."
+        )
+    return said

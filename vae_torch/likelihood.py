@@ -1,7 +1,9 @@
 """log p(x | z) of an image under the decoder's output, summed over pixels, in nats.
 
 Each likelihood reads one decoder output per pixel (called `logits` for all of them) and offers the
-same two methods: `log_prob(x, logits)` and `mean(logits)`, the expected pixel values in [0, 1].
+same three methods: `log_prob(x, logits)`; `mean(logits)`, the expected pixel values in [0, 1]; and
+`affine(x, logits)`, which evaluates every image under every decoder output with one matrix product:
+all three log-densities are affine in x (the Gaussian up to a term without z).
 """
 
 import math
@@ -32,6 +34,10 @@ class Bernoulli(nn.Module):
         # x l - softplus(l), which no finite logit turns into log(0)
         return _sum_pixels(x * logits - F.softplus(logits), x)
 
+    def affine(self, x: Tensor, logits: Tensor) -> Tensor:
+        """Nats of each image under each output: (N, pixels) and (G, pixels) -> (N, G)."""
+        return torch.addmm(-F.softplus(logits).sum(-1), x, logits.T)
+
     def mean(self, logits: Tensor) -> Tensor:
         """Pixel probabilities, in the shape of `logits`."""
         return torch.sigmoid(logits)
@@ -49,6 +55,10 @@ class ContinuousBernoulli(nn.Module):
         """Nats per image: (B, *shape) and (..., B, *shape) -> (..., B)."""
         _check_shapes(x, logits)
         return _sum_pixels(x * logits - F.softplus(logits) + _log_normalizer(logits), x)
+
+    def affine(self, x: Tensor, logits: Tensor) -> Tensor:
+        """Nats of each image under each output: (N, pixels) and (G, pixels) -> (N, G)."""
+        return torch.addmm((_log_normalizer(logits) - F.softplus(logits)).sum(-1), x, logits.T)
 
     def mean(self, logits: Tensor) -> Tensor:
         """Expected pixel values: σ(l) is the parameter, its mean is 1/(1 - e^-l) - 1/l."""
@@ -70,6 +80,13 @@ class Gaussian(nn.Module):
         _check_shapes(x, logits)
         squares = (x - logits) ** 2 * torch.exp(-self.logvar)
         return _sum_pixels(-0.5 * (squares + self.logvar + math.log(2 * math.pi)), x)
+
+    def affine(self, x: Tensor, logits: Tensor) -> Tensor:
+        """Nats of each image under each output: (N, pixels) and (G, pixels) -> (N, G)."""
+        scale = torch.exp(-self.logvar)
+        normalizer = 0.5 * x.shape[-1] * (self.logvar + math.log(2 * math.pi))
+        offset = -0.5 * scale * (logits**2).sum(-1) - normalizer
+        return torch.addmm(offset, x, scale * logits.T) - 0.5 * scale * (x**2).sum(-1, True)
 
     def mean(self, logits: Tensor) -> Tensor:
         """The decoder's output, held inside [0, 1] so that it is an image."""

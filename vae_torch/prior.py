@@ -52,7 +52,7 @@ class Mixture(nn.Module):
 
     def log_prob(self, z: Tensor, encode: Encode) -> Tensor:
         """(..., latent_dim) -> (...), nats."""
-        return _log_mixture(z, *self.components(encode))
+        return log_mixture(z, *self.components(encode))
 
     def sample(self, n: int, encode: Encode, generator: torch.Generator | None = None) -> Tensor:
         """(n, latent_dim) draws."""
@@ -78,14 +78,14 @@ class VampPrior(nn.Module):
 
     def log_prob(self, z: Tensor, encode: Encode) -> Tensor:
         """(..., latent_dim) -> (...), nats."""
-        return _log_mixture(z, *self.components(encode))
+        return log_mixture(z, *self.components(encode))
 
     def sample(self, n: int, encode: Encode, generator: torch.Generator | None = None) -> Tensor:
         """(n, latent_dim) draws."""
         return _sample_mixture(n, *self.components(encode), generator)
 
 
-def _log_mixture(z: Tensor, means: Tensor, logvars: Tensor, log_weights: Tensor) -> Tensor:
+def log_mixture(z: Tensor, means: Tensor, logvars: Tensor, log_weights: Tensor) -> Tensor:
     """Log-density of a diagonal Gaussian mixture, without a (..., K, latent_dim) array.
 
     Σ_d (z_d - m_kd)² / s_kd² is expanded into two matrix products. The mean of the component means

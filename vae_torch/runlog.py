@@ -153,6 +153,21 @@ class RunLog:
             self._writer.add_scalar(name, value, self.config.train.epochs)
 
 
+def add_evaluation(run_dir: Path, card: dict[str, Any], epoch: int) -> None:
+    """The evaluation card in a run's TensorBoard: its figures as points, the card as text."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    rows = ["| figure | value | standard error | unit | definition |", "|---|---|---|---|---|"]
+    with SummaryWriter(str(run_dir / "tensorboard"), filename_suffix=".evaluation") as writer:
+        for name, entry in card.items():
+            if isinstance(entry, dict) and isinstance(entry.get("value"), int | float):
+                writer.add_scalar(f"evaluation/{name}", entry["value"], epoch)
+                cells = (entry["value"], entry["standard_error"], entry["unit"])
+                rows.append(f"| {name} | {' | '.join(map(str, cells))} | {entry['definition']} |")
+        verdict = "\n".join(f"- {sentence}" for sentence in card["verdict"])
+        writer.add_text("evaluation", "\n".join(rows) + f"\n\n{verdict}", epoch)
+
+
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The epochs in metrics.jsonl; a last line torn by a crash is left out."""
     path = run_dir / "metrics.jsonl"

@@ -1,0 +1,97 @@
+"""The evaluation card of a run: printed, written to evaluation.json, added to TensorBoard.
+
+python scripts/evaluate.py run=DIR [eval.num_samples=5000 ...]
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from _common import refuse, resolve_device, shown, typed
+from vae_torch.config import ConfigError, EvaluateConfig, check_evaluate
+
+ConfigStore.instance().store(name="schema_evaluate", node=EvaluateConfig)
+
+_NOT_PRINTED = ("kl_per_dim", "verdict")
+
+
+def main(cfg: DictConfig) -> None:
+    """Settings, model, data, card."""
+    from vae_torch.checkpoint import CheckpointError
+    from vae_torch.data import DataError
+
+    try:
+        if OmegaConf.is_missing(cfg, "run"):
+            raise ConfigError("run is missing: name a run folder, run=outputs/<date>/<time>")
+        config = typed(cfg, EvaluateConfig)
+        check_evaluate(config)
+        evaluate_run(config)
+    except (ConfigError, CheckpointError, DataError) as error:
+        refuse(str(error))
+
+
+def evaluate_run(config: EvaluateConfig) -> None:
+    """Load a run, evaluate it on its own test set, write the card."""
+    from vae_torch.checkpoint import load_run, write_atomically
+    from vae_torch.data import data_hash, loaders_of
+    from vae_torch.evaluate import evaluate_model
+    from vae_torch.runlog import add_evaluation
+
+    device = resolve_device(config.device)
+    run_dir = Path(config.run)
+    vae, run_config = load_run(run_dir, checkpoint=config.eval.checkpoint, device=device)
+    if config.data_root:
+        run_config.data.root = config.data_root
+    if config.eval.limit:
+        run_config.data.limit_test = config.eval.limit
+    train_loader, test_loader = loaders_of(run_config, device)
+    card = evaluate_model(
+        vae,
+        test_loader,
+        train_loader=train_loader,
+        num_samples=config.eval.num_samples,
+        fit_images=config.eval.fit_images,
+        chunk=config.eval.chunk,
+        seed=config.eval.seed,
+        progress=True,
+    )
+    card["data"] = {
+        "name": run_config.data.name,
+        "binarize": run_config.data.binarize,
+        "split": "held-out training images" if run_config.data.hold_out else "test",
+        "sha256": data_hash(test_loader),
+    }
+    print_card(card)
+    path = run_dir / "evaluation.json"
+    write_atomically(path, (json.dumps(card, indent=2) + "\n").encode())
+    add_evaluation(run_dir, card, run_config.train.epochs)
+    print(f"\nwritten to {shown(path.resolve())}")
+
+
+def print_card(card: dict[str, Any]) -> None:
+    """The card as a table, then its verdict."""
+    data = card["data"]
+    print(f"{data['name']}, {data['split']} images, binarize={data['binarize']}\n")
+    for name, entry in card.items():
+        if name in (*_NOT_PRINTED, "data"):
+            continue
+        error = entry["standard_error"]
+        value = f"{entry['value']:10.3f}" if isinstance(entry["value"], float) else entry["value"]
+        spread = f"± {error:.3f}" if error is not None else ""
+        unit = "nats" if entry["unit"] == "nats per image" else entry["unit"]
+        print(f"{name:22}{value:>10} {spread:9} {unit:18}  {entry['definition']}")
+    if "kl_per_dim" in card:
+        dims = sorted(card["kl_per_dim"]["value"], reverse=True)
+        listed = " ".join(f"{kl:.2f}" for kl in dims[:20]) + (" ..." if len(dims) > 20 else "")
+        print(f"{'kl_per_dim':22}{listed}")
+    print()
+    for sentence in card["verdict"]:
+        print(f"- {sentence}")
+
+
+if __name__ == "__main__":
+    hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")(main)()

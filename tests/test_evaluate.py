@@ -1,0 +1,220 @@
+"""Contracts of the estimators, each against a value that is known another way."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.distributions import MultivariateNormal
+from torch.utils.data import DataLoader, TensorDataset
+
+from vae_torch import VAE, evaluate_model, mnist_loaders, train
+from vae_torch.evaluate import (
+    aggregate_kl,
+    exact_log_px,
+    fit_posterior,
+    importance_log_px,
+)
+
+PIXELS = 6
+
+
+def linear_gaussian(latent_dim: int, *, orthogonal: bool = True) -> tuple[VAE, torch.Tensor]:
+    """p(z) = N(0, I), p(x|z) = N(W z + b, s² I), with the true posterior as encoder.
+
+    With orthogonal columns of W the posterior is diagonal: mean Wᵀ(x - b) / (|w|² + s²) and
+    variance s² / (|w|² + s²) in each dimension.
+    """
+    torch.manual_seed(0)
+    vae = VAE((PIXELS,), latent_dim, 4, likelihood="gaussian").double()
+    variance = 0.3
+    vae.likelihood.logvar.data.fill_(math.log(variance))
+    weight, bias = torch.randn(PIXELS, latent_dim).double(), torch.randn(PIXELS).double()
+    if orthogonal:
+        weight = 1.2 * torch.linalg.qr(weight)[0]
+    out = nn.Linear(latent_dim, PIXELS).double()
+    out.weight.data, out.bias.data = weight, bias
+    vae.decoder.trunk, vae.decoder.out = nn.Identity(), out
+
+    precision = 1.2**2 + variance
+    vae.encoder.trunk = nn.Identity()
+    vae.encoder.mean = nn.Linear(PIXELS, latent_dim).double()
+    vae.encoder.mean.weight.data = weight.T / precision
+    vae.encoder.mean.bias.data = -(weight.T @ bias) / precision
+    vae.encoder.logvar = nn.Linear(PIXELS, latent_dim).double()
+    vae.encoder.logvar.weight.data.zero_()
+    vae.encoder.logvar.bias.data.fill_(math.log(variance / precision))
+    covariance = weight @ weight.T + variance * torch.eye(PIXELS).double()
+    x = MultivariateNormal(bias, covariance).sample((40,))
+    vae.true_log_px = MultivariateNormal(bias, covariance).log_prob(x)
+    return vae, x
+
+
+@pytest.fixture(scope="module")
+def trained(made_up_root):
+    train_loader, test_loader = mnist_loaders(made_up_root, name="fashion_mnist", batch_size=50)
+    torch.manual_seed(0)
+    vae = VAE((784,), 2, 32)
+    train(vae, train_loader, test_loader, epochs=10)
+    return vae, train_loader, test_loader
+
+
+@pytest.mark.parametrize("latent_dim", [1, 2])
+@pytest.mark.parametrize("orthogonal", [True, False])
+def test_integral_equals_the_closed_form(latent_dim, orthogonal):
+    vae, x = linear_gaussian(latent_dim, orthogonal=orthogonal)
+    result = exact_log_px(vae, x)
+    torch.testing.assert_close(result.log_px, vae.true_log_px, atol=1e-3, rtol=0)
+    assert result.residual < 0.01
+
+
+@pytest.mark.parametrize("latent_dim", [1, 2, 3])
+def test_importance_sampling_from_the_true_posterior_is_exact(latent_dim):
+    """All weights are equal then, so a single sample has no error."""
+    vae, x = linear_gaussian(latent_dim)
+    result = importance_log_px(vae, x, num_samples=7)
+    torch.testing.assert_close(result.log_px, vae.true_log_px, atol=1e-9, rtol=0)
+    torch.testing.assert_close(result.effective_samples, torch.full((40,), 7.0).double())
+
+
+def test_importance_sampling_from_a_wrong_posterior_converges():
+    vae, x = linear_gaussian(2)
+    vae.encoder.mean.bias.data += 0.3
+    vae.encoder.logvar.bias.data += 0.8
+    result = importance_log_px(vae, x, num_samples=20_000)
+    torch.testing.assert_close(result.log_px, vae.true_log_px, atol=0.03, rtol=0)
+    assert (result.effective_samples < 15_000).all()
+    assert (result.effective_samples > 1_000).all()
+
+
+def test_importance_sampling_agrees_with_the_integral_on_a_trained_model(trained):
+    vae, _, test_loader = trained
+    x = torch.cat([x for x, _ in test_loader])[:100]
+    exact = exact_log_px(vae, x)
+    seeds = torch.stack([importance_log_px(vae, x, num_samples=500, seed=s)[0] for s in range(8)])
+    error = seeds.mean(1).std() / math.sqrt(8)
+    # in expectation it is below the truth, by half its variance: a hundredth of a nat here
+    off = seeds.mean() - exact.log_px.mean()
+    assert -3 * error - 0.02 - exact.residual < off < 3 * error + exact.residual
+
+
+def test_bounds_are_ordered(trained):
+    vae, _, test_loader = trained
+    x = torch.cat([x for x, _ in test_loader])
+    means = [
+        torch.stack(
+            [importance_log_px(vae, x, num_samples=k, seed=s).log_px.mean() for s in range(4)]
+        )
+        for k in (1, 5, 50)
+    ]
+    exact = exact_log_px(vae, x).log_px.mean()
+    for low, high in zip(means, [*means[1:], exact.expand(4)], strict=True):
+        error = (low.var() / 4 + high.var() / 4).sqrt()
+        assert low.mean() < high.mean() + 3 * error
+    assert means[0].mean() < exact - 0.1
+
+
+@pytest.mark.parametrize("prior", ["mixture", "vamp"])
+def test_integral_and_sampling_agree_under_learned_priors(prior):
+    torch.manual_seed(3)
+    vae = VAE((PIXELS,), 2, 8, prior=prior, prior_components=4).double()
+    vae.encoder.logvar.bias.data += 2  # an untrained posterior must cover the mixture's modes
+    x = torch.rand(10, PIXELS).double()
+    exact = exact_log_px(vae, x).log_px
+    sampled = importance_log_px(vae, x, num_samples=20_000).log_px
+    torch.testing.assert_close(sampled, exact, atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("chunk", [1, 13, 64, 100_000])
+def test_chunks_change_nothing(small_vae, chunk):
+    x = torch.rand(5, 784)
+    expected = importance_log_px(small_vae, x, num_samples=64, chunk=5000)
+    got = importance_log_px(small_vae, x, num_samples=64, chunk=chunk)
+    torch.testing.assert_close(got.log_px, expected.log_px, rtol=1e-6, atol=0)
+    torch.testing.assert_close(got.effective_samples, expected.effective_samples, rtol=1e-3, atol=0)
+    other = importance_log_px(small_vae, x, num_samples=64, seed=1)
+    assert not torch.equal(other.log_px, expected.log_px)
+
+
+def test_an_image_counts_the_same_among_others(small_vae):
+    x = torch.rand(6, 784)
+    alone = importance_log_px(small_vae, x[:2], num_samples=50).log_px
+    among = importance_log_px(small_vae, x, num_samples=50).log_px[:2]
+    torch.testing.assert_close(alone, among, rtol=1e-6, atol=0)
+
+
+def test_fitted_posterior_closes_the_gap_of_a_bad_encoder():
+    vae, x = linear_gaussian(2)
+    vae.encoder.mean.bias.data += 1.0
+    vae.encoder.logvar.bias.data += 1.0
+    best = fit_posterior(vae, x, steps=400)
+    assert ((vae.true_log_px - best).abs() < 0.02).all()  # the family holds the true posterior
+    assert not any(p.grad is not None and p.grad.any() for p in vae.parameters())
+
+
+def test_aggregate_kl_of_known_posteriors():
+    vae, x = linear_gaussian(2)
+    # all posteriors the prior: no information, no distance
+    for layer in (vae.encoder.mean, vae.encoder.logvar):
+        layer.weight.data.zero_()
+        layer.bias.data.zero_()
+    information, marginal = aggregate_kl(vae, x)
+    torch.testing.assert_close(information, torch.zeros(40).double(), atol=1e-9, rtol=0)
+    torch.testing.assert_close(marginal, torch.zeros(40).double(), atol=1e-9, rtol=0)
+    # far apart: z tells which of the 40 images it came from
+    vae.encoder.mean.weight.data = 1e3 * torch.randn(2, PIXELS).double()
+    information, _ = aggregate_kl(vae, x)
+    assert information.mean().item() == pytest.approx(math.log(40), abs=1e-3)
+
+
+def test_parts_of_the_aggregate_kl_sum_to_the_kl(trained):
+    vae, _, test_loader = trained
+    card = evaluate_model(vae, test_loader, num_samples=2, fit_images=2)
+    x = torch.cat([x for x, _ in test_loader])
+    sums = torch.stack([torch.stack(aggregate_kl(vae, x, seed=s)).sum(0).mean() for s in range(20)])
+    error = sums.std().item() / math.sqrt(20)
+    assert sums.mean().item() == pytest.approx(card["kl"]["value"], abs=4 * error)
+
+
+def test_card_adds_up_and_says_what_it_is(trained):
+    vae, train_loader, test_loader = trained
+    card = evaluate_model(
+        vae, test_loader, train_loader=train_loader, num_samples=200, fit_images=20
+    )
+    value = {name: entry["value"] for name, entry in card.items() if name != "verdict"}
+    assert value["elbo"] == pytest.approx(value["reconstruction"] - value["kl"], abs=1e-3)
+    assert sum(value["kl_per_dim"]) == pytest.approx(value["kl"], rel=1e-4)
+    parts = value["approximation_gap"] + value["amortisation_gap"]
+    assert value["gap"] == pytest.approx(parts, abs=1e-3)
+    assert value["elbo"] < value["log_px"] < value["log_px_exact"] + 0.02
+    assert value["reconstruction"] < value["entropy_floor"]
+    x = torch.cat([x for x, _ in test_loader])
+    means = torch.cat([vae.encode(image[None])[0] for image in x]).detach()
+    assert value["active_units"] == sum(means.var(0) > 0.01)
+    assert value["linear_probe_accuracy"] > 0.4  # ten classes of bars
+    assert value["knn_accuracy"] > 0.4
+    for name, entry in card.items():
+        if name != "verdict":
+            keys = {"value", "standard_error", "unit", "definition", "num_samples", "seed"}
+            assert keys <= entry.keys(), name
+    assert any("Importance sampling" in sentence for sentence in card["verdict"])
+
+
+def test_verdict_names_a_collapse():
+    torch.manual_seed(0)
+    vae = VAE((PIXELS,), 2, 4)
+    for layer in (vae.encoder.mean, vae.encoder.logvar):
+        layer.weight.data.zero_()
+    data = TensorDataset(torch.rand(30, PIXELS), torch.zeros(30, dtype=torch.long))
+    card = evaluate_model(vae, DataLoader(data, 10), num_samples=3, fit_images=2)
+    assert card["active_units"]["value"] == 0
+    assert "collapsed" in card["verdict"][0]
+    assert "free_bits" in card["verdict"][0]
+
+
+def test_what_cannot_be_estimated_is_refused(small_vae):
+    x = torch.rand(2, 784)
+    with pytest.raises(ValueError, match="latent_dim is 3"):
+        exact_log_px(VAE(latent_dim=3, intermediate_dim=4), x)
+    with pytest.raises(ValueError, match="num_samples=0"):
+        importance_log_px(small_vae, x, num_samples=0)
