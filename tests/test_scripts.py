@@ -163,10 +163,10 @@ def test_a_finished_run_is_not_overwritten(small, tmp_path):
 def test_evaluation_card_of_a_run(small, tmp_path):
     run_dir = tmp_path / "run"
     assert run_script("train.py", *small, f"hydra.run.dir={run_dir}").returncode == 0
-    before = {p for p in REPOSITORY.iterdir()}
+    before = set(REPOSITORY.iterdir())
     card = run_script("evaluate.py", f"run={run_dir}", "eval.num_samples=20", "eval.limit=50")
     assert card.returncode == 0, card.stderr
-    assert {p for p in REPOSITORY.iterdir()} == before
+    assert set(REPOSITORY.iterdir()) == before
     stored = json.loads((run_dir / "evaluation.json").read_text())
     for name in ("elbo", "log_px", "log_px_exact", "mutual_information", "linear_probe_accuracy"):
         assert f"{stored[name]['value']:.3f}" in card.stdout
