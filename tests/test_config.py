@@ -42,6 +42,19 @@ def test_keras_experiment_is_the_notebook(composed):
     )
 
 
+def test_an_experiment_has_the_last_word(composed):
+    strong = composed("experiment=strong")
+    assert (strong.prior, strong.data.binarize, strong.model.latent_dim) == (
+        "mixture",
+        "dynamic",
+        40,
+    )
+    assert strong.train.ema > 0
+    assert strong.train.epochs != composed().train.epochs
+    assert composed("experiment=strong", "train.epochs=3").train.epochs == 3
+    assert composed("experiment=static_vae").optimizer.schedule == "cosine"  # by way of burda_vae
+
+
 def test_dict_round_trip(config):
     assert config_from_dict(config.to_dict()) == config
 

@@ -1,0 +1,146 @@
+"""Rerun the results table: every row, every seed, evaluated, and the table in README.md rewritten.
+
+python scripts/reproduce.py [only=[strong] seeds=[0]]
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
+
+from _common import refuse, typed
+from vae_torch.config import ConfigError
+
+BEGIN, END = "<!-- results: written by scripts/reproduce.py -->", "<!-- end of results -->"
+
+
+@dataclass
+class Row:
+    """One line of the table."""
+
+    experiment: str | None
+    figure: str  # of evaluation.json, or `loss`
+    published: str
+    source: str
+    overrides: list[str] = field(default_factory=list)
+
+
+@dataclass
+class ReproduceConfig:
+    """What `scripts/reproduce.py` composes from `conf/reproduce.yaml`."""
+
+    only: list[str] | None
+    seeds: list[int]
+    out: str
+    readme: str
+    data_root: str
+    num_samples: int
+    limit_test: int | None
+    overrides: list[str]
+    rows: dict[str, Row]
+
+
+ConfigStore.instance().store(name="schema_reproduce", node=ReproduceConfig)
+
+
+def main(cfg: DictConfig) -> None:
+    """Run what is missing, then rewrite the table."""
+    try:
+        config = typed(cfg, ReproduceConfig)
+        chosen = config.only or list(config.rows)
+        for name in chosen:
+            if name not in config.rows:
+                raise ConfigError(f"only={name}: must be some of {', '.join(config.rows)}")
+    except ConfigError as error:
+        refuse(str(error))
+    for name in chosen:
+        for seed in config.seeds:
+            run_and_evaluate(config, config.rows[name], seed)
+    table = table_of(config)
+    readme = Path(config.readme)
+    if readme.exists() and BEGIN in readme.read_text():
+        before, rest = readme.read_text().split(BEGIN)
+        readme.write_text(before + BEGIN + "\n" + table + "\n" + END + rest.split(END)[1])
+    print(table)
+
+
+def folder_of(config: ReproduceConfig, row: Row, seed: int) -> Path:
+    """Rows of one experiment share its runs."""
+    return Path(config.out) / (row.experiment or "default") / f"seed={seed}"
+
+
+def command_of(row: Row) -> str:
+    """What a reader would type for one run of the row."""
+    settings = [f"experiment={row.experiment}"] if row.experiment else []
+    return " ".join(["train.py", *settings, *row.overrides])
+
+
+def run_and_evaluate(config: ReproduceConfig, row: Row, seed: int) -> None:
+    """One training and its card, unless they are there."""
+    run_dir = folder_of(config, row, seed)
+    scripts = Path(__file__).parent
+    if not (run_dir / "summary.json").exists():
+        settings = command_of(row).split()[1:]
+        settings += [f"seed={seed}", f"data.root={config.data_root}", f"hydra.run.dir={run_dir}"]
+        settings += ["train.resume=auto", *config.overrides]
+        subprocess.run([sys.executable, str(scripts / "train.py"), *settings], check=True)
+    if not (run_dir / "evaluation.json").exists():
+        settings = [f"run={run_dir}", f"eval.num_samples={config.num_samples}"]
+        settings += [f"data_root={config.data_root}"]
+        settings += [f"eval.limit={config.limit_test}"] if config.limit_test else []
+        subprocess.run([sys.executable, str(scripts / "evaluate.py"), *settings], check=True)
+
+
+def table_of(config: ReproduceConfig) -> str:
+    """The Markdown table of all rows that have runs, whatever was run this time."""
+    lines = [
+        "| row | figure (nats; lower is better) | ours: mean ± sd | seeds | published | source "
+        "| command | minutes |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in config.rows.items():
+        runs = sorted(folder_of(config, row, 0).parent.glob("seed=*/evaluation.json"))
+        if not runs:
+            continue
+        figures = [figure_of(run.parent, row.figure) for run in runs]
+        minutes = [summary_of(run.parent)["seconds"] / 60 for run in runs]
+        spread = f" ± {statistics.stdev(figures):.2f}" if len(figures) > 1 else ""
+        digits = 4 if row.figure == "loss" else 2
+        words = {"elbo": "-ELBO", "log_px": "-log p(x)", "log_px_exact": "exact -log p(x)"}
+        cells = (
+            f"`{name}`",
+            words.get(row.figure, row.figure),
+            f"**{statistics.mean(figures):.{digits}f}**{spread}",
+            str(len(runs)),
+            row.published,
+            row.source,
+            f"`{command_of(row)}`",
+            f"{statistics.mean(minutes):.0f}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def figure_of(run_dir: Path, figure: str) -> float:
+    """The row's figure of one run, as a loss: lower is better."""
+    if figure == "loss":
+        return float(summary_of(run_dir)["final"]["test/loss"])
+    card = json.loads((run_dir / "evaluation.json").read_text())
+    return -float(card[figure]["value"])
+
+
+def summary_of(run_dir: Path) -> dict[str, Any]:
+    """A run's summary.json."""
+    summary: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
+    return summary
+
+
+if __name__ == "__main__":
+    hydra.main(version_base="1.3", config_path="../conf", config_name="reproduce")(main)()
