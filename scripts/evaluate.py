@@ -62,7 +62,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
     card["data"] = {
         "name": run_config.data.name,
         "binarize": run_config.data.binarize,
-        "split": "held-out training images" if run_config.data.hold_out else "test",
+        "split": "held-out training" if run_config.data.hold_out else "test",
         "sha256": data_hash(test_loader),
     }
     print_card(card)
