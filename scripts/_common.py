@@ -1,7 +1,10 @@
 """What the scripts share: typed settings, the device, and how a mistake is told."""
 
+import os
 import sys
 import tempfile
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -17,14 +20,37 @@ def typed(cfg: DictConfig, schema: type[Settings]) -> Settings:
     """Composed settings as an instance of the dataclass that they were composed for.
 
     Raises:
-        ConfigError: A mandatory value is missing.
+        ConfigError: A mandatory value is missing, or a key was added that means nothing.
     """
     try:
         settings = OmegaConf.to_object(cfg)
+        given = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0]) from None
     assert isinstance(settings, schema)
+    if unknown := _unknown_key(given, asdict(settings)):  # type: ignore[call-overload]
+        raise ConfigError(f"{unknown}: no such key; --help lists them")
     return settings
+
+
+def _unknown_key(given: Any, known: Any) -> str | None:
+    """The first key, dotted, that is given and not known: `+key=value` can add any."""
+    if not isinstance(given, dict) or not isinstance(known, dict):
+        return None
+    for key, value in given.items():
+        if key not in known:
+            return str(key)
+        if inner := _unknown_key(value, known[key]):
+            return f"{key}.{inner}"
+    return None
+
+
+def refuse_empty_groups(*groups: str) -> None:
+    """Hydra answers `model=null` with a traceback of its own; this answers first."""
+    for argument in sys.argv[1:]:
+        group, _, value = argument.partition("=")
+        if group in groups and value in ("", "null"):
+            refuse(f"{argument}: name one of the files in conf/{group}/")
 
 
 def resolve_device(name: str) -> Any:
@@ -53,16 +79,19 @@ def device_name(device: Any) -> str:
     return f"cpu ({torch.get_num_threads()} threads)"
 
 
-def require_writable(key: str, folder: Path) -> None:
-    """Refuse a folder that cannot be made or written, without leaving one behind."""
-    existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
+def make_folder(key: str, folder: Path) -> None:
+    """Make a folder that can be written, or refuse in one line and leave nothing behind."""
+    new = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return
     except OSError as error:
-        refuse(f"{key}={folder}: {existing} cannot be written ({error.strerror})")
+        for path in new:
+            with suppress(OSError):
+                path.rmdir()
+        name = str(folder) if len(str(folder)) < 200 else f"{str(folder)[:200]}..."
+        refuse(f"{key}={name}: cannot be written ({error.strerror}); choose another folder")
 
 
 def refuse(message: str) -> NoReturn:

@@ -5,8 +5,10 @@ python scripts/train.py [key=value ...]
 
 import copy
 import logging
+import os
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,13 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
 
 from _common import (
     device_name,
+    make_folder,
     refuse,
-    require_writable,
+    refuse_empty_groups,
     resolve_device,
     shown,
     typed,
@@ -44,6 +48,11 @@ def main(cfg: DictConfig) -> float:
     except (ConfigError, DataError, CheckpointError) as error:
         remove_if_unused(run_dir)
         refuse(str(error))
+    except RuntimeError as error:
+        if "allocate memory" not in str(error) and "out of memory" not in str(error):
+            raise
+        remove_if_unused(run_dir)
+        refuse("out of memory: lower the model's sizes, data.batch_size or objective.num_samples")
     except DivergedError as error:
         print(f"train.py: stopped: {error}; see {run_dir}", file=sys.stderr)
         sys.exit(1)
@@ -150,17 +159,20 @@ class RefuseBadRuns(Callback):
             if not (Path(resume) / "checkpoints").is_dir():
                 refuse(f"train.resume={resume}: no such folder, or no run with checkpoints in it")
             OmegaConf.update(config, "hydra.run.dir", resume, force_add=True)
-        run_dir = Path(config.hydra.run.dir)
-        if (run_dir / "summary.json").exists():
-            refuse(f"hydra.run.dir={run_dir}: holds a finished run; choose another folder")
-        if not resume and (run_dir / "metrics.jsonl").exists():
-            refuse(f"hydra.run.dir={run_dir}: holds an unfinished run; add train.resume=auto")
-        require_writable("hydra.run.dir", run_dir)
+        try:
+            run_dir = Path(config.hydra.run.dir)
+            if not resume and os.path.lexists(run_dir) and any(run_dir.iterdir()):
+                refuse_occupied(run_dir)
+            if (run_dir / "summary.json").exists():
+                refuse(f"train.resume={resume}: the run in {run_dir} is finished")
+        except (OSError, OmegaConfBaseException) as error:
+            refuse(f"hydra.run.dir: cannot be used ({str(error)[:300]}); choose another folder")
+        make_folder("hydra.run.dir", run_dir)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """The values that the sweep does not vary; each job checks its own again."""
         self._checked(config)
-        require_writable("hydra.sweep.dir", Path(config.hydra.sweep.dir))
+        make_folder("hydra.sweep.dir", Path(config.hydra.sweep.dir))
 
     def _checked(self, config: DictConfig) -> Config:
         settings = copy.deepcopy(config)
@@ -175,11 +187,26 @@ class RefuseBadRuns(Callback):
         return checked
 
 
+def refuse_occupied(run_dir: Path) -> None:
+    """A new run starts in a folder of its own."""
+    if (run_dir / "summary.json").exists():
+        refuse(f"hydra.run.dir={run_dir}: holds a finished run; choose another folder")
+    if (run_dir / "metrics.jsonl").exists():
+        refuse(f"hydra.run.dir={run_dir}: holds an unfinished run; add train.resume=auto")
+    refuse(f"hydra.run.dir={run_dir}: is not empty; choose another folder")
+
+
 def remove_if_unused(run_dir: Path) -> None:
     """Take away a folder in which nothing but Hydra's own notes was written."""
-    if {entry.name for entry in run_dir.iterdir()} <= {".hydra", "run.log"}:
+    logs = list(run_dir.glob("*.log"))
+    if set(run_dir.iterdir()) <= {run_dir / ".hydra", *logs}:
         logging.shutdown()
-        shutil.rmtree(run_dir)
+        shutil.rmtree(run_dir / ".hydra", ignore_errors=True)
+        for path in logs:
+            path.unlink()
+        with suppress(OSError):  # a link to a folder stays
+            run_dir.rmdir()
+            run_dir.parent.rmdir()
 
 
 def tell_what_next(run_dir: Path, elbo: float) -> None:
@@ -199,4 +226,5 @@ def tell_what_next(run_dir: Path, elbo: float) -> None:
 
 
 if __name__ == "__main__":
+    refuse_empty_groups("model", "data", "objective", "optimizer")
     hydra.main(version_base="1.3", config_path="../conf", config_name="train")(main)()

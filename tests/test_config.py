@@ -79,6 +79,9 @@ def test_dict_round_trip(config):
         ("train.ema=1", "below 1"),
         ("seed=-1", "between 0 and"),
         ("device=tpu", "cuda:N"),
+        ("device=cuda:99999999999999999999", "cuda:N"),
+        ("threads=2147483647", "at most 1024"),
+        ("model.latent_dim=2147483647", "at most 100000"),
         ("precision=fp16", "fp32, bf16"),
         ("likelihood=poisson", "gaussian"),
         ("prior=uniform", "vamp"),
@@ -103,9 +106,12 @@ def test_values_out_of_range_name_key_value_and_allowed(composed, override, allo
     [
         ["likelihood=gaussian", "data.binarize=dynamic"],
         ["objective.estimator=dreg"],
-        ["objective=iwae", "objective.beta=2"],
+        ["objective=iwae", "objective.beta=2.0"],
         ["objective.free_bits=1", "prior=vamp"],
         ["objective=keras", "likelihood=gaussian"],
+        ["objective=keras", "objective.beta=4.0"],
+        ["objective=iwae", "objective.beta_warmup_epochs=5.0"],
+        ["model=conv", "model.depth=7"],
     ],
 )
 def test_contradictions_name_both_keys(composed, overrides):

