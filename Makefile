@@ -23,10 +23,10 @@ train: $(READY)  ## one run: make train ARGS="train.epochs=2"
 	$(BIN)/python scripts/train.py $(ARGS)
 
 test: $(READY)   ## the test-suite, under four minutes
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n auto $(ARGS)
 
 test-all: $(READY) ## everything, the long campaigns included
-	$(BIN)/python -m pytest -q -m "slow or not slow" $(ARGS)
+	$(BIN)/python -m pytest -q -n auto -m "slow or not slow" $(ARGS)
 
 lint: $(READY)   ## ruff (lint and format) and mypy --strict
 	$(BIN)/ruff check .

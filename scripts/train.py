@@ -39,13 +39,14 @@ def main(cfg: DictConfig) -> float:
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     from vae_torch.checkpoint import CheckpointError
     from vae_torch.data import DataError
+    from vae_torch.runlog import RecordError
     from vae_torch.train import DivergedError
 
     try:
         config = typed(cfg, Config)
         check(config)
         return run(config, run_dir, OmegaConf.to_yaml(cfg, resolve=True))
-    except (ConfigError, DataError, CheckpointError) as error:
+    except (ConfigError, DataError, CheckpointError, RecordError) as error:
         remove_if_unused(run_dir)
         refuse(str(error))
     except RuntimeError as error:
@@ -69,6 +70,8 @@ def run(config: Config, run_dir: Path, config_text: str) -> float:
     from vae_torch.runlog import RunLog
     from vae_torch.train import train
 
+    if not config.train.resume and (run_dir / "metrics.jsonl").exists():
+        raise ConfigError(f"{run_dir}: holds a run already; two jobs of a sweep need two names")
     device = resolve_device(config.device)
     # Adam's first moments decay into denormal numbers, which make a step twice as slow. Threads
     # inherit the setting where they start, so it stands before the first parallel operation.
@@ -156,8 +159,8 @@ class RefuseBadRuns(Callback):
         settings = self._checked(config)
         resume = settings.train.resume
         if resume and resume != "auto":
-            if not (Path(resume) / "checkpoints").is_dir():
-                refuse(f"train.resume={resume}: no such folder, or no run with checkpoints in it")
+            if not (Path(resume) / "checkpoints" / "last.pt").exists():
+                refuse(f"train.resume={resume}: no such folder, or no checkpoints/last.pt in it")
             OmegaConf.update(config, "hydra.run.dir", resume, force_add=True)
         try:
             run_dir = Path(config.hydra.run.dir)
@@ -165,6 +168,8 @@ class RefuseBadRuns(Callback):
                 refuse_occupied(run_dir)
             if (run_dir / "summary.json").exists():
                 refuse(f"train.resume={resume}: the run in {run_dir} is finished")
+            if resume:  # before Hydra writes other settings over those of the run
+                refuse_unfit_checkpoint(run_dir, settings)
         except (OSError, OmegaConfBaseException) as error:
             refuse(f"hydra.run.dir: cannot be used ({str(error)[:300]}); choose another folder")
         make_folder("hydra.run.dir", run_dir)
@@ -185,6 +190,16 @@ class RefuseBadRuns(Callback):
         except ConfigError as error:
             refuse(str(error))
         return checked
+
+
+def refuse_unfit_checkpoint(run_dir: Path, settings: Config) -> None:
+    """A run goes on with the settings that it was started with."""
+    from vae_torch.checkpoint import CheckpointError, Checkpoints
+
+    try:
+        Checkpoints(run_dir / "checkpoints", settings).load("cpu")
+    except CheckpointError as error:
+        refuse(str(error))
 
 
 def refuse_occupied(run_dir: Path) -> None:

@@ -1,11 +1,16 @@
+import os
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
+# One thread a test: the models are tiny, and threads that wait for each other on a busy machine
+# are many times slower. Set before torch reads it, and inherited by the scripts under test.
+os.environ["OMP_NUM_THREADS"] = "1"
 
-from vae_torch import VAE
-from vae_torch.data import idx_bytes
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from vae_torch import VAE  # noqa: E402
+from vae_torch.data import idx_bytes  # noqa: E402
 
 REPOSITORY = Path(__file__).parent.parent
 

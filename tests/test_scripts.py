@@ -86,6 +86,11 @@ def test_resume_continues_where_a_killed_run_was(small, tmp_path):
     blocked = run_script("train.py", *more, f"hydra.run.dir={cut}")
     assert blocked.returncode == 2
     assert "train.resume=auto" in blocked.stderr
+    settings = (cut / ".hydra" / "config.yaml").read_text()
+    other = run_script("train.py", *more, f"train.resume={cut}", "model.latent_dim=3")
+    assert other.returncode == 2
+    assert "model.latent_dim=2, this one has 3" in other.stderr
+    assert (cut / ".hydra" / "config.yaml").read_text() == settings
     resumed = run_script("train.py", *more, f"train.resume={cut}")
     assert resumed.returncode == 0, resumed.stderr
 

@@ -30,6 +30,10 @@ _CURVES = ("loss", "elbo", "reconstruction", "kl")
 _GRID_SCALE = 3  # a 28-pixel digit is a postage stamp on today's screens
 
 
+class RecordError(ValueError):
+    """A run's records are damaged: one line that names the file."""
+
+
 class RunLog:
     """Writes what happens in a run into its folder.
 
@@ -169,7 +173,11 @@ def add_evaluation(run_dir: Path, card: dict[str, Any], epoch: int) -> None:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The epochs in metrics.jsonl; a last line torn by a crash is left out."""
+    """The epochs in metrics.jsonl; a last line torn by a crash is left out.
+
+    Raises:
+        RecordError: Another line is damaged.
+    """
     path = run_dir / "metrics.jsonl"
     if not path.exists():
         return []
@@ -180,7 +188,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
             epochs.append(json.loads(line))
         except json.JSONDecodeError:
             if number < len(lines):
-                raise ValueError(f"{path}: line {number} is not JSON") from None
+                raise RecordError(f"{path}: line {number} is not JSON") from None
     return epochs
 
 
