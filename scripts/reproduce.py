@@ -65,15 +65,21 @@ def main(cfg: DictConfig) -> None:
             run_and_evaluate(config, config.rows[name], seed)
     table = table_of(config)
     readme = Path(config.readme)
-    if readme.exists() and BEGIN in readme.read_text():
+    if not is_trial(config) and readme.exists() and BEGIN in readme.read_text():
         before, rest = readme.read_text().split(BEGIN)
         readme.write_text(before + BEGIN + "\n" + table + "\n" + END + rest.split(END)[1])
     print(table)
 
 
+def is_trial(config: ReproduceConfig) -> bool:
+    """Whether the figures would not be those of the table."""
+    return bool(config.overrides) or config.limit_test is not None or config.num_samples != 5000
+
+
 def folder_of(config: ReproduceConfig, row: Row, seed: int) -> Path:
-    """Rows of one experiment share its runs."""
-    return Path(config.out) / (row.experiment or "default") / f"seed={seed}"
+    """Rows of one experiment share its runs; a trial's runs lie apart."""
+    out = Path(f"{config.out}-trial" if is_trial(config) else config.out)
+    return out / (row.experiment or "default") / f"seed={seed}"
 
 
 def command_of(row: Row) -> str:

@@ -4,6 +4,7 @@ python scripts/train.py [key=value ...]
 """
 
 import copy
+import json
 import logging
 import os
 import shutil
@@ -70,6 +71,9 @@ def run(config: Config, run_dir: Path, config_text: str) -> float:
     from vae_torch.runlog import RunLog
     from vae_torch.train import train
 
+    if config.train.resume and (run_dir / "summary.json").exists():  # in a sweep
+        log.info("finished already: %s", shown(run_dir))
+        return float(json.loads((run_dir / "summary.json").read_text())["final"]["test/elbo"])
     if not config.train.resume and (run_dir / "metrics.jsonl").exists():
         raise ConfigError(f"{run_dir}: holds a run already; two jobs of a sweep need two names")
     device = resolve_device(config.device)

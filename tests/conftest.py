@@ -5,12 +5,12 @@ from pathlib import Path
 # are many times slower. Set before torch reads it, and inherited by the scripts under test.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import pytest
+import torch
 
-from vae_torch import VAE  # noqa: E402
-from vae_torch.data import idx_bytes  # noqa: E402
+from vae_torch import VAE
+from vae_torch.data import idx_bytes
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -118,13 +118,29 @@ def test_limits_and_hold_out_take_what_they_say(made_up_root):
         mnist_loaders(made_up_root, name="fashion_mnist", hold_out=600)
 
 
-def test_gzipped_files_and_files_right_under_the_root(made_up_root, tmp_path):
+def test_gzipped_files_are_read(made_up_root, tmp_path):
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
     for path in made_up_root.rglob("*ubyte"):
-        (tmp_path / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        (raw / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
     ours = load_images("fashion_mnist", root=tmp_path, split="test")
     assert torch.equal(
         ours.images, load_images("fashion_mnist", root=made_up_root, split="test")[0]
     )
+
+
+def test_files_that_may_be_mnists_are_not_taken_for_another_set(
+    made_up_root, tmp_path, monkeypatch
+):
+    for path in (made_up_root / "FashionMNIST" / "raw").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+
+    def unreachable(*_):
+        raise OSError
+
+    monkeypatch.setattr(data, "_from_torchvision", unreachable)
+    with pytest.raises(DataError, match=r"data.name=kmnist: not under .*OSError"):
+        load_images("kmnist", root=tmp_path)
 
 
 IDX_2x2 = idx_bytes(np.arange(8, dtype=np.uint8).reshape(2, 2, 2))
@@ -193,8 +209,9 @@ def test_unknown_names_are_refused(made_up_root):
         lambda: load_images("mnist", root=made_up_root, split="valid"),
         lambda: mnist_loaders(made_up_root, binarize="sometimes"),
         lambda: mnist_loaders(made_up_root, batch_size=0),
+        lambda: mnist_loaders(made_up_root, limit_train=-5),
     ):
-        with pytest.raises(ValueError, match=r"cifar10|valid|sometimes|batch_size is 0"):
+        with pytest.raises(ValueError, match=r"cifar10|valid|sometimes|batch_size is 0|is -5"):
             call()
 
 

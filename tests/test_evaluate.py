@@ -8,13 +8,16 @@ from torch import nn
 from torch.distributions import MultivariateNormal
 from torch.utils.data import DataLoader, TensorDataset
 
-from vae_torch import VAE, evaluate_model, mnist_loaders, train
+from vae_torch import VAE, ObjectiveConfig, evaluate_model, mnist_loaders, train
 from vae_torch.evaluate import (
     aggregate_kl,
+    bound_metrics,
     exact_log_px,
     fit_posterior,
     importance_log_px,
+    posterior_elbo,
 )
+from vae_torch.prior import Mixture
 
 PIXELS = 6
 
@@ -66,6 +69,42 @@ def test_integral_equals_the_closed_form(latent_dim, orthogonal):
     result = exact_log_px(vae, x)
     torch.testing.assert_close(result.log_px, vae.true_log_px, atol=1e-3, rtol=0)
     assert result.residual < 0.01
+
+
+@pytest.mark.parametrize(("place", "deviation"), [(12.0, 0.3), (8.0, 0.15), (40.0, 2.0)])
+def test_integral_finds_a_far_mode_of_the_prior(place, deviation):
+    """p(z) = ½ N(0, 0.3²) + ½ N(place, deviation²) in the first of two dimensions."""
+    vae, _ = linear_gaussian(2)
+    prior = Mixture(2, 2).double()
+    prior.means.data = torch.tensor([[0.0, 0.0], [place, 0.0]]).double()
+    prior.logvars.data = torch.tensor([[0.3, 0.3], [deviation, deviation]]).double().log() * 2
+    vae.prior = prior
+    weight, bias = vae.decoder.out.weight.data, vae.decoder.out.bias.data
+    noise = vae.likelihood.logvar.exp().item() * torch.eye(PIXELS).double()
+    parts = [
+        MultivariateNormal(weight @ mean + bias, s**2 * weight @ weight.T + noise)
+        for mean, s in zip(prior.means.data, (0.3, deviation), strict=True)
+    ]
+    x = torch.cat([part.sample((10,)) for part in parts])
+    densities = torch.stack([part.log_prob(x) for part in parts])
+    expected = densities.logsumexp(0) - math.log(2)
+    torch.testing.assert_close(exact_log_px(vae, x).log_px, expected, atol=0.01, rtol=0)
+
+
+def test_integral_reports_how_far_it_moved():
+    """A decoder too sharp for the first grid: the residual is what the last halving changed."""
+    vae, x = linear_gaussian(1)
+    result = exact_log_px(vae, x, tolerance=1e-9)
+    assert 0 <= result.residual < 1e-9
+    assert result.half_width > 6
+
+
+def test_a_proposal_replaces_the_encoder():
+    vae, x = linear_gaussian(2)
+    mean, logvar = (part.detach() for part in vae.encode(x))
+    vae.encoder.mean.bias.data += 5
+    result = importance_log_px(vae, x, num_samples=3, proposal=(mean, logvar))
+    torch.testing.assert_close(result.log_px, vae.true_log_px, atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("latent_dim", [1, 2, 3])
@@ -147,7 +186,7 @@ def test_fitted_posterior_closes_the_gap_of_a_bad_encoder():
     vae, x = linear_gaussian(2)
     vae.encoder.mean.bias.data += 1.0
     vae.encoder.logvar.bias.data += 1.0
-    best = fit_posterior(vae, x, steps=400)
+    best = posterior_elbo(vae, x, *fit_posterior(vae, x, steps=400))
     assert ((vae.true_log_px - best).abs() < 0.02).all()  # the family holds the true posterior
     assert not any(p.grad is not None and p.grad.any() for p in vae.parameters())
 
@@ -197,7 +236,25 @@ def test_card_adds_up_and_says_what_it_is(trained):
         if name != "verdict":
             keys = {"value", "standard_error", "unit", "definition", "num_samples", "seed"}
             assert keys <= entry.keys(), name
+    p = x.double().clamp(1e-12, 1 - 1e-12)
+    entropy = torch.distributions.Bernoulli(p).entropy().sum(1)
+    assert value["entropy_floor"] == pytest.approx(-entropy.mean().item(), rel=1e-5)
+    exact = exact_log_px(vae, x).log_px
+    error = exact.std().item() / math.sqrt(len(x))
+    assert card["log_px_exact"]["standard_error"] == pytest.approx(error, rel=1e-6)
+    assert card["train_elbo"]["num_images"] == 600
     assert any("Importance sampling" in sentence for sentence in card["verdict"])
+
+
+def test_images_weigh_the_same_in_batches_of_any_size(trained):
+    vae, _, test_loader = trained
+    x = torch.cat([x for x, _ in test_loader])
+    labels = torch.zeros(len(x))
+    uneven = DataLoader(TensorDataset(x, labels), batch_size=len(x) - 3)
+    whole = DataLoader(TensorDataset(x, labels), batch_size=len(x))
+    metrics = [bound_metrics(vae, loader, ObjectiveConfig()) for loader in (uneven, whole)]
+    assert metrics[0]["kl"] == pytest.approx(metrics[1]["kl"], rel=1e-6)
+    assert sum(metrics[0]["kl_per_dim"]) == pytest.approx(metrics[1]["kl"], rel=1e-6)
 
 
 def test_verdict_names_a_collapse():

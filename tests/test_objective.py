@@ -144,6 +144,26 @@ def test_beta_and_free_bits_weight_the_kl(small_vae):
     torch.testing.assert_close(free.loss.detach(), 200 - plain.reconstruction.mean())
 
 
+def test_what_is_minimised_is_what_is_documented(small_vae):
+    x, eps = torch.rand(8, 784), torch.randn(5, 8, 2)
+    out = small_vae(x, eps=eps[0])
+    loss = objective_terms(small_vae, x, eps[:1], ObjectiveConfig(name="keras")).loss
+    torch.testing.assert_close(loss, keras_loss(x, out.logits, out.mean, out.logvar).mean())
+    bound = iwae_bound(log_weights(small_vae, x, eps)).mean()
+    for estimator in ("standard", "dreg"):
+        objective = ObjectiveConfig(name="iwae", estimator=estimator)
+        torch.testing.assert_close(objective_terms(small_vae, x, eps, objective).loss, -bound)
+
+
+def test_free_bits_hold_the_batch_mean_of_each_dimension(small_vae):
+    x, eps = torch.rand(8, 784), torch.randn(1, 8, 2)
+    plain = objective_terms(small_vae, x, eps, ObjectiveConfig())
+    low, high = sorted(plain.kl_per_dim.tolist())
+    free = (low + high) / 2  # one dimension below, one above
+    got = objective_terms(small_vae, x, eps, ObjectiveConfig(free_bits=free), 3.0).loss
+    torch.testing.assert_close(got, 3 * (free + high) - plain.reconstruction.mean())
+
+
 def gradient_of(vae: VAE, x, eps, objective) -> torch.Tensor:
     vae.zero_grad()
     objective_terms(vae, x, eps, objective).loss.backward()

@@ -39,6 +39,16 @@ def test_learned_priors_equal_torch_distributions(prior):
     torch.testing.assert_close(draws.var(0), reference.variance, atol=0.06, rtol=0.02)
 
 
+def test_autocast_leaves_the_mixture_alone():
+    vae = VAE((20,), 2, 8, prior="mixture", prior_components=50)
+    vae.prior.means.data *= 2
+    vae.prior.logvars.data.fill_(-3.0)
+    z = 2 * torch.randn(64, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = vae.log_prior(z)
+    torch.testing.assert_close(cast, vae.log_prior(z))
+
+
 def test_mixture_keeps_its_digits_far_from_zero_in_float32():
     vae = VAE((20,), 40, 8, prior="mixture", prior_components=50)
     vae.prior.means.data = 30 + 0.5 * torch.randn(50, 40)

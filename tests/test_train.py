@@ -7,7 +7,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from tests.conftest import REPOSITORY
 from vae_torch import VAE, ObjectiveConfig, mnist_loaders, train
 from vae_torch.checkpoint import Checkpoints
-from vae_torch.config import OptimizerConfig
+from vae_torch.config import ConfigError, OptimizerConfig
 from vae_torch.train import _NOTEBOOK_ADAM, DivergedError, beta_at, lr_factor
 
 EPOCHS = 4
@@ -23,7 +23,7 @@ def new_vae(**options) -> VAE:
 
 
 def without_speed(history):
-    return {k: v for k, v in history.items() if k != "train/images_per_second"}
+    return {k: v for k, v in history.items() if k not in ("train/images_per_second", "seconds")}
 
 
 def test_loop_overfits_one_batch(made_up_root):
@@ -153,6 +153,51 @@ def test_divergence_stops_with_the_epoch(made_up_root):
     reckless = OptimizerConfig(name="sgd", lr=1e6, eps=1e-8, schedule="constant")
     with pytest.raises(DivergedError, match=r"epoch \d.*optimizer.lr"):
         train(new_vae(), *loaders(made_up_root), epochs=3, optimizer=reckless)
+
+
+def test_warmup_and_schedule_reach_the_step(made_up_root):
+    """Plain SGD: the first step of each epoch moves the weights by lr times the gradient."""
+    lrs, betas, vae = [], [], new_vae()
+
+    def look(optimizer, *_):
+        lrs.append(optimizer.param_groups[0]["lr"])
+
+    hook = register_optimizer_step_post_hook(look)
+    history = train(
+        vae,
+        *loaders(made_up_root),
+        epochs=2,
+        optimizer=OptimizerConfig("sgd", 1e-4, 1e-8, "cosine"),
+        objective=ObjectiveConfig(beta=2.0, beta_warmup_epochs=2),
+        log=lambda metrics, _: betas.append(metrics["train/beta"]),
+    )
+    hook.remove()
+    assert lrs == pytest.approx([1e-4 * lr_factor("cosine", i / 12) for i in range(12)])
+    assert betas == [1.0, 2.0]
+    for i, beta in enumerate(betas):
+        loss = beta * history["train/kl"][i] - history["train/reconstruction"][i]
+        assert history["train/loss"][i] == pytest.approx(loss, rel=1e-5)
+
+
+def test_every_image_counts_once_in_an_epochs_mean(made_up_root):
+    """With a learning rate of nothing, uneven batches give the mean over all images."""
+    still = OptimizerConfig("sgd", 1e-30, 1e-8, "constant")
+    elbos = []
+    for batch_size in (600, 599):
+        both = mnist_loaders(made_up_root, name="fashion_mnist", batch_size=batch_size)
+        history = train(new_vae(), *both, epochs=1, optimizer=still)
+        elbos.append(history["train/kl"][0])
+    assert elbos[0] == pytest.approx(elbos[1], rel=1e-6)
+
+
+def test_objectives_that_would_be_ignored_are_refused(made_up_root):
+    for objective in (
+        ObjectiveConfig(name="IWAE"),
+        ObjectiveConfig(name="iwae", free_bits=1.0),
+        ObjectiveConfig(estimator="dreg"),
+    ):
+        with pytest.raises(ConfigError, match=r"objective\."):
+            train(new_vae(), *loaders(made_up_root), epochs=1, objective=objective)
 
 
 def test_warmup_grows_linearly_to_beta():

@@ -211,6 +211,32 @@ def check(config: Config) -> None:
     _combinations(config)
 
 
+def check_objective(objective: ObjectiveConfig) -> None:
+    """Refuse options that the chosen objective would ignore.
+
+    Raises:
+        ConfigError: One line with the key, its value and what is allowed.
+    """
+    for key in ("name", "estimator"):
+        words = CHOICES[f"objective.{key}"]
+        if getattr(objective, key) not in words:
+            raise ConfigError(
+                f"objective.{key}={getattr(objective, key)}: must be one of {', '.join(words)}"
+            )
+    if objective.estimator == "dreg" and objective.name != "iwae":
+        raise ConfigError(
+            f"objective.estimator=dreg with objective.name={objective.name}: the doubly "
+            "reparameterised gradient is of the importance-weighted bound; use objective=iwae"
+        )
+    weights = (objective.beta, objective.beta_warmup_epochs, objective.free_bits)
+    if objective.name != "elbo" and weights != (1, 0, 0):
+        raise ConfigError(
+            f"objective.beta={objective.beta}, objective.beta_warmup_epochs="
+            f"{objective.beta_warmup_epochs}, objective.free_bits={objective.free_bits} with "
+            f"objective={objective.name}: only objective=elbo weights the KL"
+        )
+
+
 def _numbers(value_of: Any, need: Any) -> None:
     many = 2**31 - 1
     ranges: Sequence[tuple[str, int, int]] = (
@@ -252,18 +278,7 @@ def _combinations(config: Config) -> None:
             f"likelihood={config.likelihood} with data.binarize={binarize}: binary pixels have no "
             "density; use likelihood=bernoulli, or data.binarize=none"
         )
-    if objective.estimator == "dreg" and objective.name != "iwae":
-        raise ConfigError(
-            f"objective.estimator=dreg with objective.name={objective.name}: the doubly "
-            "reparameterised gradient is of the importance-weighted bound; use objective=iwae"
-        )
-    weights = (objective.beta, objective.beta_warmup_epochs, objective.free_bits)
-    if objective.name != "elbo" and weights != (1, 0, 0):
-        raise ConfigError(
-            f"objective.beta={objective.beta}, objective.beta_warmup_epochs="
-            f"{objective.beta_warmup_epochs}, objective.free_bits={objective.free_bits} with "
-            f"objective={objective.name}: only objective=elbo weights the KL"
-        )
+    check_objective(objective)
     if config.model.name == "conv" and config.model.depth != 1:
         raise ConfigError(
             f"model.depth={config.model.depth} with model=conv: its depth is fixed; leave it at 1"

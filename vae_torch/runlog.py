@@ -4,7 +4,6 @@ import json
 import platform
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +51,6 @@ class RunLog:
 
         self.run_dir = run_dir
         self.config = config
-        self.began = time.time()
         (run_dir / "figures").mkdir(parents=True, exist_ok=True)
         self._metrics = run_dir / "metrics.jsonl"
         kept = [m for m in read_metrics(run_dir) if m["epoch"] <= first_epoch]
@@ -124,7 +122,7 @@ class RunLog:
             "unit": "nats per image; elbo and reconstruction: higher is better",
             "epochs": len(history["epoch"]),
             "best_test_elbo": max(history["test/elbo"]),
-            "seconds": round(time.time() - self.began, 1),
+            "seconds": round(sum(history["seconds"]), 1),
             **facts,
             "versions": versions(),
             "git_commit": git_commit(),

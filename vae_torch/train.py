@@ -10,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from vae_torch.checkpoint import Checkpoints
-from vae_torch.config import ObjectiveConfig, OptimizerConfig
+from vae_torch.config import ObjectiveConfig, OptimizerConfig, check_objective
 from vae_torch.data import EpochBatches, seeded_generator
 from vae_torch.evaluate import Loader, bound_metrics
 from vae_torch.model import VAE
@@ -66,8 +66,10 @@ def train(
 
     Raises:
         DivergedError: The loss is NaN or infinite.
+        ConfigError: The objective has options that it would ignore.
     """
     objective = objective or ObjectiveConfig()
+    check_objective(objective)
     settings = optimizer or _NOTEBOOK_ADAM
     device = next(vae.parameters()).device
     stepper = make_optimizer(vae, settings)
@@ -89,6 +91,7 @@ def train(
     for epoch in range(start, epochs):
         began = time.perf_counter()
         beta = beta_at(objective, epoch)
+        weight = torch.tensor(beta, device=device)  # a float would be compiled anew every epoch
         noise = seeded_generator(device, seed, epoch, _NOISE)
         if isinstance(train_loader.batch_sampler, EpochBatches):
             train_loader.batch_sampler.set_epoch(epoch)
@@ -104,7 +107,7 @@ def train(
                 group["lr"] = lr
 
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                terms = terms_of(vae, x, eps, objective, beta)
+                terms = terms_of(vae, x, eps, objective, weight)
             stepper.zero_grad(set_to_none=True)
             terms.loss.backward()
             stepper.step()
@@ -138,6 +141,7 @@ def train(
             "train/beta": beta,
             "train/lr": lr,
             "train/images_per_second": images / seconds,
+            "seconds": time.perf_counter() - began,  # evaluation included
         }
         for name, value in metrics.items():
             history.setdefault(name, []).append(value)
