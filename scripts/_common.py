@@ -45,6 +45,17 @@ def _unknown_key(given: Any, known: Any) -> str | None:
     return None
 
 
+def quote_paths(*keys: str) -> None:
+    """Let folders be named as they are, `model.latent_dim=2,seed=0` among them.
+
+    Hydra's grammar takes `=`, `,` and spaces in a value for its own unless they are quoted.
+    """
+    for i, argument in enumerate(sys.argv):
+        key, _, value = argument.partition("=")
+        if key in keys and "'" not in value and '"' not in value and "${" not in value:
+            sys.argv[i] = f"{key}='{value}'"
+
+
 def refuse_empty_groups(*groups: str) -> None:
     """Hydra answers `model=null` with a traceback of its own; this answers first."""
     for argument in sys.argv[1:]:

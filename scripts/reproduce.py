@@ -15,7 +15,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from _common import refuse, typed
+from _common import quote_paths, refuse, typed
 from vae_torch.config import ConfigError
 
 BEGIN, END = "<!-- results: written by scripts/reproduce.py -->", "<!-- end of results -->"
@@ -62,7 +62,10 @@ def main(cfg: DictConfig) -> None:
         refuse(str(error))
     for name in chosen:
         for seed in config.seeds:
-            run_and_evaluate(config, config.rows[name], seed)
+            try:
+                run_and_evaluate(config, config.rows[name], seed)
+            except subprocess.CalledProcessError as error:
+                refuse(f"row {name}, seed {seed}: {' '.join(error.cmd[1:])} failed")
     table = table_of(config)
     readme = Path(config.readme)
     if not is_trial(config) and readme.exists() and BEGIN in readme.read_text():
@@ -149,4 +152,5 @@ def summary_of(run_dir: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    quote_paths("out", "data_root", "readme")
     hydra.main(version_base="1.3", config_path="../conf", config_name="reproduce")(main)()

@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from _common import (
     device_name,
     make_folder,
+    quote_paths,
     refuse,
     refuse_empty_groups,
     resolve_device,
@@ -90,11 +91,8 @@ def run(config: Config, run_dir: Path, config_text: str) -> float:
     state = checkpoints.load("cpu") if config.train.resume else None
     first_epoch = state["epoch"] if state else 0
     records = RunLog(run_dir, config, config_text=config_text, first_epoch=first_epoch)
-    x, labels = next(iter(test_loader))  # enough for every picture
-    for more, more_labels in test_loader:
-        if len(x) >= 5000:
-            break
-        x, labels = torch.cat([x, more]), torch.cat([labels, more_labels])
+    train_set, test_set = (data.image_dataset(loader) for loader in (train_loader, test_loader))
+    x, labels = test_set.__getitems__(torch.arange(min(5000, len(test_set))))  # for the pictures
 
     def record(metrics: dict[str, Any], model: VAE) -> None:
         records.log(metrics)
@@ -108,18 +106,17 @@ def run(config: Config, run_dir: Path, config_text: str) -> float:
             metrics["test/elbo"],
             metrics["test/reconstruction"],
             metrics["test/kl"],
-            num_train / metrics["train/images_per_second"],
+            len(train_set) / metrics["train/images_per_second"],
         )
         every = config.train.figure_every
         if epoch == config.train.epochs or (every and epoch % every == 0):
             records.figures(epoch, model, x, labels)
 
-    num_train, num_test = (len(data.image_dataset(ld)) for ld in (train_loader, test_loader))
     log.info(
         "%s: %d training and %d test images, on %s",
         config.data.name,
-        num_train,
-        num_test,
+        len(train_set),
+        len(test_set),
         device_name(device),
     )
     try:
@@ -245,5 +242,6 @@ def tell_what_next(run_dir: Path, elbo: float) -> None:
 
 
 if __name__ == "__main__":
+    quote_paths("hydra.run.dir", "hydra.sweep.dir", "train.resume", "data.root")
     refuse_empty_groups("model", "data", "objective", "optimizer")
     hydra.main(version_base="1.3", config_path="../conf", config_name="train")(main)()

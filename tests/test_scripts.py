@@ -114,7 +114,10 @@ def test_multirun_names_its_runs_by_their_overrides(small, tmp_path):
         f"hydra.sweep.dir={tmp_path}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    names = sorted(p.parent.name for p in tmp_path.glob("*/summary.json"))
+    runs = sorted(p.parent for p in tmp_path.glob("*/summary.json"))
+    card = run_script("evaluate.py", f"run={runs[0]}", "eval.num_samples=5", "eval.fit_images=2")
+    assert card.returncode == 0, card.stderr  # named as it is, `=` and `,` and all
+    names = [run.name for run in runs]
     assert len(names) == 4
     assert "model.latent_dim=2" in names[0]
     assert "seed=0" in names[0]
@@ -197,3 +200,28 @@ def test_what_cannot_be_evaluated_is_told(arguments, part):
     assert failed.returncode == 2
     assert part in failed.stderr
     assert len(failed.stderr.strip().splitlines()) == 1
+
+
+def test_a_trial_of_the_results_table_touches_no_readme(made_up_root, tmp_path):
+    readme = (REPOSITORY / "README.md").read_text()
+    trial = [
+        "only=[keras_notebook]",
+        "seeds=[0,1]",
+        f"out={tmp_path / 'results'}",
+        f"data_root={made_up_root}",
+        "num_samples=5",
+        'overrides=["data=fashion_mnist","train.epochs=1","model.intermediate_dim=8"]',
+    ]
+    done = run_script("reproduce.py", *trial)
+    assert done.returncode == 0, done.stderr
+    losses = [
+        json.loads(path.read_text())["final"]["test/loss"]
+        for path in (tmp_path / "results-trial").glob("*/*/summary.json")
+    ]
+    assert len(losses) == 2
+    row = next(line for line in done.stdout.splitlines() if line.startswith("| `keras_notebook`"))
+    assert f"**{sum(losses) / 2:.4f}**" in row
+    assert (REPOSITORY / "README.md").read_text() == readme
+    refused = run_script("reproduce.py", "only=[nothing]")
+    assert refused.returncode == 2
+    assert "only=nothing" in refused.stderr
