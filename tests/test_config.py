@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -133,3 +134,7 @@ def test_evaluate_settings_compose():
         config = OmegaConf.to_object(compose("evaluate", ["run=somewhere"]))
     check_evaluate(config)
     assert config.eval.num_samples == 5000
+    for key, value in (("num_samples", 0), ("chunk", 0), ("limit", 0), ("checkpoint", "first")):
+        bad = replace(config, eval=replace(config.eval, **{key: value}))
+        with pytest.raises(ConfigError, match=f"eval.{key}={value}"):
+            check_evaluate(bad)

@@ -68,6 +68,10 @@ def test_a_run_leaves_everything_that_is_promised(small, tmp_path):
     vae, config = load_run(run_dir)
     assert (vae.intermediate_dim, config.data.name) == (16, "fashion_mnist")
 
+    again = run_script("train.py", *small, f"hydra.run.dir={run_dir}")
+    assert again.returncode == 2
+    assert "holds a finished run" in again.stderr
+
 
 def test_resume_continues_where_a_killed_run_was(small, tmp_path):
     from vae_torch.checkpoint import load_checkpoint
@@ -134,18 +138,13 @@ def test_help_shows_keys_and_groups():
     ("override", "parts", "status"),
     [
         ("model.latent_dim=0", ["model.latent_dim=0", "1 or more"], 2),
-        ("data.batch_size=-1", ["data.batch_size=-1", "1 or more"], 2),
-        ("optimizer.lr=nan", ["optimizer.lr=nan", "above 0"], 2),
         ("device=cuda:99", ["device=cuda:99", "device=cpu"], 2),
         ("hydra.run.dir=/dev/null/run", ["hydra.run.dir", "Not a directory"], 2),
-        ("hydra.run.dir=/" + "a" * 300, ["hydra.run.dir", "File name too long"], 2),
         ("+model.foo=1", ["model.foo", "no such key"], 2),
         ("model=null", ["model=null", "conf/model"], 2),
         ("data.hold_out=600", ["data.hold_out=600"], 2),
         ("train.resume=nowhere", ["train.resume=nowhere"], 2),
         ("model.latnt_dim=3", ["latnt_dim"], 1),
-        ("model.latent_dim=two", ["latent_dim", "two"], 1),
-        ("model=unet", ["unet", "residual"], 1),
     ],
 )
 def test_mistakes_end_in_words_and_leave_nothing(small, tmp_path, override, parts, status):
@@ -159,13 +158,6 @@ def test_mistakes_end_in_words_and_leave_nothing(small, tmp_path, override, part
     if status == 2:
         assert len(failed.stderr.strip().splitlines()) == 1
     assert not run_dir.exists()
-
-
-def test_a_finished_run_is_not_overwritten(small, tmp_path):
-    for expected in (0, 2):
-        done = run_script("train.py", *small, f"hydra.run.dir={tmp_path / 'run'}")
-        assert done.returncode == expected, done.stderr
-    assert "holds a finished run" in done.stderr
 
 
 def test_evaluation_card_of_a_run(small, tmp_path):
@@ -189,10 +181,7 @@ def test_evaluation_card_of_a_run(small, tmp_path):
     ("arguments", "part"),
     [
         ([], "run is missing"),
-        (["run=nowhere"], "run=nowhere: no such folder"),
         (["run=docs"], "no checkpoints/last.pt"),
-        (["run=docs", "eval.num_samples=0"], "eval.num_samples=0"),
-        (["run=docs", "eval.checkpoint=first"], "one of last, best"),
     ],
 )
 def test_what_cannot_be_evaluated_is_told(arguments, part):
