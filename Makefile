@@ -22,7 +22,7 @@ $(READY): pyproject.toml
 train: $(READY)  ## one run: make train ARGS="train.epochs=2"
 	$(BIN)/python scripts/train.py $(ARGS)
 
-test: $(READY)   ## the test-suite, under four minutes
+test: $(READY)   ## the test-suite
 	$(BIN)/python -m pytest -q -n auto $(ARGS)
 
 test-all: $(READY) ## everything, the long campaigns included
