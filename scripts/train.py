@@ -28,6 +28,7 @@ from _common import (
     refuse_empty_groups,
     resolve_device,
     shown,
+    tune_cpu,
     typed,
 )
 from vae_torch.config import Config, ConfigError, check
@@ -78,11 +79,7 @@ def run(config: Config, run_dir: Path, config_text: str) -> float:
     if not config.train.resume and (run_dir / "metrics.jsonl").exists():
         raise ConfigError(f"{run_dir}: holds a run already; two jobs of a sweep need two names")
     device = resolve_device(config.device)
-    # Adam's first moments decay into denormal numbers, which make a step twice as slow. Threads
-    # inherit the setting where they start, so it stands before the first parallel operation.
-    torch.set_flush_denormal(True)
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    tune_cpu(config.threads)
     torch.manual_seed(config.seed)  # of the initial weights; the rest has generators of its own
 
     train_loader, test_loader = data.loaders_of(config, device)

@@ -14,6 +14,17 @@ def test_bernoulli_equals_torch_distributions():
     torch.testing.assert_close(LIKELIHOODS["bernoulli"]().log_prob(x, logits), expected)
 
 
+def test_bernoulli_gradient_equals_autograd_through_torch_distributions():
+    """Ours is written by hand; its reference is differentiated operation by operation."""
+    x = torch.rand(4, 9).double().requires_grad_()
+    logits = (30 * torch.randn(5, 4, 9).double()).requires_grad_()
+    weights = torch.randn(5, 4).double()
+    ours = (LIKELIHOODS["bernoulli"]().log_prob(x, logits) * weights).sum()
+    reference = Bernoulli(logits=logits, validate_args=False).log_prob(x).sum(-1)
+    expected = torch.autograd.grad((reference * weights).sum(), [x, logits])
+    torch.testing.assert_close(torch.autograd.grad(ours, [x, logits]), expected)
+
+
 def test_continuous_bernoulli_equals_torch_distributions():
     x, logits = torch.rand(4, 9).double(), 4 * torch.randn(5, 4, 9).double()
     reference = ContinuousBernoulli(logits=logits)

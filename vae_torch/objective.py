@@ -128,9 +128,10 @@ def objective_terms(
     z = reparameterize(mean, logvar, eps=eps)  # (K, B, latent_dim)
     log_px_given_z = vae.likelihood.log_prob(x, vae.decode(z))  # (K, B)
     reconstruction = log_px_given_z.mean(0)
-    kl_dims = kl_per_dim(mean, logvar).mean(0)  # (latent_dim,)
+    kl_parts = kl_per_dim(mean, logvar)  # (B, latent_dim)
+    kl_dims = kl_parts.mean(0)  # (latent_dim,)
     if isinstance(vae.prior, StandardNormal):
-        kl = kl_standard_normal(mean, logvar)
+        kl = kl_parts.sum(-1)
     else:  # no closed form: the draws that the decoder saw estimate it
         kl = (log_normal(z, mean, logvar) - vae.log_prior(z)).mean(0)
 

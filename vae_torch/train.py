@@ -95,7 +95,7 @@ def train(
         noise = seeded_generator(device, seed, epoch, _NOISE)
         if isinstance(train_loader.batch_sampler, EpochBatches):
             train_loader.batch_sampler.set_epoch(epoch)
-        sums = torch.zeros(4, device=device, dtype=torch.float64)  # stays there: no sync per step
+        sums = torch.zeros(3, device=device, dtype=torch.float64)  # stays there: no sync per step
         images = 0
 
         for batch, (x, _) in enumerate(train_loader):
@@ -114,8 +114,9 @@ def train(
             if averaged:
                 averaged.update_parameters(vae)
 
-            means = (terms.loss.detach(), terms.elbo.mean(), terms.reconstruction.mean())
-            sums += len(x) * torch.stack((*means, terms.kl.mean()))
+            sums += torch.stack(
+                (len(x) * terms.loss.detach(), terms.reconstruction.sum(), terms.kl.sum())
+            )
             images += len(x)
             if batch % 50 == 49 or batch == steps - 1:
                 bar.update(batch % 50 + 1)
@@ -123,7 +124,7 @@ def train(
                     bar.set_description(f"epoch {epoch + 1}/{epochs}", refresh=False)
                     bar.set_postfix_str(f"train loss {sums[0].item() / images:.2f}", refresh=False)
 
-        loss, elbo, reconstruction, kl = (sums / images).tolist()
+        loss, reconstruction, kl = (sums / images).tolist()
         seconds = time.perf_counter() - began
         if not math.isfinite(loss):
             raise DivergedError(
@@ -134,7 +135,7 @@ def train(
         metrics: Metrics = {
             "epoch": epoch + 1,
             "train/loss": loss,
-            "train/elbo": elbo,
+            "train/elbo": reconstruction - kl,
             "train/reconstruction": reconstruction,
             "train/kl": kl,
             **{f"test/{name}": value for name, value in test.items()},
