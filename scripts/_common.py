@@ -1,9 +1,10 @@
 """What the scripts share: typed settings, the device, and how a mistake is told."""
 
-import ctypes
 import os
+import shutil
 import sys
 import tempfile
+import time
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -15,8 +16,6 @@ from omegaconf.errors import OmegaConfBaseException
 from vae_torch.config import ConfigError
 
 Settings = TypeVar("Settings")
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def typed(cfg: DictConfig, schema: type[Settings]) -> Settings:
@@ -93,12 +92,46 @@ def tune_cpu(threads: int | None) -> None:
     torch.set_flush_denormal(True)
     if threads:
         torch.set_num_threads(threads)
-    if sys.platform == "linux":
-        # glibc hands freed gradients back to the kernel, which zeroes the pages for the next step
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(_M_MMAP_THRESHOLD, 2**30)
-            libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def cpp_compiler() -> str:
+    """What torch.compile will build its CPU code with.
+
+    Raises:
+        ConfigError: It is not there.
+    """
+    name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(name) is None:
+        raise ConfigError(
+            f"compile=true: no C++ compiler ({name}) on this machine; install one "
+            "(Debian: apt install g++), or use compile=false"
+        )
+    return name
+
+
+def slow_bf16(device: Any) -> str | None:
+    """A warning where bf16 products are slower than fp32 ones, with the factor measured here."""
+    import torch
+
+    if device.type != "cpu":
+        return None
+
+    def seconds(dtype: torch.dtype) -> float:
+        a, b = torch.ones(128, 784, dtype=dtype), torch.ones(784, 512, dtype=dtype)
+        times = []
+        for _ in range(12):
+            began = time.perf_counter()
+            a @ b
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    factor = seconds(torch.bfloat16) / seconds(torch.float32)
+    if factor < 1:
+        return None
+    return (
+        f"precision=bf16: a matrix product takes {factor:.1f} times as long as with fp32 here; "
+        "this processor has no bf16 arithmetic"
+    )
 
 
 def device_name(device: Any) -> str:

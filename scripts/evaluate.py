@@ -11,7 +11,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from _common import quote_paths, refuse, resolve_device, shown, typed
+from _common import quote_paths, refuse, resolve_device, shown, tune_cpu, typed
 from vae_torch.config import ConfigError, EvaluateConfig, check_evaluate
 
 ConfigStore.instance().store(name="schema_evaluate", node=EvaluateConfig)
@@ -41,6 +41,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
     from vae_torch.evaluate import evaluate_model
     from vae_torch.runlog import add_evaluation
 
+    tune_cpu(None)
     device = resolve_device(config.device)
     run_dir = Path(config.run)
     vae, run_config = load_run(run_dir, checkpoint=config.eval.checkpoint, device=device)

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from _common import (
+    cpp_compiler,
     device_name,
     make_folder,
     quote_paths,
@@ -28,6 +29,7 @@ from _common import (
     refuse_empty_groups,
     resolve_device,
     shown,
+    slow_bf16,
     tune_cpu,
     typed,
 )
@@ -80,6 +82,8 @@ def run(config: Config, run_dir: Path, config_text: str) -> float:
         raise ConfigError(f"{run_dir}: holds a run already; two jobs of a sweep need two names")
     device = resolve_device(config.device)
     tune_cpu(config.threads)
+    if config.precision == "bf16" and (warning := slow_bf16(device)):
+        log.warning(warning)
     torch.manual_seed(config.seed)  # of the initial weights; the rest has generators of its own
 
     train_loader, test_loader = data.loaders_of(config, device)
@@ -184,7 +188,9 @@ class RefuseBadRuns(Callback):
         try:
             checked = typed(settings, Config)
             check(checked)
-            resolve_device(checked.device)
+            device = resolve_device(checked.device)
+            if checked.compile and device.type == "cpu":
+                cpp_compiler()
         except ConfigError as error:
             refuse(str(error))
         return checked

@@ -272,8 +272,21 @@ def mnist_loaders(
     train_set = ImageDataset(*train, binarize_generator=redraw, device=device)
     test_set = ImageDataset(*test, device=device)
     return (
-        _loader(train_set, batch_size, shuffle=True, seed=seed),
-        _loader(test_set, max(batch_size, 1000), shuffle=False, seed=seed),
+        image_loader(train_set, batch_size, shuffle=True, seed=seed),
+        image_loader(test_set, max(batch_size, 1000)),
+    )
+
+
+def image_loader(
+    dataset: ImageDataset, batch_size: int, *, shuffle: bool = False, seed: int = 0
+) -> DataLoader[tuple[Tensor, Tensor]]:
+    """A DataLoader that fetches a whole batch at once, shuffled anew every epoch by `seed`."""
+    return DataLoader(
+        dataset,
+        batch_sampler=EpochBatches(dataset, batch_size, shuffle=shuffle, seed=seed),  # type: ignore[arg-type]
+        collate_fn=_as_fetched,
+        # DataLoader draws a seed for workers that it has not got; keep it off the global generator
+        generator=torch.Generator(),
     )
 
 
@@ -327,18 +340,6 @@ def mix_seed(*parts: int) -> int:
 def seeded_generator(device: torch.device | str, *parts: int) -> torch.Generator:
     """A generator on `device`, seeded by `mix_seed(*parts)`."""
     return torch.Generator(device).manual_seed(mix_seed(*parts))
-
-
-def _loader(
-    dataset: ImageDataset, batch_size: int, *, shuffle: bool, seed: int
-) -> DataLoader[tuple[Tensor, Tensor]]:
-    return DataLoader(
-        dataset,
-        batch_sampler=EpochBatches(dataset, batch_size, shuffle=shuffle, seed=seed),  # type: ignore[arg-type]
-        collate_fn=_as_fetched,
-        # DataLoader draws a seed for workers that it has not got; keep it off the global generator
-        generator=torch.Generator(),
-    )
 
 
 def _as_fetched(batch: Any) -> Any:

@@ -1,0 +1,349 @@
+"""How fast a training step and an evaluation are, beside reference loops and the machine's limit.
+
+python scripts/benchmark.py [--quick] [--json FILE]
+
+All contestants run in one process and take turns, so that a machine that drifts favours none.
+Times are per epoch of 60,000 made-up images: speed does not depend on what they show.
+"""
+
+import argparse
+import json
+import math
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import ToTensor
+from tqdm import tqdm
+
+from _common import cpp_compiler, device_name, refuse, shown, tune_cpu
+from vae_torch import VAE, train
+from vae_torch.checkpoint import write_atomically
+from vae_torch.config import ConfigError
+from vae_torch.data import ImageDataset, image_loader
+from vae_torch.evaluate import importance_log_px
+from vae_torch.runlog import versions
+
+EPOCH = 60_000  # images
+PIXELS, HIDDEN, LATENT, BATCH = 784, 512, 2, 128
+
+Run = Callable[[], float]  # one repetition; seconds
+
+
+def main() -> None:
+    """Measure, print, write."""
+    options = parse()
+    tune_cpu(None)
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (6_400 if options.quick else 19_200, 28, 28), dtype=torch.uint8)
+    contestants = training_contestants(images, compiled=not options.quick)
+    contestants |= evaluation_contestants(16)
+    seconds = alternate(contestants, options.repetitions)
+    report = {
+        "unit": f"seconds per epoch of {EPOCH} images; evaluation: seconds as run",
+        "rows": {name: summary(times) for name, times in seconds.items()},
+        "repetitions": options.repetitions,
+        "images_per_repetition": len(images),
+        "peak_memory_mib": peak_memory_mib(),
+        "device": device_name(torch.device("cpu")),
+        "processor": processor(),
+        "versions": versions(),
+    }
+    if not options.quick:
+        report["run"] = whole_run()
+    report["ratios"] = ratios(seconds, report.get("run"))
+    show(report)
+    path = Path(options.json)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
+    plot(report, path.with_suffix(".png"))
+    print(f"\nwritten to {shown(path.resolve())} and {path.with_suffix('.png').name} beside it")
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--quick", action="store_true", help="under a minute: short, not compiled")
+    parser.add_argument("--json", default="outputs/benchmark.json", help="where the figures go")
+    parser.add_argument("--repetitions", type=int, default=5, help="timed turns, at least 1")
+    options = parser.parse_args()
+    if options.repetitions < 1:
+        refuse(f"--repetitions {options.repetitions}: must be 1 or more")
+    return options
+
+
+def training_contestants(images: Tensor, *, compiled: bool) -> dict[str, Run]:
+    """Every way to train on `images`; each repetition is one pass, scaled to an epoch."""
+    scale = EPOCH / len(images)
+    labels = torch.zeros(len(images), dtype=torch.int64)
+    loader = image_loader(ImageDataset(images, labels), BATCH, shuffle=True)
+    test_loader = image_loader(ImageDataset(images[:1], labels[:1]), BATCH)
+
+    def ours(precision: str, compile: bool) -> Run:
+        vae = VAE((PIXELS,), LATENT, HIDDEN)
+
+        def run() -> float:
+            history = train(
+                vae, loader, test_loader, epochs=1, precision=precision, compile=compile
+            )
+            return EPOCH / float(history["train/images_per_second"][0])
+
+        return run
+
+    rows = {"ours, fp32": ours("fp32", False), "ours, bf16": ours("bf16", False)}
+    if compiled:
+        try:
+            cpp_compiler()
+        except ConfigError as error:
+            print(f"left out: {error}", file=sys.stderr)
+        else:
+            rows["ours, fp32, compiled"] = ours("fp32", True)
+            rows["ours, bf16, compiled"] = ours("bf16", True)
+    return rows | {
+        "torchvision loop": lambda: scale * tutorial_loop(images),
+        "numpy loop": lambda: scale * numpy_loop(images),
+        "products, fp32": lambda: scale * products(len(images), torch.float32),
+        "products, bf16": lambda: scale * products(len(images), torch.bfloat16),
+        "Adam": lambda: scale * adam_alone(len(images)),
+    }
+
+
+def evaluation_contestants(images: int) -> dict[str, Run]:
+    """Importance sampling with 5,000 samples an image, and its decoder's products alone."""
+    vae = VAE((PIXELS,), LATENT, HIDDEN)
+    x = torch.rand(images, PIXELS)
+    chunk, samples = 1024, 5000
+
+    def evaluate() -> float:
+        began = time.perf_counter()
+        importance_log_px(vae, x, num_samples=samples, chunk=chunk)
+        return time.perf_counter() - began
+
+    def decoder_products() -> float:
+        z, h = torch.rand(chunk, LATENT), torch.rand(chunk, HIDDEN)
+        first, second = torch.rand(LATENT, HIDDEN), torch.rand(HIDDEN, PIXELS)
+        hidden, logits = torch.empty(chunk, HIDDEN), torch.empty(chunk, PIXELS)
+        began = time.perf_counter()
+        for _ in range(math.ceil(images * samples / chunk)):
+            torch.mm(z, first, out=hidden)
+            torch.mm(h, second, out=logits)
+        return time.perf_counter() - began
+
+    return {"log p(x)": evaluate, "log p(x), products": decoder_products}
+
+
+class TutorialVAE(nn.Module):
+    """The model as tutorials write it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(PIXELS, HIDDEN)
+        self.mean = nn.Linear(HIDDEN, LATENT)
+        self.logvar = nn.Linear(HIDDEN, LATENT)
+        self.up = nn.Linear(LATENT, HIDDEN)
+        self.out = nn.Linear(HIDDEN, PIXELS)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Probabilities (B, pixels), mean and logvar."""
+        h = F.relu(self.hidden(x))
+        mean, logvar = self.mean(h), self.logvar(h)
+        z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
+        return torch.sigmoid(self.out(F.relu(self.up(z)))), mean, logvar
+
+
+def tutorial_step(vae: TutorialVAE, optimizer: torch.optim.Optimizer, x: Tensor) -> float:
+    """A step as tutorials write it."""
+    optimizer.zero_grad()
+    reconstruction, mean, logvar = vae(x)
+    bce = F.binary_cross_entropy(reconstruction, x, reduction="sum")
+    kl = -0.5 * torch.sum(1 + logvar - mean.pow(2) - logvar.exp())
+    loss = bce + kl
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+class PILDigits(Dataset[tuple[Tensor, int]]):
+    """What torchvision's MNIST does for one image: tensor to PIL and through the transform."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+        self.transform = ToTensor()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.images[index].numpy())), 0
+
+
+def tutorial_loop(images: Tensor) -> float:
+    """A torchvision DataLoader with ToTensor, `.item()` at every step."""
+    vae = TutorialVAE()
+    optimizer = torch.optim.Adam(vae.parameters(), lr=1e-3)
+    loader = DataLoader(PILDigits(images), batch_size=BATCH, shuffle=True)
+    began = time.perf_counter()
+    total = 0.0
+    for x, _ in loader:
+        total += tutorial_step(vae, optimizer, x.view(-1, PIXELS))
+    return time.perf_counter() - began
+
+
+def numpy_loop(images: Tensor) -> float:
+    """The whole set as one float array, indexed batch by batch."""
+    vae = TutorialVAE()
+    optimizer = torch.optim.Adam(vae.parameters(), lr=1e-3)
+    x = images.numpy().reshape(-1, PIXELS).astype("float32") / 255
+    began = time.perf_counter()
+    order = torch.randperm(len(x)).numpy()
+    total = 0.0
+    for start in range(0, len(x), BATCH):
+        batch = torch.from_numpy(x[order[start : start + BATCH]])
+        total += tutorial_step(vae, optimizer, batch)
+    return time.perf_counter() - began
+
+
+def products(images: int, dtype: torch.dtype) -> float:
+    """The step's five large matrix products and nothing else, into memory that is there."""
+    x, h, logits = (torch.rand(BATCH, n).to(dtype) for n in (PIXELS, HIDDEN, PIXELS))
+    up, down = torch.rand(PIXELS, HIDDEN).to(dtype), torch.rand(HIDDEN, PIXELS).to(dtype)
+    grad_up, grad_down = torch.empty_like(up), torch.empty_like(down)
+    hidden, out = torch.empty_like(h), torch.empty_like(x)
+    began = time.perf_counter()
+    for _ in range(math.ceil(images / BATCH)):
+        torch.mm(x, up, out=hidden)  # encoder
+        torch.mm(h, down, out=out)  # decoder
+        torch.mm(h.T, logits, out=grad_down)
+        torch.mm(logits, down.T, out=hidden)
+        torch.mm(x.T, h, out=grad_up)
+    return time.perf_counter() - began
+
+
+def adam_alone(images: int) -> float:
+    """Fused Adam on the model's parameters with gradients that stay."""
+    vae = VAE((PIXELS,), LATENT, HIDDEN)
+    for parameter in vae.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    optimizer = torch.optim.Adam(vae.parameters(), fused=True)
+    began = time.perf_counter()
+    for _ in range(math.ceil(images / BATCH)):
+        optimizer.step()
+    return time.perf_counter() - began
+
+
+def alternate(contestants: dict[str, Run], repetitions: int) -> dict[str, list[float]]:
+    """Seconds of each contestant's turns, after one that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in tqdm(range(repetitions + 1), "benchmark", disable=None, leave=False):
+        for name, run in contestants.items():
+            took = run()
+            if turn:
+                seconds[name].append(took)
+    return seconds
+
+
+def whole_run() -> dict[str, float]:
+    """The default run from the command line, end to end, against its own training steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir = Path(folder) / "run"
+        command = [sys.executable, str(Path(__file__).parent / "train.py")]
+        began = time.perf_counter()
+        subprocess.run([*command, f"hydra.run.dir={run_dir}"], check=True, capture_output=True)
+        seconds = time.perf_counter() - began
+        lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    steps = sum(EPOCH / json.loads(line)["train/images_per_second"] for line in lines)
+    return {"seconds": seconds, "steps_seconds": steps}
+
+
+def summary(times: list[float]) -> dict[str, Any]:
+    """Median and range of the turns."""
+    return {"median": statistics.median(times), "low": min(times), "high": max(times)}
+
+
+def ratios(seconds: dict[str, list[float]], run: Any) -> dict[str, float]:
+    """Medians over medians."""
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    best = min(value for name, value in median.items() if name.startswith("ours"))
+    found = {
+        "fp32 / (fp32 products + Adam)": median["ours, fp32"]
+        / (median["products, fp32"] + median["Adam"]),
+        "fp32 / torchvision loop": median["ours, fp32"] / median["torchvision loop"],
+        "fp32 / numpy loop": median["ours, fp32"] / median["numpy loop"],
+        "best / torchvision loop": best / median["torchvision loop"],
+        "best / fp32": best / median["ours, fp32"],
+        "log p(x) / its products": median["log p(x)"] / median["log p(x), products"],
+    }
+    if run:
+        found["default run, end to end / its steps"] = run["seconds"] / run["steps_seconds"]
+    return found
+
+
+def show(report: dict[str, Any]) -> None:
+    """The report as two tables."""
+    print(f"{report['processor']}, {report['device']}, torch {report['versions']['torch']}")
+    print(
+        f"{report['repetitions']} turns each after one untimed; "
+        f"peak memory of all together {report['peak_memory_mib']} MiB\n"
+    )
+    print(f"{'seconds per epoch of 60,000 images':38}  median    low    high")
+    for name, row in report["rows"].items():
+        note = "  (16 images)" if name.startswith("log p") else ""
+        print(f"{name:38}{row['median']:8.2f}{row['low']:7.2f}{row['high']:8.2f}{note}")
+    print()
+    for name, ratio in report["ratios"].items():
+        print(f"{name:38}{ratio:8.2f}")
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """The training rows as bars with their ranges."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = {n: r for n, r in report["rows"].items() if not n.startswith("log p")}
+    names = sorted(rows, key=lambda n: -rows[n]["median"])
+    medians = [rows[n]["median"] for n in names]
+    spread = [
+        [rows[n]["median"] - rows[n]["low"] for n in names],
+        [rows[n]["high"] - rows[n]["median"] for n in names],
+    ]
+    colours = {"ours": "#0072b2", "prod": "#999999", "Adam": "#999999"}
+    figure, axes = plt.subplots(figsize=(7, 0.45 * len(names) + 1.2), layout="constrained")
+    axes.barh(names, medians, xerr=spread, color=[colours.get(n[:4], "#e69f00") for n in names])
+    axes.set_xlabel("seconds per epoch of 60,000 images: median and range")
+    axes.set_title(f"{report['processor']}, {report['device']}", fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def peak_memory_mib() -> int:
+    """Of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10))
+
+
+def processor() -> str:
+    """Its name, as the system gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()
