@@ -45,6 +45,11 @@ def evaluate_run(config: EvaluateConfig) -> None:
     device = resolve_device(config.device)
     run_dir = Path(config.run)
     vae, run_config = load_run(run_dir, checkpoint=config.eval.checkpoint, device=device)
+    if config.eval.exact and vae.latent_dim > 2:
+        raise ConfigError(
+            f"eval.exact=true: integration needs latent_dim 1 or 2, this run has {vae.latent_dim}; "
+            "use eval.exact=null, log_px is importance sampling"
+        )
     if config.data_root:
         run_config.data.root = config.data_root
     if config.eval.limit:
@@ -57,6 +62,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
         num_samples=config.eval.num_samples,
         fit_images=config.eval.fit_images,
         chunk=config.eval.chunk,
+        exact=config.eval.exact,
         seed=config.eval.seed,
         progress=True,
     )

@@ -7,18 +7,24 @@ import copy
 import json
 import logging
 import os
+import re
+import shlex
 import shutil
+import signal
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
+from filelock import FileLock, Timeout
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from _common import (
     cpp_compiler,
@@ -38,6 +44,8 @@ from vae_torch.config import Config, ConfigError, check
 ConfigStore.instance().store(name="schema", node=Config)
 log = logging.getLogger("vae_torch")
 
+LOCK = ".lock"  # in a run's folder: held by the process that writes it
+
 
 def main(cfg: DictConfig) -> float:
     """One run, from composed settings to a finished folder. Returns the final test elbo."""
@@ -47,6 +55,7 @@ def main(cfg: DictConfig) -> float:
     from vae_torch.runlog import RecordError
     from vae_torch.train import DivergedError
 
+    logging.raiseExceptions = False  # where run.log cannot be written, the records say so, once
     try:
         config = typed(cfg, Config)
         check(config)
@@ -60,8 +69,9 @@ def main(cfg: DictConfig) -> float:
         remove_if_unused(run_dir)
         refuse("out of memory: lower the model's sizes, data.batch_size or objective.num_samples")
     except DivergedError as error:
-        print(f"train.py: stopped: {error}; see {run_dir}", file=sys.stderr)
-        sys.exit(1)
+        fail(str(error), run_dir)
+    except OSError as error:  # a full disk, a folder that was taken away
+        fail(f"{error.filename or run_dir}: {error.strerror}", run_dir)
 
 
 def run(config: Config, run_dir: Path, config_text: str) -> float:
@@ -73,8 +83,13 @@ def run(config: Config, run_dir: Path, config_text: str) -> float:
     from vae_torch.checkpoint import Checkpoints
     from vae_torch.model import VAE
     from vae_torch.runlog import RunLog
-    from vae_torch.train import train
+    from vae_torch.train import StoppedError, train
 
+    lock = FileLock(run_dir / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        refuse(f"hydra.run.dir={run_dir}: another process is writing this run")
     if config.train.resume and (run_dir / "summary.json").exists():  # in a sweep
         log.info("finished already: %s", shown(run_dir))
         return float(json.loads((run_dir / "summary.json").read_text())["final"]["test/elbo"])
@@ -120,8 +135,9 @@ def run(config: Config, run_dir: Path, config_text: str) -> float:
         len(test_set),
         device_name(device),
     )
+    signals = StopSignals()
     try:
-        with logging_redirect_tqdm():
+        with logging_redirect_tqdm(), signals:
             history = train(
                 vae,
                 train_loader,
@@ -135,6 +151,7 @@ def run(config: Config, run_dir: Path, config_text: str) -> float:
                 seed=config.seed,
                 log=record,
                 checkpoints=checkpoints,
+                stop=signals.received,
             )
         summary = records.finish(
             history,
@@ -146,11 +163,42 @@ def run(config: Config, run_dir: Path, config_text: str) -> float:
                 },
             },
         )
+    except StoppedError as stopped:
+        log.info("stopped: %s\n  go on with    %s", stopped, resume_command(run_dir))
+        sys.exit(128 + signals.number)
     finally:
-        records.close()
+        with suppress(OSError):  # of a full disk; what is to be said about it is being said
+            records.close()
+        lock.release()
     elbo: float = summary["final"]["test/elbo"]
     tell_what_next(run_dir, elbo)
     return elbo
+
+
+class StopSignals:
+    """Ctrl-C and SIGTERM end a run after its current step; a second Ctrl-C ends it at once."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def received(self) -> bool:
+        """Whether the run is to end."""
+        return self.number > 0
+
+    def __enter__(self) -> None:
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows none
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: object) -> None:
+        if self.number and number == signal.SIGINT:
+            os._exit(128 + number)
+        self.number = number
 
 
 class RefuseBadRuns(Callback):
@@ -160,7 +208,12 @@ class RefuseBadRuns(Callback):
         """Also points a resumed run at its own folder."""
         settings = self._checked(config)
         resume = settings.train.resume
-        if resume and resume != "auto":
+        if resume == "auto" and not _names_run_dir(config):
+            found = newest_interrupted(Path(config.hydra.run.dir).parent.parent, settings)
+            if found:
+                log.info("going on with %s", shown(found))
+                OmegaConf.update(config, "hydra.run.dir", str(found), force_add=True)
+        elif resume and resume != "auto":
             if not (Path(resume) / "checkpoints" / "last.pt").exists():
                 refuse(f"train.resume={resume}: no such folder, or no checkpoints/last.pt in it")
             OmegaConf.update(config, "hydra.run.dir", resume, force_add=True)
@@ -196,6 +249,67 @@ class RefuseBadRuns(Callback):
         return checked
 
 
+def _names_run_dir(config: DictConfig) -> bool:
+    return any(str(o).startswith("hydra.run.dir=") for o in config.hydra.overrides.hydra)
+
+
+def newest_interrupted(outputs: Path, settings: Config) -> Path | None:
+    """The youngest unfinished run of the same settings below `outputs/<date>/<time>`."""
+    from vae_torch.checkpoint import CheckpointError, Checkpoints
+
+    found = sorted(outputs.glob("*/*/checkpoints/last.pt"), key=lambda p: -p.stat().st_mtime)
+    for run_dir in (path.parent.parent for path in found):
+        if (run_dir / "summary.json").exists() or is_running(run_dir):
+            continue
+        with suppress(CheckpointError):
+            Checkpoints(run_dir / "checkpoints", settings).load("cpu")
+            return run_dir
+    return None
+
+
+def is_running(run_dir: Path) -> bool:
+    """Whether a process holds the run's lock."""
+    if not (run_dir / LOCK).exists():
+        return False
+    try:
+        with FileLock(run_dir / LOCK, blocking=False):
+            return False
+    except Timeout:
+        return True
+
+
+def repeat_overrides() -> None:
+    """A run that is continued by its folder keeps the overrides that it was started with.
+
+    New ones come after them and win; Hydra's own settings are not taken from a file.
+    """
+    folders = [a.partition("=")[2].strip("'") for a in sys.argv if a.startswith("train.resume=")]
+    if not folders or folders[-1] in ("", "auto", "null"):
+        return
+    try:
+        stored = OmegaConf.load(Path(folders[-1]) / ".hydra" / "overrides.yaml")
+    except (OSError, YAMLError, OmegaConfBaseException):
+        return
+    if not OmegaConf.is_list(stored):
+        return
+    kept = [str(o) for o in stored if re.match(r"[+~]{0,2}(?!hydra|train\.resume)[a-z]", str(o))]
+    sys.argv[1:1] = kept
+
+
+def resume_command(run_dir: Path) -> str:
+    """What to type to go on."""
+    name = f"train.resume={shown(run_dir)}"
+    return f"{shown(Path(sys.executable))} scripts/train.py {shlex.quote(name)}"
+
+
+def fail(reason: str, run_dir: Path) -> NoReturn:
+    """A run that broke: one line that says why and what is left of it."""
+    kept = run_dir / "checkpoints" / "last.pt"
+    left = f"the last checkpoint is {kept}" if kept.exists() else "there is no checkpoint yet"
+    print(f"train.py: stopped: {' '.join(reason.split())}; {left}", file=sys.stderr)
+    sys.exit(1)
+
+
 def refuse_unfit_checkpoint(run_dir: Path, settings: Config) -> None:
     """A run goes on with the settings that it was started with."""
     from vae_torch.checkpoint import CheckpointError, Checkpoints
@@ -218,8 +332,9 @@ def refuse_occupied(run_dir: Path) -> None:
 def remove_if_unused(run_dir: Path) -> None:
     """Take away a folder in which nothing but Hydra's own notes was written."""
     logs = list(run_dir.glob("*.log"))
-    if set(run_dir.iterdir()) <= {run_dir / ".hydra", *logs}:
+    if set(run_dir.iterdir()) <= {run_dir / ".hydra", run_dir / LOCK, *logs}:
         logging.shutdown()
+        (run_dir / LOCK).unlink(missing_ok=True)
         shutil.rmtree(run_dir / ".hydra", ignore_errors=True)
         for path in logs:
             path.unlink()
@@ -246,5 +361,6 @@ def tell_what_next(run_dir: Path, elbo: float) -> None:
 
 if __name__ == "__main__":
     quote_paths("hydra.run.dir", "hydra.sweep.dir", "train.resume", "data.root")
+    repeat_overrides()
     refuse_empty_groups("model", "data", "objective", "optimizer")
     hydra.main(version_base="1.3", config_path="../conf", config_name="train")(main)()

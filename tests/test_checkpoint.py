@@ -18,7 +18,7 @@ from vae_torch.checkpoint import (
 def run_dir(tmp_path, config):
     vae = VAE.from_config(config)
     state = {"epoch": 1, "best": 0.0, "history": {}, "model": vae.state_dict()}
-    Checkpoints(tmp_path / "checkpoints", config).save(state, best=True, final=True)
+    Checkpoints(tmp_path / "checkpoints", config).save_epoch(state, best=True, final=True)
     return tmp_path
 
 

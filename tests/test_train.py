@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 import torch
@@ -6,9 +7,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tests.conftest import REPOSITORY
 from vae_torch import VAE, ObjectiveConfig, mnist_loaders, train
-from vae_torch.checkpoint import Checkpoints
+from vae_torch.checkpoint import Checkpoints, load_checkpoint
 from vae_torch.config import ConfigError, OptimizerConfig
-from vae_torch.train import _NOTEBOOK_ADAM, DivergedError, beta_at, lr_factor
+from vae_torch.train import _NOTEBOOK_ADAM, DivergedError, StoppedError, beta_at, lr_factor
 
 EPOCHS = 4
 
@@ -153,6 +154,75 @@ def test_divergence_stops_with_the_epoch(made_up_root):
     reckless = OptimizerConfig(name="sgd", lr=1e6, eps=1e-8, schedule="constant")
     with pytest.raises(DivergedError, match=r"epoch \d.*optimizer.lr"):
         train(new_vae(), *loaders(made_up_root), epochs=3, optimizer=reckless)
+
+
+def test_divergence_names_epoch_step_and_term(made_up_root, tmp_path, config):
+    vae, steps = new_vae(), []
+
+    def break_after_seven(*_):
+        steps.append(1)
+        if len(steps) == 7:  # of six an epoch
+            vae.decoder.out.bias.data[0] = math.nan
+
+    hook = register_optimizer_step_post_hook(break_after_seven)
+    checkpoints = Checkpoints(tmp_path, config)
+    try:
+        with pytest.raises(DivergedError, match=r"epoch 2, step 2: .*reconstruction nan, kl \d"):
+            train(vae, *loaders(made_up_root), epochs=3, checkpoints=checkpoints)
+    finally:
+        hook.remove()
+    good = load_checkpoint(tmp_path / "last.pt")
+    assert good["epoch"] == 1
+    assert all(tensor.isfinite().all() for tensor in good["model"].values())
+
+
+def test_a_broken_weight_reaches_no_checkpoint_inside_an_epoch(made_up_root, tmp_path, config):
+    """The step's own loss is still a number; only its gradient was none."""
+    vae = new_vae()
+
+    def break_at_once(*_):
+        vae.encoder.mean.weight.data[0, 0] = math.inf
+
+    hook = register_optimizer_step_post_hook(break_at_once)
+    try:
+        with pytest.raises(DivergedError, match="epoch 1, step 1"):
+            train(
+                vae,
+                *loaders(made_up_root),
+                epochs=1,
+                checkpoints=Checkpoints(tmp_path, config),
+                stop=lambda: True,
+            )
+    finally:
+        hook.remove()
+    assert not list(tmp_path.iterdir())
+
+
+# inside the first epoch; after the last step of the second; inside its evaluation
+@pytest.mark.parametrize(("ema", "after"), [(0.0, 3), (0.9, 12), (0.0, 13)])
+def test_a_run_stopped_inside_an_epoch_goes_on_with_the_same_bits(
+    made_up_root, tmp_path, config, ema, after
+):
+    def run(folder, stop=None):
+        vae = new_vae()
+        history = train(
+            vae,
+            *loaders(made_up_root, binarize="dynamic"),
+            epochs=4,
+            ema=ema,
+            optimizer=OptimizerConfig(name="adamw", lr=1e-3, eps=1e-8, schedule="cosine"),
+            checkpoints=Checkpoints(tmp_path / folder, config),
+            stop=stop,
+        )
+        return without_speed(history), vae.state_dict()
+
+    asked = iter(range(1000))
+    with pytest.raises(StoppedError):
+        run("cut", stop=lambda: next(asked) == after)
+    assert load_checkpoint(tmp_path / "cut" / "last.pt")["step"] > 0
+    (history, weights), (expected, expected_weights) = run("cut"), run("whole")
+    assert history == expected
+    assert all(torch.equal(weights[name], w) for name, w in expected_weights.items())
 
 
 def test_warmup_and_schedule_reach_the_step(made_up_root):

@@ -8,16 +8,27 @@ import hashlib
 import io
 import os
 import pickle
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vae_torch.config import Config, ConfigError, config_from_dict
+from vae_torch.config import Config, ConfigError, checkpoint_interval, config_from_dict
 from vae_torch.model import VAE
 
 _MAGIC = b"VAETORCH"
 _SEAL = len(_MAGIC) + 32
+
+# What a continued run may set anew without becoming another run.
+_MAY_CHANGE = (
+    "train.resume",
+    "train.figure_every",
+    "train.checkpoint_every",
+    "data.root",
+    "device",
+    "threads",
+)
 
 
 class CheckpointError(ValueError):
@@ -74,27 +85,38 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 class Checkpoints:
-    """The checkpoints of one run: `last.pt` every few epochs, `best.pt` when the test elbo rises.
+    """The checkpoints of one run: `last.pt` when it is due, `best.pt` when the test elbo rises.
 
     Args:
         folder: `<run>/checkpoints`.
         config: Of the run; stored inside, so that a checkpoint explains itself.
-        every: Epochs between two `last.pt`; the final epoch is always kept.
+        every: Time between two `last.pt`: epochs, or minutes as in `"10min"`. The final epoch and
+            a run that is asked to stop always leave one.
     """
 
-    def __init__(self, folder: Path, config: Config, *, every: int = 1) -> None:
+    def __init__(self, folder: Path, config: Config, *, every: int | str = 1) -> None:
         self.folder = folder
         self.config = config
-        self.every = every
+        self.epochs, self.seconds = checkpoint_interval(every)
+        self._saved = time.monotonic()
 
-    def save(self, state: dict[str, Any], *, best: bool, final: bool) -> None:
-        """Keep the state of a finished epoch, if it is due."""
+    def due(self) -> bool:
+        """Whether the minutes between two checkpoints are over."""
+        return time.monotonic() - self._saved >= self.seconds
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Keep a state as `last.pt`."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        state = {"config": self.config.to_dict(), **state}
-        if final or state["epoch"] % self.every == 0:
-            save_checkpoint(self.folder / "last.pt", state)
+        save_checkpoint(self.folder / "last.pt", {"config": self.config.to_dict(), **state})
+        self._saved = time.monotonic()
+
+    def save_epoch(self, state: dict[str, Any], *, best: bool, final: bool) -> None:
+        """Keep the state of a finished epoch, where it is due or the best so far."""
+        if final or (self.epochs and state["epoch"] % self.epochs == 0) or self.due():
+            self.save(state)
         if best:
-            save_checkpoint(self.folder / "best.pt", state)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_checkpoint(self.folder / "best.pt", {"config": self.config.to_dict(), **state})
 
     def load(self, device: torch.device | str) -> dict[str, Any] | None:
         """The last state, or None where the run has none yet.
@@ -154,6 +176,6 @@ def _what_matters(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         if isinstance(value, dict):
             flat |= _what_matters(value, f"{name}.")
-        elif name not in ("train.resume", "train.figure_every", "data.root", "device", "threads"):
+        elif name not in _MAY_CHANGE:
             flat[name] = value
     return flat

@@ -85,7 +85,7 @@ class TrainConfig:
 
     epochs: int
     figure_every: int  # epochs; 0 draws figures only at the end
-    checkpoint_every: int  # epochs
+    checkpoint_every: Any  # epochs, or minutes: 10min
     resume: str | None = None
     ema: float = 0.0  # decay of the averaged weights per step; 0 keeps none
 
@@ -123,6 +123,7 @@ class EvalConfig:
     seed: int
     checkpoint: str
     limit: int | None = None
+    exact: bool | None = None  # integrate over the latents; None does so for one or two of them
 
 
 @dataclass
@@ -208,7 +209,25 @@ def check(config: Config) -> None:
     )
     need("train.ema", 0 <= config.train.ema < 1, "at least 0 (off) and below 1")
 
+    checkpoint_interval(config.train.checkpoint_every)
     _combinations(config)
+
+
+def checkpoint_interval(every: int | str) -> tuple[int, float]:
+    """Epochs (0: not by epochs) and seconds (infinite: not by time) between two checkpoints.
+
+    Raises:
+        ConfigError: Neither a number of epochs nor minutes.
+    """
+    if found := re.fullmatch(r"(\d{1,9})|(\d{1,9}(?:\.\d+)?)min", str(every)):
+        epochs, minutes = found.groups()
+        if minutes and float(minutes) > 0:
+            return 0, 60 * float(minutes)
+        if epochs and int(epochs) > 0:
+            return int(epochs), math.inf
+    raise ConfigError(
+        f"train.checkpoint_every={every}: must be epochs, 1 or more, or minutes such as 10min"
+    )
 
 
 def check_objective(objective: ObjectiveConfig) -> None:
@@ -252,7 +271,6 @@ def _numbers(value_of: Any, need: Any) -> None:
         ("threads", 1, 1024),
         ("train.epochs", 1, many),
         ("train.figure_every", 0, many),
-        ("train.checkpoint_every", 1, many),
     )
     for key, low, high in ranges:
         value = value_of(key)

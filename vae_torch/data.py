@@ -190,11 +190,22 @@ class EpochBatches(Sampler[Tensor]):
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.seed = seed
-        self.epoch = 0
+        self.set_epoch(0)
 
-    def set_epoch(self, epoch: int) -> None:
-        """The next pass is in the order of this epoch."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, *, skip: int = 0, pixels: Tensor | None = None) -> None:
+        """The next pass is in the order of this epoch.
+
+        Args:
+            epoch: Counted from 0.
+            skip: Batches to leave out: those that a stopped run has had.
+            pixels: What `pixels()` said after the last of them.
+        """
+        self.epoch, self._skip, self._pixels = epoch, skip, pixels
+
+    def pixels(self) -> Tensor | None:
+        """The state of the generator that draws binary pixels, where there is one."""
+        generator = self.dataset.binarize_generator
+        return generator.get_state() if generator else None
 
     def __len__(self) -> int:
         return math.ceil(len(self.dataset) / self.batch_size)
@@ -207,9 +218,11 @@ class EpochBatches(Sampler[Tensor]):
             )
         if self.dataset.binarize_generator is not None:
             self.dataset.binarize_generator.manual_seed(mix_seed(self.seed, self.epoch, 1))
-        self.epoch += 1
-        order = order.to(self.dataset.images.device)
-        yield from order.split(self.batch_size)
+            if self._pixels is not None:
+                self.dataset.binarize_generator.set_state(self._pixels.cpu())
+        batches = order.to(self.dataset.images.device).split(self.batch_size)[self._skip :]
+        self.set_epoch(self.epoch + 1)
+        yield from batches
 
 
 def mnist_loaders(

@@ -6,7 +6,7 @@ functions that also work alone and return one value per image.
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,7 +33,12 @@ ACTIVE_UNIT_VARIANCE = 0.01  # Burda et al. (2016), section 5.2
 
 @torch.no_grad()
 def bound_metrics(
-    vae: VAE, loader: Loader, objective: ObjectiveConfig, *, beta: float = 1.0, seed: int = 0
+    vae: VAE,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    objective: ObjectiveConfig,
+    *,
+    beta: float = 1.0,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Means over a data set of what the training loop logs about it.
 
@@ -169,11 +174,8 @@ def exact_log_px(
     Raises:
         ValueError: latent_dim is above 2, or the integral does not settle.
     """
+    _check_few_latents(vae)
     dims = vae.latent_dim
-    if dims > 2:
-        raise ValueError(
-            f"latent_dim is {dims}: integration over a grid is for 1 or 2; use importance sampling"
-        )
     x = x.flatten(1)
     bar = tqdm(desc="exact log p(x)", unit="point", disable=None if progress else True, leave=False)
 
@@ -216,6 +218,14 @@ def exact_log_px(
             bar.close()
             return Quadrature(log_px.double(), moved + width_residual, step, n * step)
     raise ValueError(f"halving the grid's step to {step} still moves the mean by {moved:.3f} nats")
+
+
+def _check_few_latents(vae: VAE) -> None:
+    if vae.latent_dim > 2:
+        raise ValueError(
+            f"latent_dim is {vae.latent_dim}: integration over a grid is for 1 or 2; "
+            "use importance sampling"
+        )
 
 
 def _extent(vae: VAE, x: Tensor) -> tuple[float, float]:
@@ -316,6 +326,7 @@ def evaluate_model(
     num_samples: int = 5000,
     fit_images: int = 100,
     chunk: int = 1024,
+    exact: bool | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> dict[str, Any]:
@@ -328,6 +339,7 @@ def evaluate_model(
         num_samples: Of the importance-sampling estimate of log p(x).
         fit_images: How many images get a posterior of their own, to split the gap.
         chunk: Decoder rows at once.
+        exact: Integrate log p(x) over the latents; None does so for one or two of them.
         seed: Of all noise.
         progress: Show bars on a terminal.
 
@@ -336,10 +348,13 @@ def evaluate_model(
         "num_images", "seed"}`, by name, and under `verdict` a list of sentences.
 
     Raises:
-        ValueError: num_samples, fit_images or chunk is below 1.
+        ValueError: num_samples, fit_images or chunk is below 1; an integral over more than two
+            latents is asked for.
     """
     if fit_images < 1:
         raise ValueError(f"fit_images={fit_images}: must be 1 or more")
+    if exact:
+        _check_few_latents(vae)
     x, labels = _whole(vae, loader)
     card: dict[str, Any] = {}
 
@@ -374,16 +389,17 @@ def evaluate_model(
         unit="samples",
         share_below_10=(estimate.effective_samples < min(10, num_samples)).double().mean().item(),
     )
-    exact = exact_log_px(vae, x, progress=progress) if vae.latent_dim <= 2 else None
-    if exact is not None:
+    truth = None
+    if exact or (exact is None and vae.latent_dim <= 2):
+        grid = exact_log_px(vae, x, progress=progress)
+        truth = grid.log_px
         put(
             "log_px_exact",
-            exact.log_px,
-            f"log p(x) by integration over ±{exact.half_width:g} in steps of {exact.step:g}",
+            truth,
+            f"log p(x) by integration over ±{grid.half_width:g} in steps of {grid.step:g}",
             0,
-            residual=exact.residual,
+            residual=grid.residual,
         )
-    truth = None if exact is None else exact.log_px
     _put_gap(put, vae, x[:fit_images], truth, num_samples, chunk, seed)
     _put_latents(put, vae, x, labels, train_loader, seed)
     if not ((x == 0) | (x == 1)).all():

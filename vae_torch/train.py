@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,19 +11,25 @@ from tqdm import tqdm
 
 from vae_torch.checkpoint import Checkpoints
 from vae_torch.config import ObjectiveConfig, OptimizerConfig, check_objective
-from vae_torch.data import EpochBatches, seeded_generator
+from vae_torch.data import EpochBatches, mix_seed
 from vae_torch.evaluate import Loader, bound_metrics
 from vae_torch.model import VAE
-from vae_torch.objective import objective_terms
+from vae_torch.objective import Terms, objective_terms
 
 Metrics = dict[str, Any]
 
+_TERMS = ("loss", "reconstruction", "kl")
+_ADVICE = "try a smaller optimizer.lr, precision=fp32, or objective.beta_warmup_epochs"
 _NOISE = 2  # tells the noise of z from the data order, which is seeded by (seed, epoch) too
 _NOTEBOOK_ADAM = OptimizerConfig(name="adam", lr=1e-3, eps=1e-8, schedule="constant")
 
 
 class DivergedError(ArithmeticError):
     """The loss is no number any more."""
+
+
+class StoppedError(Exception):
+    """`stop` asked the loop to end; what was done so far is in the checkpoint."""
 
 
 def train(
@@ -40,11 +46,12 @@ def train(
     seed: int = 0,
     log: Callable[[Metrics, VAE], None] | None = None,
     checkpoints: Checkpoints | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> dict[str, list[Any]]:
     """Train `vae` in place and return its history.
 
-    Every epoch's data order and noise are seeded by (seed, epoch), so an epoch can be repeated, and
-    a run continued, from the weights and the optimiser's state alone.
+    Every epoch's data order and noise are seeded by (seed, epoch). A run continues from its
+    checkpoint, in the middle of an epoch too, with the bits that it would have had.
 
     Args:
         vae: The model, on the device to train on.
@@ -58,14 +65,17 @@ def train(
         compile: Compile the loss and its gradient with torch.compile.
         seed: Of the noise.
         log: Called after every epoch with its metrics and the model they belong to.
-        checkpoints: Where to keep the state, and where to continue from.
+        checkpoints: Where to keep the state, and where to continue from. Continuing inside an epoch
+            needs the loaders of `mnist_loaders`.
+        stop: Asked after every step; when true, a checkpoint is written and the loop ends.
 
     Returns:
         One list per metric, an entry per epoch: `train/loss`, `test/loss`, `train/elbo`, ...;
         nats per image.
 
     Raises:
-        DivergedError: The loss is NaN or infinite.
+        DivergedError: The loss is NaN or infinite: says in which epoch, step and term.
+        StoppedError: `stop` said so.
         ConfigError: The objective has options that it would ignore.
     """
     objective = objective or ObjectiveConfig()
@@ -77,95 +87,217 @@ def train(
     evaluated: VAE = averaged.module if averaged else vae  # type: ignore[assignment]
     terms_of = torch.compile(objective_terms, dynamic=False) if compile else objective_terms
 
-    start, best, history = 0, -math.inf, dict[str, list[Any]]()
+    run = _Progress(vae, averaged, stepper, train_loader)
     if checkpoints and (state := checkpoints.load(device)):
-        start, best, history = state["epoch"], state["best"], state["history"]
-        vae.load_state_dict(state["training"] if averaged else state["model"])
-        stepper.load_state_dict(state["optimizer"])
-        if averaged:
-            averaged.module.load_state_dict(state["model"])
-            averaged.n_averaged.fill_(state["averaged_steps"])
+        run.load(state)
 
     steps = len(train_loader)
-    bar = tqdm(total=epochs * steps, initial=start * steps, disable=None, unit="step", leave=False)
-    for epoch in range(start, epochs):
-        began = time.perf_counter()
-        beta = beta_at(objective, epoch)
+    done = run.epoch * steps + run.step
+    bar = tqdm(total=epochs * steps, initial=done, disable=None, unit="step", leave=False)
+    while run.epoch < epochs:
+        began, first = time.perf_counter(), run.step
+        beta = beta_at(objective, run.epoch)
         weight = torch.tensor(beta, device=device)  # a float would be compiled anew every epoch
-        noise = seeded_generator(device, seed, epoch, _NOISE)
-        if isinstance(train_loader.batch_sampler, EpochBatches):
-            train_loader.batch_sampler.set_epoch(epoch)
-        sums = torch.zeros(3, device=device, dtype=torch.float64)  # stays there: no sync per step
-        images = 0
+        run.begin_epoch(seed)
 
-        for batch, (x, _) in enumerate(train_loader):
-            x = x.to(device, non_blocking=True)
-            shape = (objective.num_samples, len(x), vae.latent_dim)
-            eps = torch.randn(shape, generator=noise, device=device)
-            lr = settings.lr * lr_factor(settings.schedule, (epoch + batch / steps) / epochs)
-            for group in stepper.param_groups:
-                group["lr"] = lr
+        try:
+            for x, _ in train_loader:
+                x = x.to(device, non_blocking=True)
+                shape = (objective.num_samples, len(x), vae.latent_dim)
+                eps = torch.randn(shape, generator=run.noise, device=device)
+                progress = (run.epoch + run.step / steps) / epochs
+                lr = settings.lr * lr_factor(settings.schedule, progress)
+                for group in stepper.param_groups:
+                    group["lr"] = lr
 
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                terms = terms_of(vae, x, eps, objective, weight)
-            stepper.zero_grad(set_to_none=True)
-            terms.loss.backward()
-            stepper.step()
-            if averaged:
-                averaged.update_parameters(vae)
+                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                    terms = terms_of(vae, x, eps, objective, weight)
+                stepper.zero_grad(set_to_none=True)
+                terms.loss.backward()
+                stepper.step()
+                if averaged:
+                    averaged.update_parameters(vae)
 
-            sums += torch.stack(
-                (len(x) * terms.loss.detach(), terms.reconstruction.sum(), terms.kl.sum())
+                run.count(len(x), terms)
+                if run.step % 50 == 0 or run.step == steps:
+                    loss = run.means()["loss"]
+                    bar.update(run.epoch * steps + run.step - bar.n)
+                    bar.set_description(f"epoch {run.epoch + 1}/{epochs}", refresh=False)
+                    bar.set_postfix_str(f"train loss {loss:.2f}", refresh=False)
+                if stop and stop():
+                    raise StoppedError(f"epoch {run.epoch + 1}, step {run.step} of {steps}")
+                if checkpoints and checkpoints.due():
+                    checkpoints.save(run.to_dict())
+
+            seconds = time.perf_counter() - began
+            means = run.means()
+            test = bound_metrics(
+                evaluated, _until(stop, test_loader), objective, beta=beta, seed=seed
             )
-            images += len(x)
-            if batch % 50 == 49 or batch == steps - 1:
-                bar.update(batch % 50 + 1)
-                if not bar.disable:
-                    bar.set_description(f"epoch {epoch + 1}/{epochs}", refresh=False)
-                    bar.set_postfix_str(f"train loss {sums[0].item() / images:.2f}", refresh=False)
-
-        loss, reconstruction, kl = (sums / images).tolist()
-        seconds = time.perf_counter() - began
-        if not math.isfinite(loss):
+        except StoppedError:
+            bar.close()
+            if checkpoints:
+                checkpoints.save(run.to_dict())
+            raise
+        if not math.isfinite(test["loss"]):
             raise DivergedError(
-                f"epoch {epoch + 1}: the training loss is {loss} (reconstruction "
-                f"{reconstruction}, kl {kl}); try a smaller optimizer.lr"
+                f"epoch {run.epoch + 1}: the test loss is {test['loss']} after the last step, "
+                f"the training loss was {means['loss']:.6g}; {_ADVICE}"
             )
-        test = bound_metrics(evaluated, test_loader, objective, beta=beta, seed=seed)
         metrics: Metrics = {
-            "epoch": epoch + 1,
-            "train/loss": loss,
-            "train/elbo": reconstruction - kl,
-            "train/reconstruction": reconstruction,
-            "train/kl": kl,
+            "epoch": run.epoch + 1,
+            **{f"train/{name}": value for name, value in means.items()},
             **{f"test/{name}": value for name, value in test.items()},
             "train/beta": beta,
-            "train/lr": lr,
-            "train/images_per_second": images / seconds,
+            "train/lr": stepper.param_groups[0]["lr"],
+            "train/images_per_second": sum(run.sizes[first:]) / seconds,
             "seconds": time.perf_counter() - began,  # evaluation included
         }
-        for name, value in metrics.items():
-            history.setdefault(name, []).append(value)
+        improved = run.end_epoch(metrics)
         if log:
             log(metrics, evaluated)
         if checkpoints:
-            improved = metrics["test/elbo"] > best
-            best = max(best, metrics["test/elbo"])
-            state = {
-                "epoch": epoch + 1,
-                "best": best,
-                "history": history,
-                "model": evaluated.state_dict(),
-                "optimizer": stepper.state_dict(),
-            }
-            if averaged:
-                state["training"] = vae.state_dict()
-                state["averaged_steps"] = int(averaged.n_averaged)
-            checkpoints.save(state, best=improved, final=epoch + 1 == epochs)
+            checkpoints.save_epoch(run.to_dict(), best=improved, final=run.epoch == epochs)
     bar.close()
     if averaged:
         vae.load_state_dict(evaluated.state_dict())
-    return history
+    return run.history
+
+
+class _Progress:
+    """How far a run has come: all that a checkpoint keeps, so that the rest is the same bits."""
+
+    def __init__(
+        self,
+        vae: VAE,
+        averaged: AveragedModel | None,
+        stepper: torch.optim.Optimizer,
+        loader: Loader,
+    ) -> None:
+        device = next(vae.parameters()).device
+        self.vae, self.averaged, self.stepper = vae, averaged, stepper
+        self.order = (
+            loader.batch_sampler if isinstance(loader.batch_sampler, EpochBatches) else None
+        )
+        self.epoch = 0  # finished ones
+        self.step = 0  # of the epoch under way
+        self.best = -math.inf
+        self.history: dict[str, list[Any]] = {}
+        self.noise = torch.Generator(device)
+        # loss, reconstruction and kl of the epoch's steps: on the device, to be read rarely
+        self.record = torch.zeros(len(loader), 3, device=device)
+        self.sizes: list[int] = []  # images of these steps
+
+    def begin_epoch(self, seed: int) -> None:
+        """Seed the epoch's order and noise, unless `load` has just put them in its middle."""
+        if self.step == 0:
+            self.sizes = []
+            self.noise.manual_seed(mix_seed(seed, self.epoch, _NOISE))
+            if self.order:
+                self.order.set_epoch(self.epoch)
+
+    def count(self, images: int, terms: Terms) -> None:
+        """One step is done."""
+        parts = (terms.loss.detach(), terms.reconstruction.mean(), terms.kl.mean())
+        self.record[self.step] = torch.stack(parts)
+        self.sizes.append(images)
+        self.step += 1
+
+    def means(self) -> dict[str, float]:
+        """Over the images of the epoch so far.
+
+        Raises:
+            DivergedError: A step's loss was NaN or infinite.
+        """
+        steps = self.record[: self.step].double().cpu()
+        bad = (~steps.isfinite()).any(1).nonzero()
+        if len(bad):
+            at = int(bad[0])
+            now, last = (
+                ", ".join(f"{n} {v:.6g}" for n, v in zip(_TERMS, row.tolist(), strict=True))
+                for row in (steps[at], steps[max(at - 1, 0)])
+            )
+            before = f" (the step before: {last})" if at else ""
+            raise DivergedError(f"epoch {self.epoch + 1}, step {at + 1}: {now}{before}; {_ADVICE}")
+        sizes = torch.tensor(self.sizes, dtype=torch.float64)
+        loss, reconstruction, kl = ((sizes @ steps) / sizes.sum()).tolist()
+        return {
+            "loss": loss,
+            "elbo": reconstruction - kl,
+            "reconstruction": reconstruction,
+            "kl": kl,
+        }
+
+    def end_epoch(self, metrics: Metrics) -> bool:
+        """Add to the history; whether the test elbo is the best so far."""
+        for name, value in metrics.items():
+            self.history.setdefault(name, []).append(value)
+        improved = bool(metrics["test/elbo"] > self.best)
+        self.best = max(self.best, metrics["test/elbo"])
+        self.epoch, self.step = self.epoch + 1, 0
+        return improved
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a checkpoint.
+
+        Raises:
+            DivergedError: There is nothing worth keeping.
+        """
+        evaluated = self.averaged.module if self.averaged else self.vae
+        state: dict[str, Any] = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "best": self.best,
+            "history": self.history,
+            "model": evaluated.state_dict(),
+            "optimizer": self.stepper.state_dict(),
+        }
+        if self.averaged:
+            state["training"] = self.vae.state_dict()
+            state["averaged_steps"] = int(self.averaged.n_averaged)
+        if self.step:
+            self._refuse_broken_weights()
+            state["noise"] = self.noise.get_state()
+            state["pixels"] = self.order.pixels() if self.order else None
+            state["record"] = self.record[: self.step].clone()
+            state["sizes"] = self.sizes
+        return state
+
+    def _refuse_broken_weights(self) -> None:
+        """Inside an epoch no evaluation has looked at them yet."""
+        self.means()
+        if not all(parameter.isfinite().all() for parameter in self.vae.parameters()):
+            raise DivergedError(
+                f"epoch {self.epoch + 1}, step {self.step}: the gradient is NaN or infinite; "
+                f"{_ADVICE}"
+            )
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from `to_dict`."""
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.best, self.history = state["best"], state["history"]
+        self.vae.load_state_dict(state["training"] if self.averaged else state["model"])
+        self.stepper.load_state_dict(state["optimizer"])
+        if self.averaged:
+            self.averaged.module.load_state_dict(state["model"])
+            self.averaged.n_averaged.fill_(state["averaged_steps"])
+        if self.step:
+            if self.order is None:
+                raise ValueError("continuing inside an epoch needs the loaders of mnist_loaders")
+            self.noise.set_state(state["noise"].cpu())
+            self.order.set_epoch(self.epoch, skip=self.step, pixels=state["pixels"])
+            self.record[: self.step] = state["record"]
+            self.sizes = state["sizes"]
+
+
+def _until(
+    stop: Callable[[], bool] | None, loader: Loader
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The loader's batches until `stop` says so: a signal does not wait for an evaluation."""
+    for batch in loader:
+        if stop and stop():
+            raise StoppedError("during the evaluation")
+        yield batch
 
 
 def make_optimizer(vae: VAE, settings: OptimizerConfig) -> torch.optim.Optimizer:
