@@ -72,6 +72,19 @@ def test_a_signal_ends_a_run_that_can_go_on(made_up_root, tmp_path, number):
     state = load_checkpoint(cut / "checkpoints" / "last.pt")
     assert 1 < state["epoch"] + state["step"] / 150 < 8
 
+    settings = (cut / ".hydra" / "config.yaml").read_text()
+    for mistake, part in (
+        (command(made_up_root, cut, *more), "add train.resume=auto"),
+        (
+            command(made_up_root, cut, *more, "train.resume=auto", "seed=3"),
+            "seed=0, this one has 3",
+        ),
+    ):
+        refused = subprocess.run(mistake, cwd=REPOSITORY, capture_output=True, text=True)
+        assert refused.returncode == 2
+        assert part in refused.stderr
+    assert (cut / ".hydra" / "config.yaml").read_text() == settings
+
     resume = [sys.executable, "scripts/train.py", f"train.resume={cut}"]  # knows the overrides
     assert subprocess.run(resume, cwd=REPOSITORY, capture_output=True).returncode == 0
     with start(command(made_up_root, whole, *more)) as process:

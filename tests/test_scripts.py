@@ -73,45 +73,6 @@ def test_a_run_leaves_everything_that_is_promised(small, tmp_path):
     assert "holds a finished run" in again.stderr
 
 
-def test_resume_continues_where_a_killed_run_was(small, tmp_path):
-    from vae_torch.checkpoint import load_checkpoint
-
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    more = [*small[:3], "train.epochs=30"]
-    assert run_script("train.py", *more, f"hydra.run.dir={whole}").returncode == 0
-    command = [sys.executable, "scripts/train.py", *more, f"hydra.run.dir={cut}"]
-    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if line.startswith("epoch   5/30"):
-                process.kill()
-                break
-    assert not (cut / "summary.json").exists()
-
-    blocked = run_script("train.py", *more, f"hydra.run.dir={cut}")
-    assert blocked.returncode == 2
-    assert "train.resume=auto" in blocked.stderr
-    settings = (cut / ".hydra" / "config.yaml").read_text()
-    other = run_script("train.py", *more, f"train.resume={cut}", "model.latent_dim=3")
-    assert other.returncode == 2
-    assert "model.latent_dim=2, this one has 3" in other.stderr
-    assert (cut / ".hydra" / "config.yaml").read_text() == settings
-    resumed = run_script("train.py", *more, f"train.resume={cut}")
-    assert resumed.returncode == 0, resumed.stderr
-
-    def metrics(run_dir):
-        lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-        return [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in lines]
-
-    assert metrics(cut) == metrics(whole)
-    model = [load_checkpoint(d / "checkpoints" / "last.pt")["model"] for d in (whole, cut)]
-    assert all((model[0][name] == model[1][name]).all() for name in model[0])
-    steps = [
-        [p.step for p in EventAccumulator(str(d / "tensorboard")).Reload().Scalars("test/elbo")]
-        for d in (whole, cut)
-    ]
-    assert steps[0] == steps[1]
-
-
 def test_multirun_names_its_runs_by_their_overrides(small, tmp_path):
     done = run_script(
         "train.py", "-m", *small[:3], "train.epochs=1", "model.latent_dim=2,3", "seed=0,1",
