@@ -36,9 +36,12 @@ def main(cfg: DictConfig) -> None:
 
 def evaluate_run(config: EvaluateConfig) -> None:
     """Load a run, evaluate it on its own test set, write the card."""
+    import torch
+
     from vae_torch.checkpoint import load_run, write_atomically
-    from vae_torch.data import data_hash, loaders_of
-    from vae_torch.evaluate import evaluate_model
+    from vae_torch.data import data_hash, image_dataset, loaders_of
+    from vae_torch.evaluate import evaluate_model, exact_log_px
+    from vae_torch.figures import log_px_map, save_png
     from vae_torch.runlog import add_evaluation
 
     tune_cpu(None)
@@ -76,6 +79,11 @@ def evaluate_run(config: EvaluateConfig) -> None:
     path = run_dir / "evaluation.json"
     write_atomically(path, (json.dumps(card, indent=2) + "\n").encode())
     add_evaluation(run_dir, card, run_config.train.epochs)
+    if vae.latent_dim == 2 and config.eval.exact is not False:
+        test_set = image_dataset(test_loader)
+        x, _ = test_set.__getitems__(torch.arange(min(2000, len(test_set))))
+        picture = log_px_map(vae, x, exact_log_px(vae, x).log_px)
+        save_png(picture, run_dir / "figures" / "log_px.png")
     print(f"\nwritten to {shown(path.resolve())}")
 
 

@@ -125,8 +125,11 @@ def run(config: Config, run_dir: Path, config_text: str) -> float:
             len(train_set) / metrics["train/images_per_second"],
         )
         every = config.train.figure_every
-        if epoch == config.train.epochs or (every and epoch % every == 0):
+        last = epoch == config.train.epochs
+        if last or (every and epoch % every == 0):
             records.figures(epoch, model, x, labels)
+        if last or (every and (epoch <= 10 or epoch % every == 0)):  # it grows fast at first
+            records.growth(epoch, model, x[:10])
 
     log.info(
         "%s: %d training and %d test images, on %s",
@@ -153,6 +156,8 @@ def run(config: Config, run_dir: Path, config_text: str) -> float:
                 checkpoints=checkpoints,
                 stop=signals.received,
             )
+        if vae.latent_dim > 1:
+            records.projector(vae, x[:2000], labels[:2000])
         summary = records.finish(
             history,
             {

@@ -5,13 +5,21 @@ from PIL import Image
 
 from vae_torch import VAE
 from vae_torch.figures import (
+    growth_frame,
     image_grid,
+    interpolation_figure,
+    kl_figure,
     latent_scatter,
+    log_px_map,
     manifold_grid,
+    reconstruction_figure,
     reconstruction_grid,
     sample_grid,
+    save_gif,
     save_png,
+    spherical_interpolation,
     to_pixels,
+    traversal_figure,
 )
 
 
@@ -58,8 +66,120 @@ def test_png_holds_the_picture(tmp_path, small_vae):
         assert image.size == (770, 660)
 
 
+def pictures_of(figure, row, columns):
+    """What the panels of one row show."""
+    panels = figure.axes[row * columns : (row + 1) * columns]
+    return np.stack([panel.get_images()[0].get_array() for panel in panels])
+
+
+def test_reconstructions_carry_their_nats(small_vae):
+    x = torch.rand(4, 784)
+    figure = reconstruction_figure(small_vae, x)
+    probabilities = small_vae.reconstruct(x)
+    nats = -torch.distributions.Bernoulli(probabilities, validate_args=False).log_prob(x).sum(1)
+    assert [a.get_xlabel() for a in figure.axes[4:]] == [f"{n:.0f}" for n in nats]
+    np.testing.assert_allclose(pictures_of(figure, 0, 4), x.reshape(4, 28, 28))
+    np.testing.assert_allclose(pictures_of(figure, 1, 4), probabilities.reshape(4, 28, 28))
+
+
+def active_in(dimensions, latent_dim):
+    """A model whose posterior means vary in these dimensions alone, more in the first."""
+    torch.manual_seed(0)
+    vae = VAE(latent_dim=latent_dim, intermediate_dim=32)
+    with torch.no_grad():
+        gain = torch.zeros(latent_dim, 1)
+        for place, dimension in enumerate(dimensions):
+            gain[dimension] = 3.0 / (place + 1)
+        vae.encoder.mean.weight.mul_(gain)
+    return vae
+
+
+def test_traversal_moves_the_active_dimensions():
+    vae, x = active_in([4, 1], latent_dim=6), torch.rand(300, 784)
+    figure = traversal_figure(vae, x, steps=3)
+    assert [a.get_ylabel() for a in figure.axes if a.get_ylabel()] == ["z₅", "z₂"]
+    means = vae.encode(x)[0].detach()
+    z = means[:1].repeat(3, 1)
+    z[:, 1] = means[:, 1].mean() + torch.tensor([-3.0, 0.0, 3.0]) * means[:, 1].std()
+    expected = torch.sigmoid(vae.decode(z)).detach().reshape(3, 28, 28)
+    np.testing.assert_allclose(pictures_of(figure, 1, 3), expected, atol=1e-6)
+
+
+def test_traversal_of_a_collapsed_model_shows_one_dimension():
+    figure = traversal_figure(active_in([], latent_dim=3), torch.rand(50, 784), steps=3)
+    assert len(figure.axes) == 3
+    assert "0 of 3 dimensions active" in figure.get_supxlabel()
+
+
+def test_spherical_way_keeps_norm_and_pace():
+    start, end = torch.tensor([3.0, 0.0, 0.0]), torch.tensor([0.0, 0.0, 3.0])
+    way = spherical_interpolation(start, end, steps=7)
+    torch.testing.assert_close(way.norm(dim=1), torch.full((7,), 3.0))
+    torch.testing.assert_close(
+        (way[1:] * way[:-1]).sum(1) / 9, torch.full((6,), np.cos(np.pi / 12))
+    )
+    torch.testing.assert_close(way[[0, -1]], torch.stack([start, end]))
+    opposite = spherical_interpolation(start, -start, steps=3)
+    torch.testing.assert_close(opposite[1], torch.zeros(3))
+
+
+def test_interpolation_ends_at_the_reconstructions(small_vae):
+    x = torch.rand(2, 784)
+    figure = interpolation_figure(small_vae, x, steps=5)
+    for row in (0, 1):
+        shown = pictures_of(figure, row, 7)
+        np.testing.assert_allclose(shown[[0, -1]], x.reshape(2, 28, 28))
+        expected = small_vae.reconstruct(x).reshape(2, 28, 28)
+        np.testing.assert_allclose(shown[[1, -2]], expected, atol=1e-6)
+    with pytest.raises(ValueError, match="two ends"):
+        interpolation_figure(small_vae, torch.rand(3, 784))
+
+
+def test_kl_bars_have_the_heights_of_the_divergence():
+    vae, x = active_in([2, 0], latent_dim=4), torch.rand(200, 784)
+    axes = kl_figure(vae, x).axes[0]
+    mean, logvar = (part.detach() for part in vae.encode(x))
+    q = torch.distributions.Normal(mean, torch.exp(0.5 * logvar))
+    kl = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).mean(0)
+    heights = [bar.get_height() for bar in axes.patches]
+    np.testing.assert_allclose(heights, kl.sort(descending=True).values, atol=1e-5, rtol=1e-4)
+    assert axes.get_title().startswith("2 of 4 dimensions active")
+
+
+def test_scatter_takes_the_two_most_active_dimensions():
+    labels = torch.arange(100) % 10
+    axes = latent_scatter(active_in([4, 1], 6), torch.rand(100, 784), labels).axes[0]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("z₅", "z₂")
+    assert len({tuple(c.get_facecolor()[0]) for c in axes.collections}) == 10
+    one = latent_scatter(active_in([0], 1), torch.rand(100, 784), labels).axes[0]
+    assert (one.get_xlabel(), one.get_ylabel()) == ("z₁", "class")
+
+
+def test_map_draws_the_posteriors_to_scale(small_vae):
+    x = torch.rand(30, 784)
+    figure = log_px_map(small_vae, x, torch.linspace(-200, -100, 30), ellipses=3)
+    mean, logvar = small_vae.encode(x)
+    for patch, centre, spread in zip(figure.axes[0].patches, mean, logvar, strict=False):
+        assert patch.get_center() == pytest.approx(tuple(centre.tolist()))
+        sizes = [4 * np.exp(0.5 * v) for v in spread.tolist()]
+        assert (patch.width, patch.height) == pytest.approx(tuple(sizes))
+    assert len(figure.axes[0].patches) == 3
+
+
+@pytest.mark.parametrize("latent_dim", [1, 2, 3])
+def test_growth_is_an_animation_of_equal_frames(tmp_path, latent_dim):
+    vae = VAE(latent_dim=latent_dim, intermediate_dim=8)
+    frames = [growth_frame(vae, torch.rand(10, 784), epoch) for epoch in (1, 2, 100)]
+    save_gif(frames, tmp_path / "growth.gif")
+    with Image.open(tmp_path / "growth.gif") as image:
+        assert image.n_frames == 3
+        assert image.size == frames[0].shape[::-1]
+    with pytest.raises(ValueError, match="no frames"):
+        save_gif([], tmp_path / "none.gif")
+
+
 def test_two_dimensional_pictures_refuse_other_models():
     vae = VAE(latent_dim=3, intermediate_dim=4)
-    for draw in (manifold_grid, lambda v: latent_scatter(v, torch.rand(2, 784), torch.zeros(2))):
+    for draw in (manifold_grid, lambda v: log_px_map(v, torch.rand(2, 784), torch.zeros(2))):
         with pytest.raises(ValueError, match="latent_dim is 3"):
             draw(vae)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from vae_torch.config import ObjectiveConfig
 from vae_torch.data import seeded_generator
 from vae_torch.model import VAE, reparameterize
-from vae_torch.objective import kl_per_dim, objective_terms
+from vae_torch.objective import ACTIVE_UNIT_VARIANCE, kl_per_dim, objective_terms
 from vae_torch.prior import StandardNormal, log_mixture, log_normal
 
 _log = logging.getLogger("vae_torch")
@@ -27,8 +27,6 @@ Loader = DataLoader[tuple[Tensor, Tensor]]
 
 # Tell the random streams of one seed apart (data order and training noise have their own).
 _BOUND, _IMPORTANCE, _FIT, _AGGREGATE = 3, 4, 5, 6
-
-ACTIVE_UNIT_VARIANCE = 0.01  # Burda et al. (2016), section 5.2
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@
 """
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,22 +14,25 @@ from torch import Tensor
 
 from vae_torch.checkpoint import write_atomically
 from vae_torch.model import VAE
+from vae_torch.objective import ACTIVE_UNIT_VARIANCE, kl_per_dim
 
 if TYPE_CHECKING:  # half a second that a run without figures need not pay
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Paul Tol's and Okabe-Ito's colours, ordered so that ten classes stay apart for colour-blind eyes.
+# Paul Tol's "muted" scheme, which stays apart for colour-blind eyes, with grey as the tenth; in an
+# order that gives digits of similar shape (4 and 9, 3 and 8, 1 and 7) the most different colours.
 DIGIT_COLOURS = (
     "#332288",
-    "#e69f00",
-    "#56b4e9",
-    "#009e73",
-    "#d55e00",
-    "#cc79a7",
-    "#882255",
+    "#88ccee",
+    "#44aa99",
     "#117733",
-    "#999999",
-    "#000000",
+    "#cc6677",
+    "#999933",
+    "#882255",
+    "#aa4499",
+    "#ddcc77",
+    "#555555",
 )
 
 
@@ -43,7 +47,7 @@ def image_grid(images: Tensor, columns: int, *, gap: int = 2) -> Tensor:
     Returns:
         (height, width).
     """
-    images = _squares(images)
+    images = squares(images)
     n, height, width = images.shape
     rows = -(-n // columns)
     grid = torch.ones(rows * (height + gap) + gap, columns * (width + gap) + gap)
@@ -95,36 +99,264 @@ def manifold_grid(vae: VAE, *, rows: int = 20) -> Tensor:
     return image_grid(vae.likelihood.mean(vae.decode(z)), rows, gap=0)
 
 
-@torch.no_grad()
 def latent_scatter(vae: VAE, x: Tensor, labels: Tensor) -> "Figure":
-    """Posterior means of images in the latent plane, coloured by class.
+    """Posterior means of images, coloured by class, with each class's number at its median.
+
+    With more than two latents: the two whose means vary most. With one: the class is the height.
+
+    Args:
+        vae: The model.
+        x: (N, *shape) in [0, 1].
+        labels: (N,) classes.
+    """
+    from matplotlib.patheffects import withStroke
+
+    means, _ = _posterior(vae, x)
+    classes = labels.cpu().numpy()
+    first, *more = _most_active(means)
+    across = means[:, first].numpy()
+    spread = np.random.default_rng(0).uniform(-0.3, 0.3, len(classes))  # points, not a line
+    up = means[:, more[0]].numpy() if more else classes + spread
+    figure, axes = _figure(7, 6)
+    names = np.unique(classes)
+    for i, digit in enumerate(names):
+        chosen, colour = classes == digit, DIGIT_COLOURS[i % len(DIGIT_COLOURS)]
+        axes.scatter(
+            across[chosen], up[chosen], s=5, c=colour, alpha=0.75, linewidths=0, label=str(digit)
+        )
+    for digit in names if len(names) <= len(DIGIT_COLOURS) else ():
+        at = (np.median(across[classes == digit]), np.median(up[classes == digit]))
+        axes.annotate(
+            str(digit), at, fontsize=13, weight="bold", ha="center", va="center",
+            path_effects=[withStroke(linewidth=3, foreground="white")],
+        )  # fmt: skip
+    axes.set_title(f"Posterior means of {len(x):,} test images")
+    axes.set_xlabel(f"z{_subscript(first)}")
+    axes.set_ylabel(f"z{_subscript(more[0])}" if more else "class")
+    if more:
+        axes.set_aspect("equal")
+    if len(names) <= len(DIGIT_COLOURS):
+        axes.legend(title="class", loc="center left", bbox_to_anchor=(1, 0.5), markerscale=4)
+    return figure
+
+
+@torch.no_grad()
+def reconstruction_figure(vae: VAE, x: Tensor) -> "Figure":
+    """Originals over reconstructions, with what each reconstruction is worth under it.
+
+    Args:
+        vae: The model.
+        x: (n, *shape) in [0, 1].
+
+    Returns:
+        A figure; its numbers are -log p(x | z) at the posterior mean, in nats.
+    """
+    mean, _ = vae.encode(x)
+    logits = vae.decode(mean)
+    nats = -vae.likelihood.log_prob(x.reshape(-1, *vae.input_shape), logits)
+    rows = [squares(x), squares(vae.likelihood.mean(logits).flatten(1))]
+    figure, panels = _panels(2, len(x))
+    for row, images in zip(panels, rows, strict=True):
+        for panel, image in zip(row, images, strict=True):
+            panel.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1)
+    for panel, number in zip(panels[1], nats.tolist(), strict=True):
+        panel.set_xlabel(f"{number:.0f}", fontsize=9)
+    panels[0][0].set_ylabel("image", fontsize=9)
+    panels[1][0].set_ylabel("decoded", fontsize=9)
+    figure.supxlabel("-log p(x | z) at the posterior mean, nats", fontsize=9)
+    return figure
+
+
+@torch.no_grad()
+def traversal_figure(
+    vae: VAE, x: Tensor, *, steps: int = 11, dimensions: int = 12, context: int = 1000
+) -> "Figure":
+    """One image decoded while one latent moves: a row per active dimension, most active first.
+
+    Args:
+        vae: The model.
+        x: (N, *shape) in [0, 1]: the first is the image that moves, the first `context` say which
+            dimensions are active and how far their posterior means reach.
+        steps: Images in a row, from -3 to 3 standard deviations of these means around their mean.
+        dimensions: Rows at most.
+        context: Images to encode.
+    """
+    means, _ = _posterior(vae, x[:context])
+    active = [d for d in _most_active(means) if means[:, d].var() > ACTIVE_UNIT_VARIANCE]
+    shown = active[:dimensions] or _most_active(means)[:1]
+    ticks = torch.linspace(-3, 3, steps)
+    figure, panels = _panels(len(shown), steps)
+    for row, dim in zip(panels, shown, strict=True):
+        z = means[:1].repeat(steps, 1)
+        z[:, dim] = means[:, dim].mean() + ticks * means[:, dim].std()
+        for panel, image in zip(row, _decoded(vae, z), strict=True):
+            panel.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1)
+        row[0].set_ylabel(f"z{_subscript(dim)}", rotation=0, ha="right", va="center", fontsize=10)
+    for panel, tick in zip(panels[-1], ticks.tolist(), strict=True):
+        panel.set_xlabel(f"{tick:+.1f}".replace("+0.0", "0").replace("-0.0", "0"), fontsize=8)
+    hidden = f", {len(active) - len(shown)} more not shown" if len(active) > len(shown) else ""
+    some = f"{len(active)} of {vae.latent_dim} dimensions active{hidden}"
+    figure.supxlabel(f"standard deviations of the posterior means; {some}", fontsize=9)
+    return figure
+
+
+@torch.no_grad()
+def interpolation_figure(vae: VAE, x: Tensor, *, steps: int = 11) -> "Figure":
+    """The way from one image to another in latent space: straight, and on a sphere.
+
+    In many dimensions the prior's mass lies on a shell, which a straight way leaves; the spherical
+    one (White, *Sampling Generative Networks* (2016), section 2.1) stays on it.
+
+    Args:
+        vae: The model.
+        x: (2, *shape) in [0, 1], both ends.
+        steps: Images on the way, ends included.
+
+    Raises:
+        ValueError: x holds not two images.
+    """
+    if len(x) != 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}; an interpolation has two ends")
+    means, _ = _posterior(vae, x)
+    ways = {
+        "straight": torch.lerp(means[0], means[1], torch.linspace(0, 1, steps)[:, None]),
+        "spherical": spherical_interpolation(means[0], means[1], steps=steps),
+    }
+    figure, panels = _panels(len(ways), steps + 2)
+    ends = squares(x.flatten(1))
+    for row, (name, z) in zip(panels, ways.items(), strict=True):
+        images = [ends[0], *_decoded(vae, z), ends[1]]
+        for panel, image in zip(row, images, strict=True):
+            panel.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1)
+        row[0].set_ylabel(name, fontsize=9)
+    panels[-1][0].set_xlabel("image", fontsize=9)
+    panels[-1][-1].set_xlabel("image", fontsize=9)
+    panels[-1][(steps + 2) // 2].set_xlabel("decoded on the way", fontsize=9)
+    return figure
+
+
+def spherical_interpolation(start: Tensor, end: Tensor, *, steps: int) -> Tensor:
+    """From `start` to `end` (latent_dim,) along the arc between them: (steps, latent_dim).
+
+    Where the two point the same or the opposite way there is no one arc, and the way is straight.
+    """
+    t = torch.linspace(0, 1, steps).to(start)[:, None]
+    cosine = torch.nn.functional.cosine_similarity(start, end, dim=0).clamp(-1, 1)
+    angle = cosine.acos()
+    if angle.sin() < 1e-4:
+        return torch.lerp(start, end, t)
+    return (((1 - t) * angle).sin() * start + (t * angle).sin() * end) / angle.sin()
+
+
+def kl_figure(vae: VAE, x: Tensor) -> "Figure":
+    """KL(q(z|x) || N(0, 1)) of each latent dimension, largest first, and where activity ends.
+
+    Args:
+        vae: The model.
+        x: (N, *shape) in [0, 1].
+    """
+    means, logvars = _posterior(vae, x)
+    kl = kl_per_dim(means, logvars).mean(0)
+    order = kl.argsort(descending=True)
+    active = (means.var(0) > ACTIVE_UNIT_VARIANCE)[order]
+    count = int(active.sum())
+    figure, axes = _figure(max(5, min(12, 2 + 0.22 * len(kl))), 4)
+    colours = [DIGIT_COLOURS[0] if on else DIGIT_COLOURS[4] for on in active.tolist()]
+    axes.bar(range(len(kl)), kl[order].numpy(), color=colours)
+    axes.axvline(count - 0.5, color="#555555", linestyle="--", linewidth=1)
+    axes.set_title(f"{count} of {len(kl)} dimensions active (left of the line)", fontsize=11)
+    every = -(-len(kl) // 40)
+    axes.set_xticks(range(0, len(kl), every), [str(int(d) + 1) for d in order[::every]], fontsize=8)
+    axes.set(xlabel="latent dimension", ylabel="KL to N(0, 1), nats per image")
+    return figure
+
+
+def log_px_map(vae: VAE, x: Tensor, log_px: Tensor, *, ellipses: int = 12) -> "Figure":
+    """Where in the latent plane the model explains images well, and how sure q(z|x) is there.
 
     Args:
         vae: A model with latent_dim 2.
         x: (N, *shape) in [0, 1].
-        labels: (N,) classes.
+        log_px: (N,) nats, from `evaluate.exact_log_px`.
+        ellipses: Of the first images: q(z|x) at two standard deviations.
 
     Raises:
         ValueError: latent_dim is not 2.
     """
-    from matplotlib.figure import Figure
+    from matplotlib.patches import Ellipse
 
     if vae.latent_dim != 2:
-        raise ValueError(f"latent_dim is {vae.latent_dim}; the scatter needs 2")
-    means = vae.encode(x)[0].cpu().numpy()
-    classes = labels.cpu().numpy()
-    figure = Figure(figsize=(7, 6), dpi=110, layout="constrained")
-    axes = figure.add_subplot()
-    for i, digit in enumerate(np.unique(classes)):
-        chosen = means[classes == digit]
-        colour = DIGIT_COLOURS[i % len(DIGIT_COLOURS)]
-        axes.scatter(
-            chosen[:, 0], chosen[:, 1], s=4, c=colour, alpha=0.6, linewidths=0, label=str(digit)
-        )
-    axes.set(xlabel="z₁", ylabel="z₂", title="Posterior means of test images", aspect="equal")
-    if len(np.unique(classes)) <= len(DIGIT_COLOURS):
-        axes.legend(title="digit", loc="center left", bbox_to_anchor=(1, 0.5), markerscale=4)
+        raise ValueError(f"latent_dim is {vae.latent_dim}; the map needs 2")
+    means, logvars = _posterior(vae, x)
+    figure, axes = _figure(7.5, 6)
+    order = log_px.argsort(descending=True)  # the badly explained ones on top
+    low, high = np.quantile(log_px.cpu().numpy(), [0.01, 0.99])
+    across, up = means[order].T.numpy()
+    points = axes.scatter(
+        across, up, s=6, c=log_px[order].cpu().numpy(), linewidths=0,
+        cmap="viridis", vmin=low, vmax=high,
+    )  # fmt: skip
+    deviations = torch.exp(0.5 * logvars)
+    for centre, widths in zip(means[:ellipses].tolist(), deviations[:ellipses], strict=False):
+        width, height = (4 * widths).tolist()  # two standard deviations to each side
+        axes.add_patch(Ellipse(centre, width, height, fill=False, ec=DIGIT_COLOURS[4], lw=1.6))
+    figure.colorbar(points, label="exact log p(x), nats", extend="both")
+    title = f"{len(x):,} test images at their posterior means; ellipses: q(z|x) of {ellipses}, 2 sd"
+    axes.set_title(title, fontsize=10)
+    axes.set(xlabel="z₁", ylabel="z₂", aspect="equal")
     return figure
+
+
+def growth_frame(vae: VAE, x: Tensor, epoch: int) -> np.ndarray:
+    """One frame of a run's animation: reconstructions over the manifold, or over samples.
+
+    Args:
+        vae: The model.
+        x: (n, *shape): the images to reconstruct.
+        epoch: Written above them.
+
+    Returns:
+        (H, W) uint8, of one size for a whole run.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    top = reconstruction_grid(vae, x)
+    below = manifold_grid(vae, rows=11) if vae.latent_dim == 2 else sample_grid(vae, rows=10)
+    width = max(top.shape[1], below.shape[1])
+    parts = [torch.ones(22, width)]
+    for grid in (top, below):
+        padded = torch.ones(grid.shape[0] + 4, width)
+        left = (width - grid.shape[1]) // 2
+        padded[: grid.shape[0], left : left + grid.shape[1]] = grid
+        parts.append(padded)
+    image = Image.fromarray(to_pixels(torch.cat(parts)))
+    ImageDraw.Draw(image).text((4, 3), f"epoch {epoch}", fill=0, font=ImageFont.load_default(14))
+    return np.asarray(image)
+
+
+def read_png(path: Path) -> np.ndarray:
+    """What `save_png` wrote."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def save_gif(frames: Sequence[np.ndarray], path: str | Path, *, milliseconds: int = 250) -> None:
+    """Write grey frames as one animation that loops and rests on its last frame.
+
+    Raises:
+        ValueError: No frame.
+    """
+    from PIL import Image
+
+    if not frames:
+        raise ValueError("no frames: an animation needs one at least")
+    first, *rest = (Image.fromarray(frame) for frame in frames)
+    buffer = io.BytesIO()
+    durations = [milliseconds] * len(rest) + [2000]
+    first.save(buffer, "gif", save_all=True, append_images=rest, duration=durations, loop=0)
+    write_atomically(Path(path), buffer.getvalue())
 
 
 def to_pixels(picture: "Tensor | Figure") -> np.ndarray:
@@ -150,7 +382,56 @@ def save_png(picture: "Tensor | Figure | np.ndarray", path: str | Path, *, scale
     write_atomically(Path(path), buffer.getvalue())
 
 
-def _squares(images: Tensor) -> Tensor:
+@torch.no_grad()
+def _posterior(vae: VAE, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Means and log-variances on the CPU, in batches that bound the memory."""
+    parts = [vae.encode(some) for some in x.split(1000)]
+    mean, logvar = (torch.cat(part).float().cpu() for part in zip(*parts, strict=True))
+    return mean, logvar
+
+
+def _most_active(means: Tensor) -> list[int]:
+    """Latent dimensions, the one whose means vary most first; of two the order is their own."""
+    if means.shape[1] <= 2:
+        return list(range(means.shape[1]))
+    return means.var(0).argsort(descending=True).tolist()
+
+
+def _decoded(vae: VAE, z: Tensor) -> Tensor:
+    """(n, latent_dim) -> (n, H, W) expected pixels."""
+    weight = next(vae.parameters())
+    return squares(vae.likelihood.mean(vae.decode(z.to(weight))).flatten(1))
+
+
+def _figure(width: float, height: float) -> "tuple[Figure, Axes]":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _panels(rows: int, columns: int) -> "tuple[Figure, np.ndarray]":
+    """A table of frameless pictures."""
+    from matplotlib.figure import Figure
+
+    size = (0.75 * columns + 0.6, 0.78 * rows + 0.5)
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for panel in panels.flat:
+        panel.set(xticks=[], yticks=[])
+        panel.spines[:].set_visible(False)
+    return figure, panels
+
+
+def _subscript(dimension: int) -> str:
+    """`₁` for dimension 0."""
+    return "".join(chr(0x2080 + int(digit)) for digit in str(dimension + 1))
+
+
+def squares(images: Tensor) -> Tensor:
+    """(N, pixels) or (N, ..., H, W) -> (N, H, W) on the CPU; flat images must be square."""
     if images.ndim == 2:
         side = round(images.shape[1] ** 0.5)
         if side * side != images.shape[1]:

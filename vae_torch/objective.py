@@ -14,6 +14,10 @@ from vae_torch.config import ObjectiveConfig
 from vae_torch.model import VAE, reparameterize
 from vae_torch.prior import StandardNormal, log_normal
 
+# A latent dimension is active where the posterior means vary by more over images: Burda et al.
+# (2016), section 5.2.
+ACTIVE_UNIT_VARIANCE = 0.01
+
 
 def kl_per_dim(mean: Tensor, logvar: Tensor) -> Tensor:
     r"""KL(N(mean, exp(logvar)) || N(0, 1)) of each latent dimension.

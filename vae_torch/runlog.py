@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,14 +14,22 @@ from torch import Tensor
 from vae_torch.checkpoint import write_atomically
 from vae_torch.config import Config
 from vae_torch.figures import (
+    growth_frame,
+    interpolation_figure,
+    kl_figure,
     latent_scatter,
     manifold_grid,
-    reconstruction_grid,
+    read_png,
+    reconstruction_figure,
     sample_grid,
+    save_gif,
     save_png,
+    squares,
     to_pixels,
+    traversal_figure,
 )
 from vae_torch.model import VAE
+from vae_torch.prior import StandardNormal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,7 +69,7 @@ class RunLog:
             str(run_dir / "tensorboard"), purge_step=first_epoch + 1 if first_epoch else None
         )
         self._writer.add_text("config", f"```yaml\n{config_text}\n```")
-        self._writer.add_text("command", f"`{' '.join(sys.argv)}`")
+        self._writer.add_text("command", f"`python {shlex.join(sys.argv)}`")
         charts = {name: ["Multiline", [f"train/{name}", f"test/{name}"]] for name in _CURVES}
         self._writer.add_custom_scalars({"train and test, nats per image": charts})
 
@@ -86,12 +95,18 @@ class RunLog:
             labels: (N,).
         """
         pictures: dict[str, Tensor | Figure] = {
-            "reconstructions": reconstruction_grid(vae, x[:10]),
+            "reconstructions": reconstruction_figure(vae, x[:10]),
             "samples": sample_grid(vae),
+            "latent": latent_scatter(vae, x, labels),
+            "traversal": traversal_figure(vae, x),
         }
+        others = (labels != labels[0]).nonzero()
+        if len(others):  # a way from one class to another
+            pictures["interpolation"] = interpolation_figure(vae, x[[0, int(others[0])]])
         if vae.latent_dim == 2:
             pictures["manifold"] = manifold_grid(vae)
-            pictures["latent"] = latent_scatter(vae, x, labels)
+        if isinstance(vae.prior, StandardNormal):
+            pictures["kl"] = kl_figure(vae, x)
         for name, picture in pictures.items():
             pixels = to_pixels(picture)
             if isinstance(picture, Tensor):
@@ -101,6 +116,34 @@ class RunLog:
             self._writer.add_image(
                 name, pixels, epoch, dataformats="HW" if pixels.ndim == 2 else "HWC"
             )
+
+    def growth(self, epoch: int, vae: VAE, x: Tensor) -> None:
+        """Keep a frame of the animation that `finish` writes: `figures/growth/`.
+
+        Args:
+            epoch: Its place.
+            vae: The model.
+            x: (n, *shape): the images to reconstruct.
+        """
+        folder = self.run_dir / "figures" / "growth"
+        folder.mkdir(exist_ok=True)
+        save_png(growth_frame(vae, x, epoch), folder / f"{epoch:06}.png")
+
+    def projector(self, vae: VAE, x: Tensor, labels: Tensor) -> None:
+        """Posterior means for TensorBoard's projector, with classes and thumbnails.
+
+        Args:
+            vae: The trained model.
+            x: (N, *shape) images.
+            labels: (N,).
+        """
+        means, _ = vae.encode(x)
+        names = [str(label) for label in labels.tolist()]
+        thumbnails = 1 - squares(x)[:, None]  # dark on light, as the projector's page is
+        self._writer.add_embedding(
+            means, metadata=names, label_img=thumbnails, tag="latents",
+            global_step=self.config.train.epochs,
+        )  # fmt: skip
 
     def finish(self, history: dict[str, list[Any]], facts: dict[str, Any]) -> dict[str, Any]:
         """Write summary.json and the hparams, and close. A run without summary.json is unfinished.
@@ -128,6 +171,9 @@ class RunLog:
             "git_commit": git_commit(),
             "config": self.config.to_dict(),
         }
+        frames = sorted((self.run_dir / "figures" / "growth").glob("*.png"))
+        if len(frames) > 1:
+            save_gif([read_png(path) for path in frames], self.run_dir / "figures" / "growth.gif")
         self._write_hparams(final)
         self._writer.close()
         text = json.dumps(summary, indent=2) + "\n"
