@@ -156,8 +156,7 @@ def run(config: Config, run_dir: Path, config_text: str) -> float:
                 checkpoints=checkpoints,
                 stop=signals.received,
             )
-        if vae.latent_dim > 1:
-            records.projector(vae, x[:2000], labels[:2000])
+        records.projector(vae, x[:2000], labels[:2000])
         summary = records.finish(
             history,
             {

@@ -50,9 +50,13 @@ def test_a_run_leaves_everything_that_is_promised(small, tmp_path):
     assert summary["final"]["test/elbo"] == epochs[-1]["test/elbo"]
     assert summary["config"]["model"]["intermediate_dim"] == 16
     assert {"versions", "git_commit", "device", "data_sha256", "seconds"} <= summary.keys()
-    for name in ("reconstructions", "samples", "manifold", "latent"):
+    pictures = {"reconstructions", "samples", "manifold", "latent", "traversal", "interpolation"}
+    for name in pictures | {"kl"}:
         with Image.open(run_dir / "figures" / f"{name}.png") as image:
             assert min(image.size) > 100
+    with Image.open(run_dir / "figures" / "growth.gif") as image:
+        assert image.n_frames == 2
+    assert "metadata.tsv" in (run_dir / "tensorboard" / "projector_config.pbtxt").read_text()
     for name in ("run.log", ".hydra/config.yaml", "checkpoints/last.pt", "checkpoints/best.pt"):
         assert (run_dir / name).stat().st_size > 0, name
 
@@ -62,7 +66,7 @@ def test_a_run_leaves_everything_that_is_promised(small, tmp_path):
             points = events.Scalars(f"{split}/{name}")
             assert [p.step for p in points] == [1, 2]
             assert points[-1].value == pytest.approx(epochs[-1][f"{split}/{name}"])
-    assert {"reconstructions", "samples", "manifold", "latent"} <= set(events.Tags()["images"])
+    assert pictures | {"kl"} <= set(events.Tags()["images"])
     assert "config/text_summary" in events.Tags()["tensors"]
 
     vae, config = load_run(run_dir)

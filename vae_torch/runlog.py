@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _CURVES = ("loss", "elbo", "reconstruction", "kl")
+# where a run took place, not what it was
+_NO_HYPERPARAMETERS = ("data.root", "device", "threads", "train.resume", "train.figure_every")
 _GRID_SCALE = 3  # a 28-pixel digit is a postage stamp on today's screens
 
 
@@ -69,8 +71,10 @@ class RunLog:
             str(run_dir / "tensorboard"), purge_step=first_epoch + 1 if first_epoch else None
         )
         self._writer.add_text("config", f"```yaml\n{config_text}\n```")
-        self._writer.add_text("command", f"`python {shlex.join(sys.argv)}`")
-        charts = {name: ["Multiline", [f"train/{name}", f"test/{name}"]] for name in _CURVES}
+        command = shlex.join(["python", *sys.orig_argv[1:]])
+        self._writer.add_text("command", f"`{command}`")
+        # regular expressions: `kl` alone would draw kl_per_dim too
+        charts = {n: ["Multiline", [f"^train/{n}$", f"^test/{n}$"]] for n in _CURVES}
         self._writer.add_custom_scalars({"train and test, nats per image": charts})
 
     def log(self, metrics: dict[str, Any]) -> None:
@@ -138,6 +142,8 @@ class RunLog:
             labels: (N,).
         """
         means, _ = vae.encode(x)
+        if vae.latent_dim < 3:  # the projector's own PCA shows nothing of fewer than three
+            means = torch.nn.functional.pad(means, (0, 3 - vae.latent_dim))
         names = [str(label) for label in labels.tolist()]
         thumbnails = 1 - squares(x)[:, None]  # dark on light, as the projector's page is
         self._writer.add_embedding(
@@ -193,7 +199,11 @@ class RunLog:
                 flat |= {f"{key}.{inner}": v for inner, v in value.items()}
             else:
                 flat[key] = value
-        known = {k: v for k, v in flat.items() if isinstance(v, bool | int | float | str)}
+        known = {
+            k: v
+            for k, v in flat.items()
+            if isinstance(v, bool | int | float | str) and k not in _NO_HYPERPARAMETERS
+        }
         metrics = {f"final/{name}": final[f"test/{name}"] for name in _CURVES}
         for record in hparams(known, metrics):
             self._writer._get_file_writer().add_summary(record)
