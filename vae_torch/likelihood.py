@@ -57,9 +57,9 @@ class _BernoulliTerms(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, logits: Tensor) -> Tensor:
         """(B, pixels) and (..., B, pixels) -> (..., B)."""
         ctx.save_for_backward(x, logits)
-        # softplus(l) = max(l, 0) - log σ(|l|): torch's own softplus takes a log1p, which costs five
+        # softplus(l) = max(l, 0) + log(1 + exp(-|l|)). torch's own takes a log1p, which costs four
         # times as much on a processor, and a sum over pixels is no more accurate for it
-        softplus = logits.clamp_min(0).sub_(logits.abs().sigmoid_().log_())
+        softplus = logits.abs().neg_().exp_().add_(1).log_().add_(logits.clamp_min(0))
         terms: Tensor = torch.linalg.vecdot(x, logits) - softplus.sum(-1)
         return terms
 
