@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vae_torch.config import ConfigError
+from vae_torch.config import ConfigError, check_device
 
 Settings = TypeVar("Settings")
 
@@ -28,7 +28,8 @@ def typed(cfg: DictConfig, schema: type[Settings]) -> Settings:
         settings = OmegaConf.to_object(cfg)
         given = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(str(error).splitlines()[0]) from None
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{error.full_key}: {reason}; give it a value of its own") from None
     assert isinstance(settings, schema)
     if unknown := _unknown_key(given, asdict(settings)):  # type: ignore[call-overload]
         raise ConfigError(f"{unknown}: no such key; --help lists them")
@@ -53,16 +54,19 @@ def quote_paths(*keys: str) -> None:
     Hydra's grammar takes `=`, `,` and spaces in a value for its own unless they are quoted.
     """
     for i, argument in enumerate(sys.argv):
-        key, _, value = argument.partition("=")
-        if key in keys and "'" not in value and '"' not in value and "${" not in value:
-            sys.argv[i] = f"{key}='{value}'"
+        key, given, value = argument.partition("=")
+        if given and key in keys and value[:1] not in ("'", '"') and "${" not in value:
+            escaped = value.replace("'", "\\'")
+            sys.argv[i] = f"{key}='{escaped}'"
 
 
-def refuse_empty_groups(*groups: str) -> None:
-    """Hydra answers `model=null` with a traceback of its own; this answers first."""
+def refuse_malformed(*groups: str) -> None:
+    """Answers where Hydra would with a traceback (`model=null`), or take one of `model=[a,b]`."""
     for argument in sys.argv[1:]:
         group, _, value = argument.partition("=")
-        if group in groups and value in ("", "null"):
+        if argument.startswith("="):
+            refuse(f"{argument}: names no key; write key=value")
+        if group in groups and (value in ("", "null") or value.startswith("[")):
             refuse(f"{argument}: name one of the files in conf/{group}/")
 
 
@@ -70,10 +74,11 @@ def resolve_device(name: str) -> Any:
     """The torch device that `device=` names.
 
     Raises:
-        ConfigError: CUDA is asked for and is not there.
+        ConfigError: Another word, or CUDA is asked for and is not there.
     """
     import torch
 
+    check_device(name)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         return torch.device("cuda" if count else "cpu")

@@ -54,6 +54,7 @@ def main(cfg: DictConfig) -> None:
     """Run what is missing, then rewrite the table."""
     try:
         config = typed(cfg, ReproduceConfig)
+        refuse_bad_numbers(config)
         chosen = config.only or list(config.rows)
         for name in chosen:
             if name not in config.rows:
@@ -72,6 +73,18 @@ def main(cfg: DictConfig) -> None:
         before, rest = readme.read_text().split(BEGIN)
         readme.write_text(before + BEGIN + "\n" + table + "\n" + END + rest.split(END)[1])
     print(table)
+
+
+def refuse_bad_numbers(config: ReproduceConfig) -> None:
+    """Before an hour of training, not after it."""
+    for key in ("num_samples", "limit_test"):
+        value = getattr(config, key)
+        if value is not None and value < 1:
+            raise ConfigError(f"{key}={value}: must be a whole number, 1 or more")
+    if not config.seeds or not all(0 <= seed < 2**32 for seed in config.seeds):
+        raise ConfigError(
+            f"seeds={config.seeds}: must be one or more numbers between 0 and 4294967295"
+        )
 
 
 def is_trial(config: ReproduceConfig) -> bool:

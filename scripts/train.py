@@ -32,7 +32,7 @@ from _common import (
     make_folder,
     quote_paths,
     refuse,
-    refuse_empty_groups,
+    refuse_malformed,
     resolve_device,
     shown,
     slow_bf16,
@@ -56,6 +56,7 @@ def main(cfg: DictConfig) -> float:
     from vae_torch.train import DivergedError
 
     logging.raiseExceptions = False  # where run.log cannot be written, the records say so, once
+    threading.excepthook = leave_disk_errors_to_main
     try:
         config = typed(cfg, Config)
         check(config)
@@ -89,7 +90,7 @@ def run(config: Config, run_dir: Path, config_text: str) -> float:
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        refuse(f"hydra.run.dir={run_dir}: another process is writing this run")
+        refuse(f"hydra.run.dir={run_dir}: another process is writing this run; wait for it")
     if config.train.resume and (run_dir / "summary.json").exists():  # in a sweep
         log.info("finished already: %s", shown(run_dir))
         return float(json.loads((run_dir / "summary.json").read_text())["final"]["test/elbo"])
@@ -179,6 +180,12 @@ def run(config: Config, run_dir: Path, config_text: str) -> float:
     return elbo
 
 
+def leave_disk_errors_to_main(args: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes in a thread of its own, and raises what befell it there in ours too."""
+    if not isinstance(args.exc_value, OSError):
+        threading.__excepthook__(args)
+
+
 class StopSignals:
     """Ctrl-C and SIGTERM end a run after its current step; a second Ctrl-C ends it at once."""
 
@@ -219,14 +226,20 @@ class RefuseBadRuns(Callback):
                 OmegaConf.update(config, "hydra.run.dir", str(found), force_add=True)
         elif resume and resume != "auto":
             if not (Path(resume) / "checkpoints" / "last.pt").exists():
-                refuse(f"train.resume={resume}: no such folder, or no checkpoints/last.pt in it")
+                refuse(
+                    f"train.resume={resume}: no such folder, or no checkpoints/last.pt in it; "
+                    "name the folder of a run that was interrupted"
+                )
             OmegaConf.update(config, "hydra.run.dir", resume, force_add=True)
         try:
             run_dir = Path(config.hydra.run.dir)
             if not resume and os.path.lexists(run_dir) and any(run_dir.iterdir()):
                 refuse_occupied(run_dir)
             if (run_dir / "summary.json").exists():
-                refuse(f"train.resume={resume}: the run in {run_dir} is finished")
+                refuse(
+                    f"train.resume={resume}: the run in {run_dir} is finished; "
+                    "choose another hydra.run.dir for a new one"
+                )
             if resume:  # before Hydra writes other settings over those of the run
                 refuse_unfit_checkpoint(run_dir, settings)
         except (OSError, OmegaConfBaseException) as error:
@@ -236,6 +249,7 @@ class RefuseBadRuns(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """The values that the sweep does not vary; each job checks its own again."""
         self._checked(config)
+        refuse_climbing(config)
         make_folder("hydra.sweep.dir", Path(config.hydra.sweep.dir))
 
     def _checked(self, config: DictConfig) -> Config:
@@ -255,6 +269,16 @@ class RefuseBadRuns(Callback):
 
 def _names_run_dir(config: DictConfig) -> bool:
     return any(str(o).startswith("hydra.run.dir=") for o in config.hydra.overrides.hydra)
+
+
+def refuse_climbing(config: DictConfig) -> None:
+    """A sweep's folders are named by its overrides, and lie inside the sweep's folder."""
+    subdir = OmegaConf.to_container(config.hydra.sweep, resolve=False)["subdir"]  # type: ignore[index,call-overload]
+    excluded = tuple(f"{key}=" for key in config.hydra.job.config.override_dirname.exclude_keys)
+    named = [str(o) for o in config.hydra.overrides.task if not str(o).startswith(excluded)]
+    for override in (*named, f"hydra.sweep.subdir={subdir}"):
+        if re.search(r"(^|[=,/'\"])\.\.(/|$)|subdir=/", override):
+            refuse(f"{override}: would name a folder outside hydra.sweep.dir; leave out the ..")
 
 
 def newest_interrupted(outputs: Path, settings: Config) -> Path | None:
@@ -287,7 +311,8 @@ def repeat_overrides() -> None:
 
     New ones come after them and win; Hydra's own settings are not taken from a file.
     """
-    folders = [a.partition("=")[2].strip("'") for a in sys.argv if a.startswith("train.resume=")]
+    given = [a.partition("=")[2] for a in sys.argv if a.startswith("train.resume=")]
+    folders = [folder.strip("'").replace("\\'", "'") for folder in given]
     if not folders or folders[-1] in ("", "auto", "null"):
         return
     try:
@@ -366,5 +391,5 @@ def tell_what_next(run_dir: Path, elbo: float) -> None:
 if __name__ == "__main__":
     quote_paths("hydra.run.dir", "hydra.sweep.dir", "train.resume", "data.root")
     repeat_overrides()
-    refuse_empty_groups("model", "data", "objective", "optimizer")
+    refuse_malformed("model", "data", "objective", "optimizer")
     hydra.main(version_base="1.3", config_path="../conf", config_name="train")(main)()

@@ -165,7 +165,9 @@ def load_run(
         vae.load_state_dict(state["model"])
     except (ConfigError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path}: does not fit its own config ({reason})") from None
+        raise CheckpointError(
+            f"{path}: does not fit its own config ({reason[:200]}); name another run"
+        ) from None
     return vae.to(device), config
 
 

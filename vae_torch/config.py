@@ -146,6 +146,10 @@ def check_evaluate(config: EvaluateConfig) -> None:
         value = getattr(config.eval, key)
         if value is not None and value < 1:
             raise ConfigError(f"eval.{key}={value}: must be a whole number, 1 or more")
+    if not 0 <= config.eval.seed < 2**32:
+        raise ConfigError(f"eval.seed={config.eval.seed}: must be between 0 and 4294967295")
+    if not config.run:
+        raise ConfigError("run=: must be a run folder, run=outputs/<date>/<time>")
     if config.eval.checkpoint not in ("last", "best"):
         raise ConfigError(f"eval.checkpoint={config.eval.checkpoint}: must be one of last, best")
 
@@ -202,15 +206,21 @@ def check(config: Config) -> None:
 
     _numbers(value_of, need)
     need("seed", 0 <= config.seed < 2**32, "between 0 and 4294967295")
-    need(
-        "device",
-        re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", config.device) is not None,
-        "auto, cpu, cuda or cuda:N",
-    )
+    check_device(config.device)
     need("train.ema", 0 <= config.train.ema < 1, "at least 0 (off) and below 1")
 
     checkpoint_interval(config.train.checkpoint_every)
     _combinations(config)
+
+
+def check_device(device: str) -> None:
+    """Refuse what is no device, on any machine.
+
+    Raises:
+        ConfigError: One line with the key, its value and what is allowed.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
+        raise ConfigError(f"device={device}: must be auto, cpu, cuda or cuda:N")
 
 
 def checkpoint_interval(every: int | str) -> tuple[int, float]:
@@ -252,7 +262,7 @@ def check_objective(objective: ObjectiveConfig) -> None:
         raise ConfigError(
             f"objective.beta={objective.beta}, objective.beta_warmup_epochs="
             f"{objective.beta_warmup_epochs}, objective.free_bits={objective.free_bits} with "
-            f"objective={objective.name}: only objective=elbo weights the KL"
+            f"objective={objective.name}: only objective=elbo weights the KL; leave them out"
         )
 
 
@@ -274,7 +284,8 @@ def _numbers(value_of: Any, need: Any) -> None:
     )
     for key, low, high in ranges:
         value = value_of(key)
-        words = f"a whole number, {low} or more" + (f" and at most {high}" if high < many else "")
+        limited = high < many or (value is not None and value > high)
+        words = f"a whole number, {low} or more" + (f" and at most {high}" if limited else "")
         need(key, value is None or low <= value <= high, words)
     need("data.root", bool(value_of("data.root")), "the name of a folder")
     for key in ("optimizer.lr", "optimizer.eps"):

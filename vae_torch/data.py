@@ -132,6 +132,13 @@ def load_images(
             f"{_find(root, folder, labels_file)}: {len(labels)} labels for {len(images)} images; "
             "delete both files to fetch them again"
         )
+    classes = 47 if name == "emnist" else 10
+    if labels.min() < 0 or labels.max() >= classes:
+        worst = labels.max() if labels.max() >= classes else labels.min()
+        raise DataError(
+            f"{_find(root, folder, labels_file)}: has a label {worst}; {name}'s are 0 to "
+            f"{classes - 1}; delete the file to fetch it again"
+        )
     if name == "emnist":  # stored transposed
         images = np.ascontiguousarray(images.transpose(0, 2, 1))
     return Images(
@@ -261,8 +268,8 @@ def mnist_loaders(
         )
     sizes = {"batch_size": batch_size, "limit_train": limit_train, "limit_test": limit_test}
     for argument, size in sizes.items():
-        if size is not None and size < 1:
-            raise ValueError(f"{argument} is {size}; it must be 1 or more")
+        if size is not None and (size < 1 or size != int(size)):
+            raise ValueError(f"{argument} is {size}; it must be a whole number, 1 or more")
     train = load_images(name, root=root, split="train")
     if not 0 <= hold_out < len(train.images):
         raise DataError(
@@ -396,6 +403,10 @@ def read_idx(path: Path, *, sha256: str | None = None) -> np.ndarray:
             header = file.read(4)
             if len(header) < 4 or header[:2] != b"\0\0" or header[2] not in (0x08, 0x0C):
                 raise DataError(f"{path}: not an IDX file of bytes; {remedy}")
+            if header[3] > 3:
+                raise DataError(
+                    f"{path}: has {header[3]} dimensions; images have 3, labels 1 or 2; {remedy}"
+                )
             dtype = np.dtype(np.uint8) if header[2] == 0x08 else np.dtype(">i4")
             sizes = file.read(4 * header[3])
             shape = tuple(int(n) for n in np.frombuffer(sizes[: len(sizes) // 4 * 4], ">u4"))
@@ -426,11 +437,15 @@ def _download(name: str, root: Path, wanted: list[str]) -> None:
     """Fetch a data set once, however many processes ask, and move only verified files in place."""
     folder = _FILES[name][0]
     raw = root / folder / "raw"
+    cold = not root.exists()
     try:
         raw.mkdir(parents=True, exist_ok=True)
         lock = FileLock(root / f".{folder}.lock").acquire()
     except OSError as error:
-        raise DataError(f"data.root={root}: cannot be written ({error.strerror})") from None
+        raise DataError(
+            f"data.root={root}: cannot be written ({error.strerror}), and {name} is not there; "
+            "choose another folder"
+        ) from None
     with lock:
         missing = [file for file in wanted if _find(root, folder, file) is None]
         if not missing:  # another process was quicker
@@ -451,7 +466,9 @@ def _download(name: str, root: Path, wanted: list[str]) -> None:
                 for file in missing:
                     (found / file).replace(raw / file)
                 return
-        for made in (raw, raw.parent):
+        if cold:
+            (root / f".{folder}.lock").unlink(missing_ok=True)
+        for made in (raw, raw.parent, *([root] if cold else [])):
             with suppress(OSError):  # not empty: somebody put something there
                 made.rmdir()
         raise DataError(

@@ -52,9 +52,21 @@ def reparameterize(
 
     Returns:
         The shape of `mean`, or of `eps` where that has leading dimensions.
+
+    Raises:
+        ValueError: mean and logvar have different shapes, or eps does not broadcast.
     """
+    if mean.shape != logvar.shape:
+        raise ValueError(
+            f"mean has shape {tuple(mean.shape)} and logvar {tuple(logvar.shape)}; they must agree"
+        )
     if eps is None:
         eps = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
+    elif any(m != n and 1 not in (m, n) for m, n in zip(eps.shape[::-1], mean.shape[::-1])):  # noqa: B905
+        raise ValueError(
+            f"eps has shape {tuple(eps.shape)} and mean {tuple(mean.shape)}; eps must end in the "
+            "shape of mean"
+        )
     return mean + torch.exp(0.5 * logvar) * eps
 
 
@@ -175,8 +187,8 @@ class VAE(nn.Module):
             "pixels": math.prod(self.input_shape),
         }
         for argument, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{argument} is {size}; it must be 1 or more")
+            if size < 1 or size != int(size):
+                raise ValueError(f"{argument} is {size}; it must be a whole number, 1 or more")
         names = {
             "model.name": architecture,
             "model.activation": activation,
@@ -273,10 +285,12 @@ class VAE(nn.Module):
         """Decoder outputs before any sigmoid: (..., latent_dim) -> (..., *input_shape).
 
         Raises:
-            ValueError: The last dimension of z is not `latent_dim`.
+            ValueError: The last dimension of z is not `latent_dim`, or z holds integers.
         """
         if z.ndim < 1 or z.shape[-1] != self.latent_dim:
             raise ValueError(f"z has shape {tuple(z.shape)}; it must end in {self.latent_dim}")
+        if not z.is_floating_point():
+            raise ValueError(f"z is {z.dtype}; latents are floats")
         return self.decoder(z)  # type: ignore[no-any-return]
 
     def forward(
@@ -299,7 +313,13 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
-        """Expected pixels of n draws from the prior: (n, *input_shape) in [0, 1]."""
+        """Expected pixels of n draws from the prior: (n, *input_shape) in [0, 1].
+
+        Raises:
+            ValueError: n is below 1.
+        """
+        if n < 1:
+            raise ValueError(f"n is {n}; it must be 1 or more")
         weight = next(self.parameters())
         z = self.prior.sample(n, self.encoder, generator)
         return self.likelihood.mean(self.decode(z.to(weight)))

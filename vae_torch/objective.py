@@ -30,7 +30,14 @@ def kl_per_dim(mean: Tensor, logvar: Tensor) -> Tensor:
 
     Returns:
         (..., latent_dim), nats.
+
+    Raises:
+        ValueError: The shapes differ.
     """
+    if mean.shape != logvar.shape:
+        raise ValueError(
+            f"mean has shape {tuple(mean.shape)} and logvar {tuple(logvar.shape)}; they must agree"
+        )
     # expm1 keeps the digits where the posterior is the prior and both parts vanish
     return 0.5 * (mean**2 + torch.expm1(logvar) - logvar)
 
@@ -56,9 +63,9 @@ def elbo(x: Tensor, logits: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
         (B,), nats per image.
 
     Raises:
-        ValueError: x and logits have different numbers of pixels.
+        ValueError: Other numbers of images or pixels in one of them than in another.
     """
-    return -_cross_entropy(x, logits).sum(-1) - kl_standard_normal(mean, logvar)
+    return -_cross_entropy(x, logits, mean).sum(-1) - kl_standard_normal(mean, logvar)
 
 
 def keras_loss(x: Tensor, logits: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
@@ -70,7 +77,7 @@ def keras_loss(x: Tensor, logits: Tensor, mean: Tensor, logvar: Tensor) -> Tenso
     Returns:
         (B,); lower is better, and no bound on anything.
     """
-    return _cross_entropy(x, logits).mean(-1) + kl_standard_normal(mean, logvar)
+    return _cross_entropy(x, logits, mean).mean(-1) + kl_standard_normal(mean, logvar)
 
 
 def iwae_bound(log_w: Tensor) -> Tensor:
@@ -83,7 +90,12 @@ def iwae_bound(log_w: Tensor) -> Tensor:
 
     Returns:
         (B,), nats per image.
+
+    Raises:
+        ValueError: Another shape, or no draw.
     """
+    if log_w.ndim != 2 or len(log_w) == 0:
+        raise ValueError(f"log_w has shape {tuple(log_w.shape)}; it must be (K, B) with K >= 1")
     return torch.logsumexp(log_w, 0) - torch.log(log_w.new_tensor(float(log_w.shape[0])))
 
 
@@ -180,9 +192,17 @@ def _dreg_bound(log_w: Tensor, z: Tensor) -> Tensor:
     return iwae_bound(log_w).detach() + surrogate - surrogate.detach()
 
 
-def _cross_entropy(x: Tensor, logits: Tensor) -> Tensor:
+def _cross_entropy(x: Tensor, logits: Tensor, mean: Tensor) -> Tensor:
     """(B, pixels), nats."""
     flat = logits.flatten(1)
     if x.numel() != flat.numel() or x.shape[0] != flat.shape[0]:
-        raise ValueError(f"x has shape {tuple(x.shape)} and logits {tuple(logits.shape)}")
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} and logits {tuple(logits.shape)}; they must have "
+            "as many images and pixels"
+        )
+    if mean.shape[:-1] != x.shape[:1]:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} and mean {tuple(mean.shape)}; mean must be (B, "
+            "latent_dim) with as many images"
+        )
     return F.binary_cross_entropy_with_logits(flat, x.reshape(flat.shape), reduction="none")

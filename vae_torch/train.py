@@ -77,7 +77,13 @@ def train(
         DivergedError: The loss is NaN or infinite: says in which epoch, step and term.
         StoppedError: `stop` said so.
         ConfigError: The objective has options that it would ignore.
+        ValueError: No epoch, no image, or pixels outside [0, 1].
     """
+    if epochs < 1 or not len(train_loader) or not len(test_loader):
+        raise ValueError(
+            f"epochs={epochs}, {len(train_loader)} batches to train on and {len(test_loader)} to "
+            "test on: each must be 1 or more"
+        )
     objective = objective or ObjectiveConfig()
     check_objective(objective)
     settings = optimizer or _NOTEBOOK_ADAM
@@ -102,6 +108,8 @@ def train(
 
         try:
             for x, _ in train_loader:
+                if run.order is None:  # not our loader, which makes no others
+                    _check_pixels(x)
                 x = x.to(device, non_blocking=True)
                 shape = (objective.num_samples, len(x), vae.latent_dim)
                 eps = torch.randn(shape, generator=run.noise, device=device)
@@ -297,7 +305,18 @@ def _until(
     for batch in loader:
         if stop and stop():
             raise StoppedError("during the evaluation")
+        if not isinstance(loader.batch_sampler, EpochBatches):
+            _check_pixels(batch[0])
         yield batch
+
+
+def _check_pixels(x: torch.Tensor) -> None:
+    low, high = (float(end) for end in x.aminmax())
+    if not (low >= 0 and high <= 1):  # NaN too
+        raise ValueError(
+            f"x of shape {tuple(x.shape)} has values from {low:g} to {high:g}; pixels are floats "
+            "in [0, 1] (divide bytes by 255)"
+        )
 
 
 def make_optimizer(vae: VAE, settings: OptimizerConfig) -> torch.optim.Optimizer:

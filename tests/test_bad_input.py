@@ -1,0 +1,287 @@
+"""What users type wrongly, over all scripts: one line that names key, value and remedy."""
+
+import re
+import shlex
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from tests.command_lines import CommandLines
+from vae_torch import (
+    VAE,
+    elbo,
+    iwae_bound,
+    kl_standard_normal,
+    mnist_loaders,
+    reparameterize,
+    train,
+)
+from vae_torch.checkpoint import load_checkpoint, save_checkpoint
+from vae_torch.data import idx_bytes
+
+RAW = "FashionMNIST/raw"
+SMALL = ("model.intermediate_dim=8", "train.epochs=1", "data.limit_train=20", "data.limit_test=20")
+
+
+@pytest.fixture(scope="module")
+def command_lines():
+    lines = CommandLines()
+    yield lines
+    lines.close()
+
+
+@pytest.fixture(scope="module")
+def place(made_up_root, tmp_path_factory, command_lines):
+    """A folder with a finished run, `good`, and runs and data sets that were spoilt."""
+    place = tmp_path_factory.mktemp("place")
+    order = ("data=fashion_mnist", f"data.root={made_up_root}", *SMALL)
+    ended = command_lines.run("train.py", *order, f"hydra.run.dir={place / 'good'}")
+    assert ended.status == 0, ended.error
+
+    def spoilt_run(name):
+        shutil.copytree(place / "good", place / name)
+        (place / name / "summary.json").unlink()
+        return place / name / "checkpoints" / "last.pt"
+
+    spoilt_run("cut").write_bytes(b"VAETORCH")
+    other = spoilt_run("other")
+    state = load_checkpoint(other)
+    state["config"]["model"]["name"] = "residual"
+    save_checkpoint(other, state)
+    spoilt_run("interrupted")
+    (spoilt_run("torn").parent.parent / "metrics.jsonl").write_text("{\n{}\n")
+
+    for name, file, array in (
+        ("large", "train-images-idx3-ubyte", np.zeros((600, 32, 32), np.uint8)),
+        ("fewer", "train-labels-idx1-ubyte", np.zeros(599, np.uint8)),
+        ("flat", "train-images-idx3-ubyte", np.zeros((600, 784), np.uint8)),
+        ("no-labels", "train-labels-idx1-ubyte", None),
+        ("no-images", "t10k-images-idx3-ubyte", None),
+    ):
+        shutil.copytree(made_up_root, place / name)
+        path = place / name / RAW / file
+        path.unlink() if array is None else path.write_bytes(idx_bytes(array))
+    shutil.copytree(made_up_root, place / "terabytes")
+    header = b"\0\0\x08\x03" + (2**31).to_bytes(4, "big") + (28).to_bytes(4, "big") * 2
+    (place / "terabytes" / RAW / "t10k-images-idx3-ubyte").write_bytes(header)
+    (place / "config").mkdir()
+    (place / "config" / "mine.yaml").write_text("defaults: [train]\nmodel: {latnt_dim: 3}\n")
+    return place
+
+
+# Refused by this project: status 2 and one line, with these words.
+REFUSED = [
+    ("train.py model.latent_dim=0", "model.latent_dim=0: must be a whole number, 1 or more"),
+    ("train.py model.latent_dim=1000000000", "at most 100000"),
+    ("train.py model.intermediate_dim=-1", "model.intermediate_dim=-1"),
+    ("train.py model.depth=5000", "model.depth=5000: .* at most 1000"),
+    ("train.py model.name=../../x", r"model.name=\.\./\.\./x: must be one of mlp"),
+    ("train.py model.activation=swish", "model.activation=swish: must be one of relu"),
+    ("train.py model=conv model.depth=2", "model.depth=2 with model=conv: .* leave it at 1"),
+    ("train.py model=null", "model=null: name one of the files in conf/model/"),
+    ("train.py model=", "model=: name one of"),
+    ("train.py model=[mlp,conv]", r"model=\[mlp,conv\]: name one of"),
+    ("train.py =3", "=3: names no key; write key=value"),
+    ("train.py +model.foo=1", "model.foo: no such key; --help"),
+    ("train.py +foo=1", "foo: no such key"),
+    ("train.py data.name=cifar10", "data.name=cifar10: must be one of mnist"),
+    ("train.py data.batch_size=0", "data.batch_size=0"),
+    ("train.py data.batch_size=99999999999999999999", "at most 2147483647"),
+    ("train.py data.binarize=true", "data.binarize=True: must be one of none"),
+    ("train.py data.limit_train=0", "data.limit_train=0"),
+    ("train.py data.limit_test=-3", "data.limit_test=-3"),
+    ("train.py data.hold_out=600", "data.hold_out=600: .* leave some of 600 images"),
+    ("train.py data.hold_out=-1", "data.hold_out=-1"),
+    ("train.py data.root=", "data.root=: must be the name of a folder"),
+    ("train.py data.root=/dev/null", "data.root=/dev/null: .* choose another folder"),
+    ("train.py 'data.root=${nowhere}'", "data.root: .*nowhere.* not found"),
+    ("train.py 'data.root=${oc.env:NOT_SET_AT_ALL}'", "data.root: .*NOT_SET_AT_ALL"),
+    ("train.py seed=-1", "seed=-1: must be between 0 and 4294967295"),
+    ("train.py seed=4294967296", "seed=4294967296"),
+    ("train.py device=gpu", "device=gpu: must be auto, cpu, cuda or cuda:N"),
+    ("train.py device=cuda:99", "device=cuda:99: .* use device=cpu"),
+    ("train.py precision=fp16", "precision=fp16: must be one of fp32, bf16"),
+    ("train.py threads=0", "threads=0"),
+    ("train.py likelihood=poisson", "likelihood=poisson: must be one of bernoulli"),
+    ("train.py likelihood=gaussian data.binarize=dynamic", "use likelihood=bernoulli, or"),
+    ("train.py prior=flow", "prior=flow: must be one of standard"),
+    ("train.py prior=vamp prior_components=0", "prior_components=0"),
+    ("train.py prior=mixture objective.free_bits=0.5", "needs prior=standard"),
+    ("train.py objective.name=vlb", "objective.name=vlb: must be one of elbo"),
+    ("train.py objective.beta=-1", "objective.beta=-1.0: must be a number, 0 or more"),
+    ("train.py objective.beta=nan", "objective.beta=nan"),
+    ("train.py objective.beta_warmup_epochs=-2", "objective.beta_warmup_epochs=-2.0"),
+    ("train.py objective.free_bits=inf", "objective.free_bits=inf"),
+    ("train.py objective.num_samples=0", "objective.num_samples=0"),
+    ("train.py objective=iwae objective.beta=2", "objective.beta=2.0.* leave them out"),
+    ("train.py objective.estimator=dreg", "estimator=dreg .* use objective=iwae"),
+    ("train.py objective=keras likelihood=gaussian", "is for likelihood=bernoulli"),
+    ("train.py optimizer.name=lion", "optimizer.name=lion: must be one of adam"),
+    ("train.py optimizer.lr=0", "optimizer.lr=0.0: must be a number above 0"),
+    ("train.py optimizer.lr=nan", "optimizer.lr=nan"),
+    ("train.py optimizer.eps=0", "optimizer.eps=0.0"),
+    ("train.py optimizer.weight_decay=-1", "optimizer.weight_decay=-1.0"),
+    ("train.py optimizer.schedule=linear", "optimizer.schedule=linear: must be one of constant"),
+    ("train.py train.epochs=0", "train.epochs=0"),
+    ("train.py train.figure_every=-1", "train.figure_every=-1"),
+    ("train.py train.checkpoint_every=10h", "train.checkpoint_every=10h: .* 10min"),
+    ("train.py train.ema=1", "train.ema=1.0: must be at least 0"),
+    ("train.py train.resume=nowhere", "train.resume=nowhere: .* name the folder of a run"),
+    ("train.py train.resume=good", "train.resume=good: .* is finished; choose another"),
+    ("train.py train.resume=cut", "cut/checkpoints/last.pt: damaged"),
+    ("train.py train.resume=other", "had model.name=residual, this one has mlp; resume with"),
+    ("train.py train.resume=interrupted seed=3", "had seed=0, this one has 3"),
+    ("train.py train.resume=torn", "torn/metrics.jsonl: line 1 is not JSON"),
+    ("train.py hydra.run.dir=good", "hydra.run.dir=good: holds a finished run; choose another"),
+    ("train.py hydra.run.dir=interrupted", "unfinished run; add train.resume=auto"),
+    ("train.py hydra.run.dir=config", "hydra.run.dir=config: is not empty; choose another"),
+    ("train.py hydra.run.dir=/dev/null/run", "hydra.run.dir=/dev/null/run: .* choose another"),
+    (f"train.py hydra.run.dir={'x' * 5000}", "hydra.run.dir.* choose another folder"),
+    ("train.py data.root=large", r"large/.*train-images.*\(600, 32, 32\).* 28x28"),
+    ("train.py data.root=flat", r"flat/.*\(600, 784\)"),
+    ("train.py data.root=fewer", "599 labels for 600 images; delete both"),
+    ("train.py data.root=no-labels", "data.root=no-labels, .* put train-labels-idx1-ubyte"),
+    ("train.py data.root=no-images", "put t10k-images-idx3-ubyte"),
+    ("train.py data.root=terabytes", "terabytes/.*claims 1,683,627,180,048 bytes; delete"),
+    (
+        "train.py -m model.name=mlp,../../x",
+        r"model.name=mlp,\.\./\.\./x: .*outside hydra.sweep.dir",
+    ),
+    ("train.py -m seed=0,1 'hydra.sweep.subdir=../${hydra.job.num}'", "hydra.sweep.subdir=../"),
+    ("evaluate.py", "run is missing: name a run folder"),
+    ("evaluate.py run=", "run=: must be a run folder"),
+    ("evaluate.py run=nowhere", "run=nowhere: no such folder"),
+    ("evaluate.py run=config", "run=config: has no checkpoints/last.pt"),
+    ("evaluate.py run=cut", "cut/checkpoints/last.pt: damaged"),
+    ("evaluate.py run=other", "other/checkpoints/last.pt: does not fit its own config"),
+    ("evaluate.py run=good eval.num_samples=0", "eval.num_samples=0"),
+    ("evaluate.py run=good eval.chunk=0", "eval.chunk=0"),
+    ("evaluate.py run=good eval.limit=0", "eval.limit=0"),
+    ("evaluate.py run=good eval.seed=-1", "eval.seed=-1: must be between"),
+    ("evaluate.py run=good eval.checkpoint=../x", "eval.checkpoint=../x: must be one of last"),
+    ("evaluate.py run=good device=tpu", "device=tpu: must be auto, cpu"),
+    ("evaluate.py run=good data_root=no-images", "put t10k-images-idx3-ubyte"),
+    ("evaluate.py run=good +foo=1", "foo: no such key"),
+    ("reproduce.py only=[nothing]", "only=nothing: must be some of keras_notebook"),
+    ("reproduce.py seeds=[]", r"seeds=\[\]: must be one or more numbers"),
+    ("reproduce.py seeds=[-1]", r"seeds=\[-1\]"),
+    ("reproduce.py num_samples=0", "num_samples=0"),
+    ("reproduce.py limit_test=0", "limit_test=0"),
+    ("benchmark.py --repetitions 0", "--repetitions 0: must be 1 or more"),
+]
+
+# Refused by Hydra: its message, status 1.
+HYDRAS = [
+    ("train.py model.latnt_dim=3", "latnt_dim"),
+    ("train.py model.latent_dim=two", "model.latent_dim"),
+    ("train.py data.batch_size=1e3", "data.batch_size"),
+    ("train.py compile=maybe", "compile"),
+    ("train.py model=vgg", "model/vgg"),
+    ("train.py experiment=../../x", "experiment/../../x"),
+    ("train.py model.latent_dim=2,3", "--multirun"),
+    ("train.py foo", "foo"),
+    ("train.py --config-dir config --config-name mine", "latnt_dim"),
+    ("evaluate.py runn=good", "runn"),
+    ("evaluate.py run=good eval.exact=perhaps", "eval.exact"),
+]
+
+
+def ends(command_lines, place, made_up_root, line):
+    script, *arguments = shlex.split(line)
+    multirun = [arguments.pop(0)] if arguments[:1] == ["-m"] else []  # stands before all others
+    defaults = []
+    if script == "train.py":
+        defaults = ["data=fashion_mnist", f"data.root={made_up_root}", *SMALL]
+        if "resume=" not in line and "hydra.run.dir" not in line:
+            defaults += ["hydra.run.dir=new/run", "hydra.sweep.dir=new/sweep"]
+
+    def there():  # the lock of a data folder stays, as a file that is taken away locks nobody out
+        return {path for path in place.rglob("*") if path.suffix != ".lock"}
+
+    before = there()
+    ended = command_lines.run(script, *multirun, *defaults, *arguments, cwd=place)
+    assert "Traceback" not in ended.error
+    assert there() == before  # no leftovers
+    return ended
+
+
+@pytest.mark.parametrize(("line", "words"), REFUSED, ids=lambda value: value[:60])
+def test_a_mistake_is_told_in_one_line(command_lines, place, made_up_root, line, words):
+    ended = ends(command_lines, place, made_up_root, line)
+    assert ended.status == 2, ended
+    (said,) = ended.error.splitlines()
+    assert said.startswith(line.split()[0] + ": ")
+    assert re.search(words, said), said
+    assert len(said) < 600
+
+
+@pytest.mark.parametrize(("line", "words"), HYDRAS, ids=lambda value: value[:60])
+def test_what_hydra_refuses_keeps_its_words(command_lines, place, made_up_root, line, words):
+    ended = ends(command_lines, place, made_up_root, line)
+    assert ended.status == 1, ended
+    assert words in ended.error
+
+
+@pytest.mark.parametrize("name", ["a run", "Läufe/数字", "x" * 200, "a=b,c=d", "it's"])
+def test_folders_may_have_any_name(command_lines, made_up_root, tmp_path, name):
+    root = tmp_path / f"data {name}"[:200]
+    shutil.copytree(made_up_root, root)
+    order = ["data=fashion_mnist", f"data.root={root}", *SMALL, f"hydra.run.dir={name}"]
+    ended = command_lines.run("train.py", *order, cwd=tmp_path)
+    assert ended.status == 0, ended.error
+    assert (tmp_path / name / "summary.json").exists()
+    ended = command_lines.run("evaluate.py", f"run={name}", "eval.exact=maybe", cwd=tmp_path)
+    assert "eval.exact" in ended.error  # the folder's name was understood
+
+
+@pytest.mark.parametrize("value", [1.5, -0.5, 255.0, float("nan")])
+def test_pixels_outside_0_and_1_are_refused(small_vae, value):
+    good, bad = (
+        DataLoader(TensorDataset(torch.full((2, 784), pixel), torch.zeros(2)), batch_size=2)
+        for pixel in (0.5, value)
+    )
+    for loaders in ((bad, good), (good, bad)):
+        with pytest.raises(ValueError, match=rf"\(2, 784\) has values from {value:g} .*\[0, 1\]"):
+            train(small_vae, *loaders, epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda vae: vae.encode(torch.rand(3, 783)), r"\(3, 783\)"),
+        (lambda vae: vae.encode(torch.rand(784)), r"\(784,\)"),
+        (lambda vae: vae.encode(torch.zeros(3, 784, dtype=torch.uint8)), "torch.uint8"),
+        (lambda vae: vae.decode(torch.rand(3, 5)), r"\(3, 5\)"),
+        (lambda vae: vae.decode(torch.zeros(3, 2, dtype=torch.int64)), "torch.int64"),
+        (lambda vae: vae.sample(0), "n is 0"),
+        (lambda _: VAE(latent_dim=0), "latent_dim is 0"),
+        (lambda _: VAE(latent_dim=2.5), "latent_dim is 2.5"),
+        (lambda _: reparameterize(torch.rand(3, 2), torch.rand(3, 4)), r"\(3, 2\).*\(3, 4\)"),
+        (lambda _: reparameterize(*torch.rand(2, 3, 2), eps=torch.rand(3, 3)), r"\(3, 3\)"),
+        (lambda _: kl_standard_normal(torch.rand(3, 2), torch.rand(2, 2)), r"\(3, 2\).*\(2, 2\)"),
+        (lambda _: elbo(*torch.rand(2, 3, 784), *torch.rand(2, 4, 2)), r"\(3, 784\).*\(4, 2\)"),
+        (lambda _: elbo(torch.rand(3, 7), torch.rand(3, 8), *torch.rand(2, 3, 2)), r"\(3, 8\)"),
+        (lambda _: iwae_bound(torch.rand(3)), r"\(3,\)"),
+        (lambda _: iwae_bound(torch.rand(0, 3)), r"\(0, 3\)"),
+        (lambda _: mnist_loaders("nowhere", batch_size=0), "batch_size is 0"),
+        (lambda _: mnist_loaders("nowhere", batch_size=2.5), "batch_size is 2.5"),
+    ],
+)
+def test_a_caller_learns_value_and_shape(small_vae, call, words):
+    with pytest.raises(ValueError, match=words):
+        call(small_vae)
+
+
+def test_one_image_a_last_batch_of_one_and_a_batch_larger_than_the_set(made_up_root):
+    for images, batch in ((1, 1), (1, 128), (5, 4), (5, 1000)):
+        torch.manual_seed(0)
+        loaders = mnist_loaders(
+            made_up_root, name="fashion_mnist", batch_size=batch,
+            limit_train=images, limit_test=images,
+        )  # fmt: skip
+        history = train(VAE(intermediate_dim=8), *loaders, epochs=1)
+        assert np.isfinite(history["train/elbo"]).all()
+        assert np.isfinite(history["test/elbo"]).all()

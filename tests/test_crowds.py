@@ -1,0 +1,157 @@
+"""Many at once: runs on a cold data folder, readers of a run that is being written, a full disk."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.conftest import REPOSITORY
+from vae_torch import load_run
+from vae_torch.runlog import read_metrics
+
+# scripts/train.py whose mirror is a folder that counts its visitors
+COLD = """
+import runpy, sys, time
+from pathlib import Path
+root, source = Path(sys.argv[1]), Path(sys.argv[2])
+sys.argv = ["scripts/train.py", *sys.argv[3:]]
+sys.path.insert(0, "scripts")
+from vae_torch import data
+def mirror(name, scratch):
+    with open(root.parent / "fetches", "a") as log: log.write("x")
+    for path in source.iterdir():
+        time.sleep(0.2)
+        (scratch / path.name).write_bytes(path.read_bytes())
+    return scratch
+data._from_torchvision = mirror
+runpy.run_path("scripts/train.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("runs", [pytest.param(16, id="sixteen", marks=pytest.mark.slow)])
+def test_runs_started_at_once_fetch_once_and_are_all_right(made_up_root, tmp_path, runs):
+    order = [
+        *(sys.executable, "-c", COLD, tmp_path / "data", made_up_root / "FashionMNIST" / "raw"),
+        *("data=fashion_mnist", f"data.root={tmp_path / 'data'}", "model.intermediate_dim=8"),
+        *("train.epochs=1", "data.limit_train=50", "data.limit_test=50", "threads=1"),
+    ]
+    started = [
+        subprocess.Popen(
+            [*order, f"seed={n % 4}", f"hydra.run.dir={tmp_path / str(n)}"],
+            cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )
+        for n in range(runs)
+    ]  # fmt: skip
+    for process in started:
+        _, error = process.communicate()
+        assert process.returncode == 0, error
+    assert (tmp_path / "fetches").read_text() == "x"
+    finals = [
+        json.loads((tmp_path / str(n) / "summary.json").read_text())["final"]["test/elbo"]
+        for n in range(runs)
+    ]
+    assert finals == finals[:4] * (runs // 4)  # equal where the seed is
+    assert len(set(finals)) == 4
+
+
+def test_a_reader_sees_a_consistent_state_of_a_run_that_is_written(made_up_root, tmp_path):
+    run_dir = tmp_path / "run"
+    order = [
+        *(sys.executable, "scripts/train.py", "data=fashion_mnist", f"data.root={made_up_root}"),
+        *("model.intermediate_dim=16", "train.epochs=100000", f"hydra.run.dir={run_dir}"),
+        *("train.figure_every=0", "data.limit_train=100", "data.limit_test=50"),
+    ]
+    with subprocess.Popen(order, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("epoch   3/"):
+                break
+        last, reads = 0, 0
+        until = time.monotonic() + 3
+        while time.monotonic() < until:
+            vae, config = load_run(run_dir)
+            assert config.model.intermediate_dim == vae.intermediate_dim
+            epochs = [m["epoch"] for m in read_metrics(run_dir)]
+            assert epochs == list(range(1, len(epochs) + 1))
+            assert len(epochs) >= last
+            last, reads = len(epochs), reads + 1
+        points = EventAccumulator(str(run_dir / "tensorboard")).Reload().Scalars("test/elbo")
+        assert [p.step for p in points] == list(range(1, len(points) + 1))
+        process.kill()
+    assert reads > 10
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """A file system of 1 MB; skipped where mounting is not allowed."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
+    try:
+        mounted = subprocess.run(mount, capture_output=True).returncode == 0
+    except OSError:
+        mounted = False
+    if not mounted:
+        pytest.skip("mounting a file system is not allowed here")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def order_of(made_up_root, run_dir, *more):
+    return [
+        *(sys.executable, "scripts/train.py", "data=fashion_mnist", f"data.root={made_up_root}"),
+        *("model.intermediate_dim=16", "data.limit_train=100", "data.limit_test=50"),
+        *("train.figure_every=0", f"hydra.run.dir={run_dir}", *more),
+    ]
+
+
+def test_a_disk_that_fills_leaves_the_last_checkpoint(made_up_root, tiny_disk):
+    order = order_of(made_up_root, tiny_disk / "run", "train.epochs=100000")
+    with subprocess.Popen(
+        order, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        for line in process.stdout:
+            if line.startswith("epoch   3/"):
+                break
+        free = os.statvfs(tiny_disk).f_bavail * 4096
+        with (tiny_disk / "filler").open("wb") as filler:
+            filler.write(bytes(max(free - 8192, 0)))
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    (said,) = error.strip().splitlines()
+    assert "No space left on device" in said
+    assert "the last checkpoint is" in said
+    load_run(tiny_disk / "run")
+    (tiny_disk / "filler").unlink()
+    epochs = [m["epoch"] for m in read_metrics(tiny_disk / "run")]
+    assert epochs == list(range(1, len(epochs) + 1))
+
+
+def test_a_read_only_folder_is_refused(made_up_root, tiny_disk):
+    subprocess.run(["mount", "-o", "remount,ro", str(tiny_disk)], check=True)
+    order = order_of(made_up_root, tiny_disk / "run", "train.epochs=1")
+    ended = subprocess.run(order, cwd=REPOSITORY, capture_output=True, text=True)
+    assert ended.returncode == 2
+    (said,) = ended.stderr.splitlines()
+    assert "Read-only file system" in said
+    assert "choose another folder" in said
+
+
+def test_a_folder_taken_away_is_told_in_one_line(made_up_root, tmp_path):
+    run_dir = tmp_path / "run"
+    order = order_of(made_up_root, run_dir, "train.epochs=100000")
+    with subprocess.Popen(
+        order, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        for line in process.stdout:
+            if line.startswith("epoch   3/"):
+                break
+        run_dir.rename(tmp_path / "elsewhere")
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    (said,) = error.strip().splitlines()
+    assert "No such file or directory" in said
+    load_run(tmp_path / "elsewhere")

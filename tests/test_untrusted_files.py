@@ -1,0 +1,159 @@
+"""Files that were damaged, or made to do harm: refused by name, or loaded exactly.
+
+The campaigns of 2,000 files are `slow`; the suite takes a sample of each.
+"""
+
+import gzip
+import hashlib
+import math
+import random
+import re
+import resource
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import REPOSITORY
+from vae_torch import VAE
+from vae_torch.checkpoint import CheckpointError, Checkpoints, load_checkpoint
+from vae_torch.data import DataError, idx_bytes, load_images, read_idx
+
+CAMPAIGN = [pytest.param(100, id="sample"), pytest.param(2000, id="all", marks=pytest.mark.slow)]
+
+
+def damaged(content, dice):
+    """Flipped bits, a cut, a hole, zeros, or bytes of its own in another place."""
+    bad = bytearray(content)
+    at = dice.randrange(len(bad))
+    size = dice.randint(1, 64)
+    kind = dice.randrange(5)
+    if kind == 0:
+        for _ in range(dice.randint(1, 8)):
+            bad[dice.randrange(len(bad))] ^= 1 << dice.randrange(8)
+    elif kind == 1:
+        del bad[at:]
+    elif kind == 2:
+        del bad[at : at + size]
+    elif kind == 3:
+        bad[at : at + size] = bytes(len(bad[at : at + size]))
+    else:
+        start = dice.randrange(len(bad))
+        bad[at:at] = bad[start : start + size]
+    return bytes(bad)
+
+
+@pytest.mark.parametrize("files", CAMPAIGN)
+def test_a_damaged_checkpoint_is_refused_or_exact(tmp_path, config, files):
+    config.model.intermediate_dim = 4
+    weights = VAE.from_config(config).state_dict()
+    checkpoints = Checkpoints(tmp_path, config)
+    checkpoints.save({"epoch": 1, "model": weights})
+    path = tmp_path / "last.pt"
+    good = path.read_bytes()
+    dice = random.Random(files)
+    refused = 0
+    for _ in range(files):
+        path.write_bytes(damaged(good, dice))
+        if path.read_bytes() == good:  # the damage put zeros where zeros were
+            state = load_checkpoint(path)["model"]
+            assert all(torch.equal(state[name], weights[name]) for name in weights)
+            continue
+        with pytest.raises(CheckpointError, match=re.escape(str(path))):
+            load_checkpoint(path)
+        refused += 1
+    assert refused > 0.9 * files
+    print(f"{refused} of {files} refused")
+
+
+@pytest.mark.parametrize("files", CAMPAIGN)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_damaged_idx_file_is_refused_or_holds_what_it_says(tmp_path, files, packed):
+    """Plain IDX has no checksum: changed pixels are pixels, unless a SHA-256 is known."""
+    array = np.random.default_rng(0).integers(0, 256, (3, 28, 28), np.uint8)
+    content = idx_bytes(array)
+    known = hashlib.sha256(content).hexdigest()
+    good = gzip.compress(content) if packed else content
+    path = tmp_path / ("images.gz" if packed else "images")
+    dice = random.Random(files)
+    refused = 0
+    for _ in range(files // 2):
+        bad = damaged(good, dice)
+        path.write_bytes(bad)
+        for sha256 in (known, None):
+            try:
+                got = read_idx(path, sha256=sha256)
+            except DataError as error:
+                said = str(error)
+            else:
+                said = ""
+            if said:
+                assert f"{path}: " in said
+                assert "delete the file" in said
+                refused += sha256 is not None
+                continue
+            if sha256:
+                np.testing.assert_array_equal(got, array)
+            else:  # exactly what stands in the file, all of it
+                raw = gzip.decompress(bad) if packed else bad
+                assert (
+                    got.astype(">i4" if raw[2] == 0x0C else np.uint8).tobytes()
+                    == raw[4 + 4 * raw[3] :]
+                )
+    assert refused > 0.8 * (files // 2)
+    print(f"{refused} of {files // 2} refused")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_header_that_claims_terabytes_takes_no_memory(tmp_path, packed):
+    script = """
+import resource, sys
+from pathlib import Path
+from vae_torch.data import DataError, read_idx
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    read_idx(Path(sys.argv[1]))
+except DataError as error:
+    print(error)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    header = b"\0\0\x08\x03" + (2**31).to_bytes(4, "big") + (28).to_bytes(4, "big") * 2
+    path = tmp_path / ("images.gz" if packed else "images")
+    path.write_bytes(gzip.compress(header + bytes(10**6)) if packed else header + bytes(1000))
+    out = subprocess.check_output([sys.executable, "-c", script, str(path)], cwd=REPOSITORY)
+    refused, kibibytes = out.decode().splitlines()
+    assert "claims 1,683,627,180,048 bytes" in refused
+    assert int(kibibytes) < 4096
+
+
+def test_a_packed_bomb_is_read_no_further_than_its_header_says(tmp_path):
+    path = tmp_path / "images.gz"
+    path.write_bytes(gzip.compress(idx_bytes(np.zeros((1, 28, 28), np.uint8)) + bytes(10**8)))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(DataError, match="too long"):
+        read_idx(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
+
+
+@pytest.mark.parametrize("dimensions", [1, 3, 4, 255])
+def test_a_header_of_many_dimensions_is_refused(tmp_path, dimensions):
+    content = bytes([0, 0, 8, dimensions]) + (1).to_bytes(4, "big") * dimensions + b"x"
+    path = tmp_path / "images"
+    path.write_bytes(content)
+    if dimensions <= 3:
+        assert math.prod(read_idx(path).shape) == 1
+    else:
+        with pytest.raises(DataError, match=f"images: has {dimensions} dimensions"):
+            read_idx(path)
+
+
+def test_labels_outside_the_classes_are_refused(made_up_root, tmp_path):
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for path in (made_up_root / "FashionMNIST" / "raw").iterdir():
+        (raw / path.name).write_bytes(path.read_bytes())
+    (raw / "train-labels-idx1-ubyte").write_bytes(idx_bytes(np.full(600, 200, np.uint8)))
+    with pytest.raises(DataError, match=r"train-labels.*200"):
+        load_images("fashion_mnist", root=tmp_path)
