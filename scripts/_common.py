@@ -163,10 +163,19 @@ def make_folder(key: str, folder: Path) -> None:
         refuse(f"{key}={name}: cannot be written ({error.strerror}); choose another folder")
 
 
+class EndedError(SystemExit):
+    """A run that ends with a line about why; in a sweep the others go on."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(status)
+        self.reason = reason
+
+
 def refuse(message: str) -> NoReturn:
     """A user's mistake: one line, exit status 2."""
-    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+    reason = " ".join(message.split())
+    print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
+    raise EndedError(2, reason)
 
 
 def shown(path: Path) -> Path:

@@ -4,8 +4,10 @@ python scripts/train.py [key=value ...]
 """
 
 import copy
+import importlib.util
 import json
 import logging
+import math
 import os
 import re
 import shlex
@@ -13,6 +15,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,11 +25,13 @@ from filelock import FileLock, Timeout
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from _common import (
+    EndedError,
     cpp_compiler,
     device_name,
     make_folder,
@@ -40,16 +45,53 @@ from _common import (
     typed,
 )
 from vae_torch.config import Config, ConfigError, check
+from vae_torch.sweep import LOCK, is_running, read_runs
 
 ConfigStore.instance().store(name="schema", node=Config)
 log = logging.getLogger("vae_torch")
 
-LOCK = ".lock"  # in a run's folder: held by the process that writes it
+# What a choice of hydra/launcher or hydra/sweeper needs, and the extra that brings it.
+PLUGINS = {
+    "joblib": ("hydra_plugins.hydra_joblib_launcher", "sweep"),
+    "submitit_local": ("hydra_plugins.hydra_submitit_launcher", "cluster"),
+    "submitit_slurm": ("hydra_plugins.hydra_submitit_launcher", "cluster"),
+    "optuna": ("hydra_plugins.hydra_optuna_sweeper", "search"),
+}
+
+FAILED = "failed.json"  # in the folder of a sweep's job that failed
 
 
 def main(cfg: DictConfig) -> float:
+    """One run. In a sweep, one that fails leaves its reason and lets the others go on."""
+    job = HydraConfig.get()
+    run_dir = Path(job.runtime.output_dir)
+    if job.mode is not RunMode.MULTIRUN:
+        return main_run(cfg, run_dir)
+    from vae_torch.checkpoint import write_atomically
+
+    name = job.job.override_dirname or "the only job"
+    try:
+        began = time.monotonic()
+        elbo = main_run(cfg, run_dir)
+        (run_dir / FAILED).unlink(missing_ok=True)
+        log.info("%s: test elbo %.2f, %.0f s", name, elbo, time.monotonic() - began)
+        return elbo
+    except EndedError as end:
+        reason = end.reason
+    except Exception as error:  # a programmer's mistake, but the other jobs may be sound
+        log.exception("%s", name)
+        reason = f"{type(error).__name__}: {error}"
+    log.info("%s: failed: %s", name, reason)
+    with suppress(OSError):
+        if not is_running(run_dir):  # or else it is another process's run
+            run_dir.mkdir(exist_ok=True)
+            text = json.dumps({"reason": reason, "overrides": list(job.overrides.task)})
+            write_atomically(run_dir / FAILED, (text + "\n").encode())
+    return math.nan
+
+
+def main_run(cfg: DictConfig, run_dir: Path) -> float:
     """One run, from composed settings to a finished folder. Returns the final test elbo."""
-    run_dir = Path(HydraConfig.get().runtime.output_dir)
     from vae_torch.checkpoint import CheckpointError
     from vae_torch.data import DataError
     from vae_torch.runlog import RecordError
@@ -92,8 +134,9 @@ def run(config: Config, run_dir: Path, config_text: str) -> float:
     except Timeout:
         refuse(f"hydra.run.dir={run_dir}: another process is writing this run; wait for it")
     if config.train.resume and (run_dir / "summary.json").exists():  # in a sweep
+        done = finished_elbo(run_dir, config)
         log.info("finished already: %s", shown(run_dir))
-        return float(json.loads((run_dir / "summary.json").read_text())["final"]["test/elbo"])
+        return done
     if not config.train.resume and (run_dir / "metrics.jsonl").exists():
         raise ConfigError(f"{run_dir}: holds a run already; two jobs of a sweep need two names")
     device = resolve_device(config.device)
@@ -109,12 +152,14 @@ def run(config: Config, run_dir: Path, config_text: str) -> float:
     first_epoch = state["epoch"] if state else 0
     records = RunLog(run_dir, config, config_text=config_text, first_epoch=first_epoch)
     train_set, test_set = (data.image_dataset(loader) for loader in (train_loader, test_loader))
+    # of jobs that run side by side each writes one line, at its end
+    say = log.debug if "TQDM_DISABLE" in os.environ else log.info
     x, labels = test_set.__getitems__(torch.arange(min(5000, len(test_set))))  # for the pictures
 
     def record(metrics: dict[str, Any], model: VAE) -> None:
         records.log(metrics)
         epoch = metrics["epoch"]
-        log.info(
+        say(
             "epoch %3d/%d   train elbo %8.2f   test elbo %8.2f = reconstruction %8.2f - kl %.2f"
             "   %.1f s",
             epoch,
@@ -132,7 +177,7 @@ def run(config: Config, run_dir: Path, config_text: str) -> float:
         if last or (every and (epoch <= 10 or epoch % every == 0)):  # it grows fast at first
             records.growth(epoch, model, x[:10])
 
-    log.info(
+    say(
         "%s: %d training and %d test images, on %s",
         config.data.name,
         len(train_set),
@@ -176,7 +221,8 @@ def run(config: Config, run_dir: Path, config_text: str) -> float:
             records.close()
         lock.release()
     elbo: float = summary["final"]["test/elbo"]
-    tell_what_next(run_dir, elbo)
+    if HydraConfig.get().mode is not RunMode.MULTIRUN:
+        tell_what_next(run_dir, elbo)
     return elbo
 
 
@@ -252,6 +298,19 @@ class RefuseBadRuns(Callback):
         refuse_climbing(config)
         make_folder("hydra.sweep.dir", Path(config.hydra.sweep.dir))
 
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        """What became of the jobs, what to type next, and an exit status that tells."""
+        folder = Path(config.hydra.sweep.dir)
+        runs = read_runs(folder)
+        lost = [run for run in runs if run.state != "finished"]
+        print(f"\n{len(runs) - len(lost)} of {len(runs)} runs finished in {shown(folder)}")
+        for run in lost:
+            print(f"  {run.path.relative_to(folder)}: {run.state}, {run.reason}")
+        place = shlex.quote(str(shown(folder)))
+        print(f"  table and plots    {shown(Path(sys.executable))} scripts/summarize.py {place}")
+        if lost:
+            sys.exit(1)
+
     def _checked(self, config: DictConfig) -> Config:
         settings = copy.deepcopy(config)
         with read_write(settings), open_dict(settings):
@@ -295,15 +354,39 @@ def newest_interrupted(outputs: Path, settings: Config) -> Path | None:
     return None
 
 
-def is_running(run_dir: Path) -> bool:
-    """Whether a process holds the run's lock."""
-    if not (run_dir / LOCK).exists():
-        return False
+def finished_elbo(run_dir: Path, config: Config) -> float:
+    """The result of a run that is done, if it is this one.
+
+    Raises:
+        ConfigError: Its summary is damaged, or was written by another version.
+        CheckpointError: Its checkpoint is damaged, or of other settings.
+    """
+    from vae_torch.checkpoint import Checkpoints
+    from vae_torch.runlog import versions
+
+    path = run_dir / "summary.json"
+    state = Checkpoints(run_dir / "checkpoints", config).load("cpu")  # sealed: nobody edited it
     try:
-        with FileLock(run_dir / LOCK, blocking=False):
-            return False
-    except Timeout:
-        return True
+        summary = json.loads(path.read_text())
+        elbo, had = float(summary["final"]["test/elbo"]), summary["versions"]
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"{path}: damaged; remove its folder to run it again") from None
+    if (
+        state is None
+        or state["epoch"] < config.train.epochs
+        or state["history"]["test/elbo"][-1] != elbo
+    ):
+        raise ConfigError(
+            f"{path}: does not fit the checkpoint beside it; remove its folder to run it again"
+        )
+    now = versions()
+    for name in ("vae_torch", "torch"):
+        if had.get(name) != now[name]:
+            raise ConfigError(
+                f"{path}: is of {name} {had.get(name)}, this is {now[name]}; "
+                "choose another sweep.dir, or remove its folder to run it again"
+            )
+    return elbo
 
 
 def repeat_overrides() -> None:
@@ -325,6 +408,30 @@ def repeat_overrides() -> None:
     sys.argv[1:1] = kept
 
 
+def name_sweep_dir() -> None:
+    """`sweep.dir=DIR` is a sweep's folder, and goes on with what lies there."""
+    for i, argument in enumerate(sys.argv):
+        if argument.startswith("sweep.dir="):
+            sys.argv[i] = f"hydra.{argument}"
+            sys.argv.append("train.resume=auto")
+
+
+def prepare_launcher() -> None:
+    """Before the workers of a launcher start: whether it is there, and one thread for each."""
+    for argument in sys.argv:
+        key, _, name = argument.partition("=")
+        if key in ("hydra/launcher", "hydra/sweeper") and name in PLUGINS:
+            module, extra = PLUGINS[name]
+            if importlib.util.find_spec(module) is None:
+                refuse(f"{argument}: not installed; pip install 'vae-torch[{extra}]'")
+            if key == "hydra/launcher":
+                # read by torch and tqdm when they are imported: in the workers, which inherit them
+                os.environ.setdefault("OMP_NUM_THREADS", "1")
+                os.environ.setdefault("TQDM_DISABLE", "1")
+                if not any(a.startswith("threads=") for a in sys.argv):
+                    sys.argv.append("threads=1")
+
+
 def resume_command(run_dir: Path) -> str:
     """What to type to go on."""
     name = f"train.resume={shown(run_dir)}"
@@ -335,8 +442,9 @@ def fail(reason: str, run_dir: Path) -> NoReturn:
     """A run that broke: one line that says why and what is left of it."""
     kept = run_dir / "checkpoints" / "last.pt"
     left = f"the last checkpoint is {kept}" if kept.exists() else "there is no checkpoint yet"
-    print(f"train.py: stopped: {' '.join(reason.split())}; {left}", file=sys.stderr)
-    sys.exit(1)
+    reason = f"stopped: {' '.join(reason.split())}; {left}"
+    print(f"train.py: {reason}", file=sys.stderr)
+    raise EndedError(1, reason)
 
 
 def refuse_unfit_checkpoint(run_dir: Path, settings: Config) -> None:
@@ -389,6 +497,8 @@ def tell_what_next(run_dir: Path, elbo: float) -> None:
 
 
 if __name__ == "__main__":
+    prepare_launcher()
+    name_sweep_dir()
     quote_paths("hydra.run.dir", "hydra.sweep.dir", "train.resume", "data.root")
     repeat_overrides()
     refuse_malformed("model", "data", "objective", "optimizer")

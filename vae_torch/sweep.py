@@ -138,7 +138,8 @@ def read_run(path: Path) -> Run:
         run.seed = int(flat.get("seed", 0))
         run.settings = {k: v for k, v in flat.items() if k not in _NO_SETTINGS}
         run.epochs = read_metrics(path)
-        if summary:
+        failed = _json(path / "failed.json")
+        if summary and not failed:  # with both, a later attempt found the run damaged
             run.state = "finished"
             run.figures = {k: v for k, v in summary["final"].items() if _is_number(v)}
             run.figures["seconds"] = summary["seconds"]
@@ -149,7 +150,6 @@ def read_run(path: Path) -> Run:
             if bad := [k for k, v in summary["final"].items() if v != v]:
                 run.state, run.reason = "failed", f"{bad[0]} is NaN"
             return run
-        failed = _json(path / "failed.json")
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError, RecordError) as error:
         run.state, run.reason = "broken", f"{type(error).__name__}: {str(error).splitlines()[0]}"
         return run
