@@ -50,11 +50,12 @@ from vae_torch.sweep import LOCK, is_running, read_runs
 ConfigStore.instance().store(name="schema", node=Config)
 log = logging.getLogger("vae_torch")
 
-# What a choice of hydra/launcher or hydra/sweeper needs, and the extra that brings it.
+# What a choice of hydra/launcher, hydra/sweeper or experiment needs, and the extra that brings it.
 PLUGINS = {
     "joblib": ("hydra_plugins.hydra_joblib_launcher", "sweep"),
     "submitit_local": ("hydra_plugins.hydra_submitit_launcher", "cluster"),
     "submitit_slurm": ("hydra_plugins.hydra_submitit_launcher", "cluster"),
+    "search": ("hydra_plugins.hydra_optuna_sweeper", "search"),
     "optuna": ("hydra_plugins.hydra_optuna_sweeper", "search"),
 }
 
@@ -420,7 +421,7 @@ def prepare_launcher() -> None:
     """Before the workers of a launcher start: whether it is there, and one thread for each."""
     for argument in sys.argv:
         key, _, name = argument.partition("=")
-        if key in ("hydra/launcher", "hydra/sweeper") and name in PLUGINS:
+        if key in ("hydra/launcher", "hydra/sweeper", "experiment") and name in PLUGINS:
             module, extra = PLUGINS[name]
             if importlib.util.find_spec(module) is None:
                 refuse(f"{argument}: not installed; pip install 'vae-torch[{extra}]'")
@@ -428,6 +429,8 @@ def prepare_launcher() -> None:
                 # read by torch and tqdm when they are imported: in the workers, which inherit them
                 os.environ.setdefault("OMP_NUM_THREADS", "1")
                 os.environ.setdefault("TQDM_DISABLE", "1")
+                paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+                os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # of _common
                 if not any(a.startswith("threads=") for a in sys.argv):
                     sys.argv.append("threads=1")
 

@@ -139,7 +139,7 @@ def test_where_and_group_by(three_by_two):
     folded = summarize(runs, group_by=["model.intermediate_dim"])
     assert [(row.values, len(row.runs)) for row in folded.rows] == [((512,), 5)]
     for wrong in ({"where": ["x"]}, {"where": ["no=1"]}, {"group_by": ["no"]}, {"metric": "no"}):
-        with pytest.raises(SweepError, match="no|x"):
+        with pytest.raises(SweepError, match=r"no|x"):
             summarize(runs, **wrong)
     with pytest.raises(SweepError, match="no run is left of 5"):
         summarize(runs, where=["seed=9"])

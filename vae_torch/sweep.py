@@ -117,10 +117,11 @@ def read_runs(folder: Path) -> list[Run]:
 
 def _run_folders(folder: Path) -> Iterator[Path]:
     for path, folders, files in os.walk(folder):
-        folders.sort()
         empty = not folders and not files and Path(path) != folder
-        if empty or ".hydra" in folders or {"metrics.jsonl", "summary.json"} & set(files):
-            folders.clear()
+        is_run = ".hydra" in folders or {"metrics.jsonl", "summary.json"} & set(files)
+        # launchers keep notes in hidden folders
+        folders[:] = [] if is_run else sorted(f for f in folders if not f.startswith("."))
+        if empty or is_run:
             yield Path(path)
 
 
