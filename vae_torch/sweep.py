@@ -362,7 +362,7 @@ def _rate_distortion(summary: Summary) -> "Figure":
         if left < at:
             axes.annotate(
                 f"elbo {-nats:g}", (at, nats - at), fontsize=8, color="#555555",
-                ha="right", va="bottom",
+                ha="right", va="center", bbox={"fc": "white", "ec": "none", "pad": 0.5},
             )  # fmt: skip
     axes.set(xlim=(left, right), ylim=(low, high))
     axes.set(xlabel="rate: KL, nats per image", ylabel="distortion: -reconstruction, nats")
