@@ -79,7 +79,7 @@ def test_a_run_leaves_everything_that_is_promised(small, tmp_path):
 
 def test_multirun_names_its_runs_by_their_overrides(small, tmp_path):
     done = run_script(
-        "train.py", "-m", *small[:3], "train.epochs=1", "model.latent_dim=2,3", "seed=0,1",
+        "train.py", "-m", *small[:3], "train.epochs=1", "model.latent_dim=2,3", "seed=7",
         f"hydra.sweep.dir={tmp_path}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -87,9 +87,9 @@ def test_multirun_names_its_runs_by_their_overrides(small, tmp_path):
     card = run_script("evaluate.py", f"run={runs[0]}", "eval.num_samples=5", "eval.fit_images=2")
     assert card.returncode == 0, card.stderr  # named as it is, `=` and `,` and all
     names = [run.name for run in runs]
-    assert len(names) == 4
+    assert len(names) == 2
     assert "model.latent_dim=2" in names[0]
-    assert "seed=0" in names[0]
+    assert "seed=7" in names[0]
 
 
 def test_help_shows_keys_and_groups():
@@ -103,7 +103,9 @@ def test_evaluation_card_of_a_run(small, tmp_path):
     run_dir = tmp_path / "run"
     assert run_script("train.py", *small, f"hydra.run.dir={run_dir}").returncode == 0
     before = set(REPOSITORY.iterdir())
-    card = run_script("evaluate.py", f"run={run_dir}", "eval.num_samples=20", "eval.limit=50")
+    card = run_script(
+        "evaluate.py", f"run={run_dir}", "eval.num_samples=20", "eval.limit=50", "eval.fit_images=5"
+    )
     assert card.returncode == 0, card.stderr
     assert set(REPOSITORY.iterdir()) == before
     stored = json.loads((run_dir / "evaluation.json").read_text())
@@ -124,6 +126,7 @@ def test_a_trial_of_the_results_table_touches_no_readme(made_up_root, tmp_path):
         f"out={tmp_path / 'results'}",
         f"data_root={made_up_root}",
         "num_samples=5",
+        "limit_test=20",
         'overrides=["data=fashion_mnist","train.epochs=1","model.intermediate_dim=8"]',
     ]
     done = run_script("reproduce.py", *trial)
