@@ -224,6 +224,35 @@ def test_a_sweep_survives_a_failed_job_and_goes_on(made_up_root, tmp_path, launc
         assert {"summary.csv", "summary.md", "learning_curves.png"} <= names
 
 
+@pytest.mark.slow
+def test_a_sweep_that_was_killed_goes_on(made_up_root, tmp_path):
+    sweep = [
+        *("-m", "data=fashion_mnist", f"data.root={made_up_root}", "model.intermediate_dim=16"),
+        *("train.epochs=60", "train.figure_every=0", "seed=0,1", f"sweep.dir={tmp_path}"),
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "scripts/train.py", *sweep], cwd=REPOSITORY, stdout=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("epoch  20/60"):
+            break
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert [run.state for run in read_runs(tmp_path)] == ["unfinished"]
+    done = run_script("train.py", *sweep)
+    assert done.returncode == 0, done.stderr
+    first = done.stdout.partition("seed=1")[0]
+    assert "epoch  10/60" not in first
+    assert "epoch  60/60" in first
+    summary = summarize(read_runs(tmp_path))
+    assert [len(row.runs) for row in summary.rows] == [2]
+    assert all(
+        [e["epoch"] for e in run.epochs] == list(range(1, 61)) for run in summary.rows[0].runs
+    )
+
+
 def test_summarize_refuses_in_one_line(tmp_path):
     done = run_script("summarize.py", tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
