@@ -30,10 +30,9 @@ def main() -> None:
     write_atomically(out / "summary.md", text.encode())
     write_atomically(out / "summary.csv", to_csv(summary).encode())
     written = ["summary.md", "summary.csv"]
-    if summary.rows:
-        for name, figure in plots(summary).items():
-            save_png(figure, out / f"{name}.png")
-            written.append(f"{name}.png")
+    for name, figure in plots(summary).items():
+        save_png(figure, out / f"{name}.png")
+        written.append(f"{name}.png")
     print(f"written to {shown(out.resolve())}: {', '.join(written)}")
 
 

@@ -132,6 +132,13 @@ def test_runs_with_different_keys_stand_in_one_table(tmp_path):
     assert "| none | none | -100.00 |" in to_markdown(summary, tmp_path)
 
 
+def test_unfinished_runs_alone_make_no_table(tmp_path):
+    unfinished_run(tmp_path / "a", "")
+    summary = summarize(read_runs(tmp_path))
+    assert (summary.rows, plots(summary)) == ([], {})
+    assert summary.verdict() == "No run is finished."
+
+
 def test_where_and_group_by(three_by_two):
     runs = read_runs(three_by_two)
     few = summarize(runs, where=["model.latent_dim=2", "seed=1"])

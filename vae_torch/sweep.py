@@ -75,6 +75,8 @@ class Summary:
 
     def verdict(self) -> str:
         """Whether the best setting's lead is larger than the noise between seeds."""
+        if not self.rows:
+            return "No run is finished."
         if len(self.rows) < 2:
             return "There is one setting; nothing to compare."
         first, second = self.rows[:2]
@@ -275,6 +277,8 @@ def to_markdown(summary: Summary, root: Path) -> str:
 def plots(summary: Summary) -> "dict[str, Figure]":
     """The pictures that the summary allows, by file name."""
     pictures: dict[str, Figure] = {}
+    if not summary.rows:
+        return pictures
     for i, key in enumerate(summary.keys):
         pictures[f"{summary.metric} by {key}".replace("/", "_").replace(" ", "_")] = _by_key(
             summary, i
