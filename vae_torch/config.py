@@ -154,6 +154,31 @@ def check_evaluate(config: EvaluateConfig) -> None:
         raise ConfigError(f"eval.checkpoint={config.eval.checkpoint}: must be one of last, best")
 
 
+@dataclass
+class ExploreConfig:
+    """What `scripts/explore.py` composes from `conf/explore.yaml`."""
+
+    run: str
+    device: str
+    data_root: str | None
+    checkpoint: str
+    points: int
+
+
+def check_explore(config: ExploreConfig) -> None:
+    """Refuse what cannot be explored.
+
+    Raises:
+        ConfigError: One line with the key, its value and what is allowed.
+    """
+    if not config.run:
+        raise ConfigError("run=: must be a run folder, run=outputs/<date>/<time>")
+    if config.checkpoint not in ("last", "best"):
+        raise ConfigError(f"checkpoint={config.checkpoint}: must be one of last, best")
+    if config.points < 1:
+        raise ConfigError(f"points={config.points}: must be a whole number, 1 or more")
+
+
 def config_from_dict(values: dict[str, Any]) -> Config:
     """Rebuild a `Config` from `Config.to_dict()`.
 

@@ -1,0 +1,479 @@
+"""The page of a run's latent space: what is in it, and what it does in a real browser."""
+
+import base64
+import io
+import json
+import re
+import shutil
+import subprocess
+import time
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.conftest import made_up_digits
+from tests.test_scripts import run_script
+from vae_torch import VAE
+from vae_torch import explorer as module
+from vae_torch.explorer import MAX_BYTES, ExplorerError, explorer_page, run_notes
+
+
+@pytest.fixture(scope="module")
+def images():
+    pixels, labels = made_up_digits(120, 3)
+    return torch.tensor(pixels).flatten(1) / 255, torch.tensor(labels).long()
+
+
+def model(architecture="mlp", latent_dim=2, **options):
+    """A model whose weights are large enough that places differ, of 16 units."""
+    torch.manual_seed(0)
+    vae = VAE((784,), latent_dim, 16, architecture=architecture, **options)
+    with torch.no_grad():
+        for name, weight in vae.named_parameters():
+            if weight.ndim > 1:
+                weight.mul_(2.5)
+            elif "bias" in name:
+                weight.normal_(0, 0.3)
+    return vae
+
+
+def data_of(page):
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    return json.loads(found[1])
+
+
+# What is in it.
+
+
+def test_the_page_asks_for_nothing_from_outside_and_is_small(images):
+    page = explorer_page(model(), *images)
+    assert re.search(r"https?://", page) is None
+    assert re.search(r"<(script|img|link)[^>]+(src|href)=.(?!data:)", page) is None
+    assert len(page) < 300_000
+    assert MAX_BYTES <= 8_000_000
+
+
+def test_text_of_a_run_cannot_leave_its_place(images):
+    evil = "</script><script>alert(1)</script>{{DATA}}"
+    page = explorer_page(model(), *images, title=evil, facts=evil, notes=[evil])
+    assert "alert(1)</script>" not in page.replace("&lt;", "")
+    assert page.count("<script") == 2
+    data = data_of(page)
+    assert (data["title"], data["facts"], data["notes"]) == (evil, evil, [evil])
+
+
+def test_terms_of_an_image_make_its_elbo(images):
+    vae = model(prior="mixture", prior_components=3)
+    terms = data_of(explorer_page(vae, *images))["terms"]
+    parts = zip(terms["elbo"], terms["reconstruction"], terms["kl"], strict=True)
+    for elbo, reconstruction, kl in parts:
+        assert elbo == pytest.approx(reconstruction - kl, abs=0.02)
+
+
+def test_a_page_that_would_be_too_large_has_fewer_points(images, monkeypatch):
+    x, labels = images[0].repeat(4, 1), images[1].repeat(4)
+    whole = len(explorer_page(model(), x, labels))
+    monkeypatch.setattr(module, "MAX_BYTES", whole - 1)
+    page = explorer_page(model(), x, labels)
+    assert len(page) < whole
+    data = data_of(page)
+    assert (data["points"], data["available"]) == (240, 480)
+    monkeypatch.setattr(module, "MAX_BYTES", len(explorer_page(model())) + 10)
+    with pytest.raises(ExplorerError, match="smaller model"):
+        explorer_page(model(), x, labels)
+
+
+def test_a_model_that_diverged_is_refused(images):
+    vae = model()
+    with torch.no_grad():
+        vae.encoder.mean.weight[0, 0] = torch.nan
+    with pytest.raises(ExplorerError, match="not finite"):
+        explorer_page(vae, *images)
+
+
+def test_notes_say_what_a_run_lacks(config, tmp_path):
+    config.train.epochs = 30
+    config.data.limit_train = 3000
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    notes, epochs = run_notes(tmp_path, config)
+    assert epochs == 1
+    assert "has not finished: it has had 1 of 30 epochs" in notes[0]
+    assert "has had 1 epoch of training" in notes[1]
+    assert "3,000 images" in notes[2]
+    (tmp_path / "summary.json").write_text("{}")
+    config.data.limit_train = None
+    assert run_notes(tmp_path, config) == ([], 30)
+
+
+def test_a_run_becomes_a_page(made_up_root, tmp_path, monkeypatch):
+    run_dir = tmp_path / "a=run, <b>"
+    settings = ["data=fashion_mnist", f"data.root={made_up_root}", "model.intermediate_dim=16"]
+    quiet = ["train.epochs=1", "train.figure_every=0", f"hydra.run.dir='{run_dir}'"]
+    done = run_script("train.py", *settings, *quiet)
+    assert done.returncode == 0, done.stderr
+
+    monkeypatch.setenv("BROWSER", "echo opens %s")
+    done = run_script("explore.py", f"run={run_dir}", f"data_root={made_up_root}", "--open")
+    assert done.returncode == 0, done.stderr
+    path = run_dir / "explorer.html"
+    assert sorted(done.stdout.splitlines()) == sorted([str(path), f"opens {path.as_uri()}"])
+    data = data_of((run_dir / "explorer.html").read_text())
+    assert data["title"].endswith("a=run, <b>")
+    assert data["points"] == 200
+    assert "coat" in data["class_names"]
+    assert "1 epoch of training" in data["notes"][0]
+
+    nowhere = tmp_path / "file" / "data"  # cannot be made: nothing is fetched either
+    nowhere.parent.write_text("")
+    done = run_script("explore.py", f"run={run_dir}", f"data_root={nowhere}")
+    assert done.returncode == 0, done.stderr
+    data = data_of((run_dir / "explorer.html").read_text())
+    assert data["points"] == 0
+    assert "not to be had from disk" in data["notes"][-1]
+
+
+# What it does.
+
+
+@pytest.fixture(scope="session")
+def browser():
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("needs chromium and chromedriver (Debian: chromium, chromium-driver)")
+    selenium = pytest.importorskip("selenium.webdriver")
+    options = selenium.ChromeOptions()
+    options.binary_location = chromium
+    for flag in (
+        "headless", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "no-first-run",
+        "disable-background-networking", "disable-component-update", "disable-sync",
+        "disable-quic", "window-size=1280,800",
+    ):  # fmt: skip
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    service = selenium.ChromeService(driver, log_output=subprocess.DEVNULL)
+    session = selenium.Chrome(options=options, service=service)
+    yield session
+    session.quit()
+
+
+@pytest.fixture
+def opened(browser, tmp_path):
+    """Open a page, and hold at the end that the browser had nothing to complain about."""
+
+    def open_page(page):
+        path = tmp_path / "page.html"
+        path.write_text(page)
+        browser.get(path.as_uri())
+        browser.execute_async_script("explorer.ready.then(arguments[0])")
+        return browser
+
+    yield open_page
+    assert browser.get_log("browser") == []
+    assert browser.execute_script("return performance.getEntriesByType('resource')") == []
+
+
+def js(browser, code, *arguments):
+    return browser.execute_script(f"return {code}", *arguments)
+
+
+def grey(browser, canvas):
+    """What a canvas shows, flat and in [0, 1]."""
+    url = js(browser, f"{canvas}.toDataURL()")
+    with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as image:
+        return torch.tensor(np.asarray(image.convert("L"))).flatten() / 255
+
+
+def wait_until(browser, code, seconds=10):
+    deadline = time.monotonic() + seconds
+    while not js(browser, code):
+        assert time.monotonic() < deadline, f"never: {code}"
+        time.sleep(0.02)
+
+
+def by_id(browser, name):
+    return browser.find_element("id", name)
+
+
+@contextmanager
+def mouse(browser):
+    from selenium.webdriver import ActionChains
+
+    chain = ActionChains(browser, duration=0)
+    yield chain
+    chain.perform()
+    browser.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
+
+
+def offset(browser, left, top):
+    """From the plane's top left to its middle, from where the driver counts."""
+    width, height = js(browser, "[plane.clientWidth, plane.clientHeight]")
+    return round(left - width / 2), round(top - height / 2)
+
+
+def click_image(browser, i, *, shift=False):
+    from selenium.webdriver import Keys
+
+    with mouse(browser) as chain:
+        if shift:
+            chain.key_down(Keys.SHIFT)
+        at = offset(browser, *js(browser, "explorer.screen(arguments[0])", i))
+        chain.move_to_element_with_offset(by_id(browser, "plane"), *at).click()
+        if shift:
+            chain.key_up(Keys.SHIFT)
+
+
+@torch.no_grad()
+def expected(vae, z):
+    return vae.likelihood.mean(vae.decode(torch.tensor([z])))[0]
+
+
+ACTIVATIONS = {"mlp": "gelu", "residual": "tanh", "conv": "silu"}
+LIKELIHOODS = {"mlp": "bernoulli", "residual": "continuous_bernoulli", "conv": "gaussian"}
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("architecture", ["mlp", "residual", "conv"])
+def test_the_digit_under_the_pointer_is_torchs(opened, images, architecture):
+    options = {"activation": ACTIVATIONS[architecture], "likelihood": LIKELIHOODS[architecture]}
+    vae = model(architecture, latent_dim=3, **options)
+    browser = opened(explorer_page(vae, *images))
+    seen = []
+    for place in ((-120, 80), (60, -90)):
+        with mouse(browser) as chain:
+            chain.move_to_element_with_offset(by_id(browser, "plane"), *place)
+        z, image = js(browser, "[explorer.z, explorer.image]")
+        seen.append(torch.tensor(image))
+        assert (seen[-1] - expected(vae, z)).abs().mean() < 0.002  # 0.02 is what must hold
+        assert (grey(browser, "decoded") - seen[-1]).abs().max() < 0.01
+    assert (seen[0] - seen[1]).abs().mean() > 0.02  # the pointer moves it
+
+
+@pytest.mark.browser
+def test_arrow_keys_move_and_enter_shows_an_image(opened, images):
+    from selenium.webdriver import Keys
+
+    browser = opened(explorer_page(model(), *images))
+    plane = by_id(browser, "plane")
+    before = js(browser, "explorer.z")
+    js(browser, "plane.focus()")
+    with mouse(browser) as chain:
+        chain.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_UP)
+    after = js(browser, "explorer.z")
+    steps = [8 / s for s in js(browser, "explorer.scale")]
+    assert after[0] - before[0] == pytest.approx(2 * steps[0])
+    assert after[1] - before[1] == pytest.approx(steps[1])
+    wait_until(browser, "live.textContent.startsWith('Decoded image at')")
+    plane.send_keys(Keys.ENTER)
+    assert by_id(browser, "image").is_displayed()
+    wait_until(browser, "live.textContent.includes('elbo')")
+    plane.send_keys(Keys.ESCAPE)
+    assert not by_id(browser, "image").is_displayed()
+
+
+@pytest.mark.browser
+def test_a_click_shows_image_reconstruction_nats_and_posterior(opened, images):
+    vae, (x, labels) = model(), images
+    browser = opened(explorer_page(vae, x, labels))
+    click_image(browser, 7)
+    i = js(browser, "explorer.selected")  # another image may lie on top of it
+    apart = js(browser, "explorer.screen(7).map((v, d) => v - explorer.screen(arguments[0])[d])", i)
+    assert max(abs(v) for v in apart) < 2
+    with torch.no_grad():
+        mean, logvar = vae.encode(x[i : i + 1])
+    assert f"Test image {i}: a {labels[i]}" in by_id(browser, "image-title").text
+    assert (grey(browser, "original") - x[i]).abs().max() < 0.005
+    decoded = expected(vae, mean[0].tolist())
+    assert (grey(browser, "reconstruction") - decoded).abs().mean() < 0.005
+    elbo = data_of(explorer_page(vae, x, labels))["terms"]["elbo"][i]
+    assert f"{-elbo:.2f}" in by_id(browser, "terms").text
+    # two standard deviations to each side, in pixels of the plane
+    ring, (scale, _) = js(browser, "[explorer.ellipse, explorer.scale]")
+    radii = sorted((2 * torch.exp(0.5 * logvar[0]) * scale).tolist(), reverse=True)
+    assert [ring["first"], ring["second"]] == pytest.approx(radii, rel=0.01)
+
+
+@pytest.mark.browser
+def test_buttons_filter_by_class(opened, images):
+    browser, labels = opened(explorer_page(model(), *images)), images[1]
+    buttons = browser.find_elements("css selector", "#classes button")
+    assert len(buttons) == len(labels.unique())
+    assert [int(b.text.split()[-1]) for b in buttons] == labels.bincount().tolist()
+    before = grey(browser, "points")
+    buttons[3].click()
+    assert buttons[3].get_attribute("aria-pressed") == "false"
+    assert js(browser, "explorer.shown") == (labels != 3).sum()
+    assert not torch.equal(grey(browser, "points"), before)
+    buttons[3].send_keys(" ")  # the keyboard too
+    assert js(browser, "explorer.shown") == len(labels)
+    assert torch.equal(grey(browser, "points"), before)
+    by_id(browser, "none").click()
+    assert js(browser, "explorer.shown") == 0
+    by_id(browser, "all").click()
+    assert js(browser, "explorer.shown") == len(labels)
+
+
+@pytest.mark.browser
+def test_axes_and_sliders_reach_every_active_dimension(opened, images):
+    vae = model(latent_dim=5)
+    with torch.no_grad():
+        vae.encoder.mean.weight[4] = 0  # an inactive one
+    browser = opened(explorer_page(vae, *images))
+    sliders = "Array.from(document.querySelectorAll('#sliders input'), (s) => s.dataset.axis)"
+    assert js(browser, "explorer.axes") == ["PC₁", "PC₂"]
+    js(browser, "(basis.value = 'dimensions', basis.dispatchEvent(new Event('change')))")
+    js(browser, "(across.value = 0, across.dispatchEvent(new Event('change')))")
+    js(browser, "(up.value = 2, up.dispatchEvent(new Event('change')))")
+    assert js(browser, "explorer.axes") == ["z₁", "z₃"]
+    assert js(browser, sliders) == ["1", "3"]
+    with mouse(browser) as chain:
+        chain.move_to_element_with_offset(by_id(browser, "plane"), 50, 50)
+    before = js(browser, "explorer.z")
+    with mouse(browser):
+        move = "(() => { const s = document.querySelector('#sliders input'); s.value = s.max;"
+        js(browser, f"{move} s.dispatchEvent(new Event('input')); return Number(s.max); }})()")
+    z, image = js(browser, "[explorer.z, explorer.image]")
+    assert z[1] > before[1] + 0.1
+    assert z[:1] + z[2:] == pytest.approx(before[:1] + before[2:])
+    assert (torch.tensor(image) - expected(vae, z)).abs().mean() < 0.002
+
+    by_id(browser, "follow").click()  # the others as in the image that is nearest on the plane
+    with mouse(browser) as chain:
+        at = offset(browser, *js(browser, "explorer.screen(8)"))
+        chain.move_to_element_with_offset(by_id(browser, "plane"), *at)
+    z = js(browser, "explorer.z")
+    with torch.no_grad():
+        means = vae.encode(images[0])[0]
+    assert (means - torch.tensor(z)).abs().amax(1).min() < 0.05
+
+
+@pytest.mark.browser
+def test_principal_components_are_those_of_the_means(opened, images):
+    vae = model(latent_dim=5)
+    browser = opened(explorer_page(vae, *images))
+    with torch.no_grad():
+        means = vae.encode(images[0])[0]
+    with mouse(browser) as chain:
+        chain.move_to_element_with_offset(by_id(browser, "plane"), -100, 0)
+    first = torch.tensor(js(browser, "explorer.z"))
+    with mouse(browser) as chain:
+        chain.move_to_element_with_offset(by_id(browser, "plane"), 100, 0)
+    along = torch.tensor(js(browser, "explorer.z")) - first
+    _, _, directions = torch.pca_lowrank(means, 5)
+    assert torch.cosine_similarity(along, directions[:, 0], dim=0).abs() > 0.999
+
+
+@pytest.mark.browser
+def test_two_clicks_with_shift_play_a_path(opened, images):
+    vae = model()
+    browser = opened(explorer_page(vae, *images))
+    click_image(browser, 2, shift=True)
+    click_image(browser, 9, shift=True)
+    start, end = (torch.tensor(z) for z in js(browser, "explorer.path"))
+    assert js(browser, "explorer.playing")
+    assert len(browser.find_elements("css selector", "#strip canvas")) == 9
+    wait_until(browser, "explorer.place > 0.05 && explorer.playing")
+    by_id(browser, "play").click()  # it says Pause now
+    assert not js(browser, "explorer.playing")
+    place, z, image = js(browser, "[explorer.place, explorer.z, explorer.image]")
+    assert torch.tensor(z) == pytest.approx(torch.lerp(start, end, place), abs=1e-5)
+    assert (torch.tensor(image) - expected(vae, z)).abs().mean() < 0.002
+    js(browser, "(place.value = 0.98, place.dispatchEvent(new Event('input')))")
+    by_id(browser, "play").click()
+    wait_until(browser, "!explorer.playing && explorer.place === 1")
+
+
+@pytest.mark.browser
+def test_a_finger_decodes_and_draws_a_path(opened, images):
+    from selenium.webdriver.common.actions.action_builder import ActionBuilder
+    from selenium.webdriver.common.actions.pointer_input import PointerInput
+
+    vae = model()
+    browser = opened(explorer_page(vae, *images))
+    plane = by_id(browser, "plane")
+
+    def touch(*places):
+        chain = ActionBuilder(browser, mouse=PointerInput("touch", "finger"), duration=0)
+        finger = chain.pointer_action
+        finger.move_to(plane, *places[0]).pointer_down()
+        for place in places[1:]:
+            finger.move_to(plane, *place)
+        finger.pointer_up()
+        chain.perform()
+
+    def decoded_after(*places):
+        touch(*places)
+        two = "requestAnimationFrame(() => requestAnimationFrame(arguments[0]))"
+        browser.execute_async_script(two)
+        return js(browser, "explorer.z")
+
+    # of a drag the last place counts, and it chooses nothing
+    first = decoded_after((-60, 0), (40, 0), (80, 50))
+    second = decoded_after((60, 0), (-60, 0))
+    assert first[0] - second[0] == pytest.approx(140 / js(browser, "explorer.scale[0]"), rel=0.02)
+    assert js(browser, "explorer.selected") is None
+    by_id(browser, "draw-path").click()
+    assert by_id(browser, "draw-path").get_attribute("aria-pressed") == "true"
+    touch((-60, 0))
+    touch((80, 50))
+    assert len(js(browser, "explorer.path")) == 2
+    assert js(browser, "explorer.playing")
+    assert by_id(browser, "draw-path").get_attribute("aria-pressed") == "false"
+
+
+@pytest.mark.browser
+def test_pages_that_lack_something_say_so(opened, images):
+    collapsed = model()
+    with torch.no_grad():
+        collapsed.encoder.mean.weight.zero_()
+    browser = opened(explorer_page(collapsed, *images))
+    assert "has collapsed" in by_id(browser, "notes").text
+
+    browser = opened(explorer_page(model(latent_dim=1), *images))
+    assert "one latent" in by_id(browser, "help").text
+    click_image(browser, 4)
+    assert js(browser, "explorer.selected") is not None
+    assert not by_id(browser, "axes-card").is_displayed()
+
+    vae = model(latent_dim=3)
+    browser = opened(explorer_page(vae, notes=["no images here"]))
+    assert by_id(browser, "notes").text == "no images here"
+    assert not by_id(browser, "classes-card").is_displayed()
+    with mouse(browser) as chain:
+        chain.move_to_element_with_offset(by_id(browser, "plane"), 30, 40)
+    z, image = js(browser, "[explorer.z, explorer.image]")
+    assert (torch.tensor(image) - expected(vae, z)).abs().mean() < 0.002
+
+
+@pytest.mark.browser
+def test_a_runs_text_is_shown_as_text(opened, images):
+    evil = "<script>document.title = 'run'</script><b>x</b>"
+    browser = opened(explorer_page(model(), *images, title=evil, facts=evil, notes=[evil]))
+    assert browser.title.startswith("<script>")
+    for name in ("title", "facts", "notes"):
+        assert by_id(browser, name).text == evil
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
+def test_nothing_is_cut_off_or_too_small(opened, images, width, height):
+    browser = opened(explorer_page(model(latent_dim=5), *images, notes=["A note. " * 20]))
+    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    try:
+        click_image(browser, 3)
+        assert js(browser, "document.documentElement.scrollWidth") <= width
+        sizes = js(
+            browser,
+            "Array.from(document.body.querySelectorAll('*')).filter((e) => e.childNodes.length && "
+            "e.innerText).map((e) => parseFloat(getComputedStyle(e).fontSize))",
+        )
+        assert min(sizes) >= 12
+        unnamed = "Array.from(document.querySelectorAll('button, select, input, [tabindex]'))"
+        unnamed += ".filter((e) => !e.hidden && !e.getAttribute('aria-label') && !e.innerText"
+        unnamed += " && !(e.labels && e.labels.length)).length"
+        assert js(browser, unnamed) == 0
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
