@@ -417,13 +417,21 @@ def name_sweep_dir() -> None:
             sys.argv.append("train.resume=auto")
 
 
+def is_installed(module: str) -> bool:
+    """Whether a plugin's module is there; without any plugin their package is missing too."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
 def prepare_launcher() -> None:
     """Before the workers of a launcher start: whether it is there, and one thread for each."""
     for argument in sys.argv:
         key, _, name = argument.partition("=")
         if key in ("hydra/launcher", "hydra/sweeper", "experiment") and name in PLUGINS:
             module, extra = PLUGINS[name]
-            if importlib.util.find_spec(module) is None:
+            if not is_installed(module):
                 refuse(f"{argument}: not installed; pip install 'vae-torch[{extra}]'")
             if key == "hydra/launcher":
                 # read by torch and tqdm when they are imported: in the workers, which inherit them

@@ -260,6 +260,23 @@ def test_a_sweep_that_was_killed_goes_on(made_up_root, tmp_path):
     )
 
 
+@pytest.mark.parametrize("choice", ["experiment=search", "hydra/launcher=joblib"])
+def test_a_missing_plugin_is_told_with_its_remedy(choice):
+    # a blocked namespace package: as if no plugin were installed
+    blind = (
+        "import sys, runpy; sys.modules['hydra_plugins'] = None; "
+        "sys.path.insert(0, 'scripts'); sys.argv = sys.argv[1:]; "
+        "runpy.run_path('scripts/train.py', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", blind, "scripts/train.py", "-m", choice],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"train.py: {choice}: not installed; pip install")
+
+
 def test_summarize_refuses_in_one_line(tmp_path):
     done = run_script("summarize.py", tmp_path)
     assert (done.returncode, done.stdout) == (2, "")

@@ -358,8 +358,9 @@ def _rate_distortion(summary: Summary) -> "Figure":
     axes.margins(0.15)
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     bottom, top = left + low, right + high
-    step = 10 ** math.floor(math.log10(max(top - bottom, 1e-9)))
-    step = step / 2 if (top - bottom) / step < 3 else step
+    least = max(top - bottom, 1e-9) / 8  # nats between two lines: 1, 2 or 5 times a power of ten
+    power = 10.0 ** math.floor(math.log10(least))
+    step = next(n * power for n in (1, 2, 5, 10) if n * power >= least)
     for nats in [step * k for k in range(math.ceil(bottom / step), math.floor(top / step) + 1)]:
         axes.plot([left, right], [nats - left, nats - right], "--", color="#999999", lw=0.8)
         at = min(right, nats - low)  # where the line leaves the picture
