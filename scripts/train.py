@@ -390,6 +390,15 @@ def finished_elbo(run_dir: Path, config: Config) -> float:
     return elbo
 
 
+def after_time(overrides: str) -> str:
+    """What follows the time in the name of a run's folder, so that TensorBoard's list reads.
+
+    Nothing for the default run; a file's name may have 255 bytes.
+    """
+    name = re.sub(r"[^\w.=,+-]+", "_", overrides.replace("experiment=", ""), flags=re.ASCII)
+    return f"_{name[:120]}" if name else ""
+
+
 def repeat_overrides() -> None:
     """A run that is continued by its folder keeps the overrides that it was started with.
 
@@ -508,6 +517,7 @@ def tell_what_next(run_dir: Path, elbo: float) -> None:
 
 
 if __name__ == "__main__":
+    OmegaConf.register_new_resolver("after_time", after_time)
     prepare_launcher()
     name_sweep_dir()
     quote_paths("hydra.run.dir", "hydra.sweep.dir", "train.resume", "data.root")

@@ -77,6 +77,18 @@ def test_a_run_leaves_everything_that_is_promised(small, tmp_path):
     assert "holds a finished run" in again.stderr
 
 
+def test_a_run_is_named_by_its_overrides(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "scripts")
+    import train as script
+
+    assert script.after_time("") == ""
+    assert script.after_time("experiment=strong,seed=1") == "_strong,seed=1"
+    unruly = script.after_time("a=../../x,b=ü y" + 200 * "z")
+    assert "/" not in unruly
+    assert unruly.isascii()
+    assert len(unruly) < 255
+
+
 def test_multirun_names_its_runs_by_their_overrides(small, tmp_path):
     done = run_script(
         "train.py", "-m", *small[:3], "train.epochs=1", "model.latent_dim=2,3", "seed=7",
