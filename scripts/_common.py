@@ -12,6 +12,7 @@ from typing import Any, NoReturn, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import MarkedYAMLError, YAMLError
 
 from vae_torch.config import ConfigError, check_device
 
@@ -68,6 +69,26 @@ def refuse_malformed(*groups: str) -> None:
             refuse(f"{argument}: names no key; write key=value")
         if group in groups and (value in ("", "null") or value.startswith("[")):
             refuse(f"{argument}: name one of the files in conf/{group}/")
+
+
+def refuse_broken_files() -> None:
+    """Answers where Hydra would with a traceback: at a settings file that is no YAML.
+
+    Hydra reads them inside `hydra.main`, which lets no exception out; `SystemExit` it does.
+    """
+    load = OmegaConf.load
+
+    def load_or_refuse(file: Any) -> Any:
+        try:
+            return load(file)
+        except (YAMLError, UnicodeDecodeError) as error:
+            where, reason = "", str(error)
+            if isinstance(error, MarkedYAMLError) and error.problem_mark:
+                where, reason = f"line {error.problem_mark.line + 1}: ", str(error.problem)
+            path = file if isinstance(file, str | Path) else file.name
+            refuse(f"{path}: {where}no YAML ({reason}); correct the file")
+
+    OmegaConf.load = load_or_refuse  # type: ignore[method-assign,assignment]
 
 
 def resolve_device(name: str) -> Any:

@@ -11,7 +11,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from _common import quote_paths, refuse, resolve_device, shown, tune_cpu, typed
+from _common import quote_paths, refuse, refuse_broken_files, resolve_device, shown, tune_cpu, typed
 from vae_torch.config import ConfigError, EvaluateConfig, check_evaluate
 
 ConfigStore.instance().store(name="schema_evaluate", node=EvaluateConfig)
@@ -109,5 +109,6 @@ def print_card(card: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    refuse_broken_files()
     quote_paths("run", "data_root")
     hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")(main)()

@@ -15,7 +15,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from _common import quote_paths, refuse, typed
+from _common import quote_paths, refuse, refuse_broken_files, typed
 from vae_torch.config import ConfigError
 
 BEGIN, END = "<!-- results: written by scripts/reproduce.py -->", "<!-- end of results -->"
@@ -176,5 +176,6 @@ def summary_of(run_dir: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    refuse_broken_files()
     quote_paths("out", "data_root", "readme")
     hydra.main(version_base="1.3", config_path="../conf", config_name="reproduce")(main)()

@@ -28,7 +28,6 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from _common import (
     EndedError,
@@ -37,6 +36,7 @@ from _common import (
     make_folder,
     quote_paths,
     refuse,
+    refuse_broken_files,
     refuse_malformed,
     resolve_device,
     shown,
@@ -408,12 +408,15 @@ def repeat_overrides() -> None:
     folders = [folder.strip("'").replace("\\'", "'") for folder in given]
     if not folders or folders[-1] in ("", "auto", "null"):
         return
+    path = Path(folders[-1]) / ".hydra" / "overrides.yaml"
+    if not path.is_file():
+        return
     try:
-        stored = OmegaConf.load(Path(folders[-1]) / ".hydra" / "overrides.yaml")
-    except (OSError, YAMLError, OmegaConfBaseException):
-        return
+        stored = OmegaConf.load(path)
+    except (OSError, OmegaConfBaseException) as error:
+        refuse(f"{path}: {' '.join(str(error).split())[:200]}; correct the file")
     if not OmegaConf.is_list(stored):
-        return
+        refuse(f"{path}: holds no list of overrides; correct the file")
     kept = [str(o) for o in stored if re.match(r"[+~]{0,2}(?!hydra|train\.resume)[a-z]", str(o))]
     sys.argv[1:1] = kept
 
@@ -517,6 +520,7 @@ def tell_what_next(run_dir: Path, elbo: float) -> None:
 
 
 if __name__ == "__main__":
+    refuse_broken_files()
     OmegaConf.register_new_resolver("after_time", after_time)
     prepare_launcher()
     name_sweep_dir()

@@ -15,6 +15,8 @@ import traceback
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.moments import kill_at
+
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 
@@ -38,9 +40,9 @@ class CommandLines:
             text=True,
         )
 
-    def run(self, script: str, *arguments: str, cwd: Path = SCRIPTS.parent):
-        """One command line."""
-        request = {"script": script, "arguments": arguments, "cwd": str(cwd)}
+    def run(self, script: str, *arguments: str, cwd: Path = SCRIPTS.parent, killed=None):
+        """One command line; `killed` are the arguments of `kill_at`."""
+        request = {"script": script, "arguments": arguments, "cwd": str(cwd), "killed": killed}
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         return Ended(**json.loads(self.process.stdout.readline()))
@@ -70,6 +72,8 @@ def _run(request):
     script = str(SCRIPTS / request["script"])
     sys.argv = [script, *request["arguments"]]
     os.chdir(request["cwd"])
+    if request["killed"]:
+        kill_at(*request["killed"])
     status = 0
     try:
         runpy.run_path(script, run_name="__main__")

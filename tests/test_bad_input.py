@@ -53,6 +53,9 @@ def place(made_up_root, tmp_path_factory, command_lines):
     save_checkpoint(other, state)
     spoilt_run("interrupted")
     (spoilt_run("torn").parent.parent / "metrics.jsonl").write_text("{\n{}\n")
+    for name, text in (("no-yaml", "- 'seed=0\n"), ("no-list", ""), ("no-text", "\0")):
+        (spoilt_run(name).parent.parent / ".hydra" / "overrides.yaml").write_text(text)
+    (spoilt_run("no-history").parent / "history.jsonl").write_text("{}\n")
 
     for name, file, array in (
         ("large", "train-images-idx3-ubyte", np.zeros((600, 32, 32), np.uint8)),
@@ -69,6 +72,11 @@ def place(made_up_root, tmp_path_factory, command_lines):
     (place / "terabytes" / RAW / "t10k-images-idx3-ubyte").write_bytes(header)
     (place / "config").mkdir()
     (place / "config" / "mine.yaml").write_text("defaults: [train]\nmodel: {latnt_dim: 3}\n")
+    broken = place / "broken"
+    (broken / "experiment").mkdir(parents=True)
+    (broken / "experiment" / "open.yaml").write_text("# @package _global_\nmodel:\n  [1, 2\n")
+    (broken / "experiment" / "twice.yaml").write_text("# @package _global_\nseed: 1\nseed: 2\n")
+    (broken / "indented.yaml").write_text("run: good\n  eval: 3\n")
     return place
 
 
@@ -135,6 +143,15 @@ REFUSED = [
     ("train.py train.resume=other", "had model.name=residual, this one has mlp; resume with"),
     ("train.py train.resume=interrupted seed=3", "had seed=0, this one has 3"),
     ("train.py train.resume=torn", "torn/metrics.jsonl: line 1 is not JSON"),
+    ("train.py train.resume=no-yaml", "no-yaml/.hydra/overrides.yaml: line 2: no YAML"),
+    ("train.py train.resume=no-list", "no-list/.hydra/overrides.yaml: holds no list"),
+    ("train.py train.resume=no-text", "no-text/.hydra/overrides.yaml: no YAML"),
+    ("train.py train.resume=no-history", "no-history/checkpoints/history.jsonl: damaged"),
+    ("train.py experiment=open --config-dir broken", "experiment/open.yaml: line 4: no YAML"),
+    ("train.py experiment=twice --config-dir broken", "twice.yaml: .*no YAML .*duplicate key"),
+    ("evaluate.py --config-dir broken --config-name indented", "indented.yaml: line 2: no YAML"),
+    ("explore.py --config-dir broken --config-name indented", "indented.yaml: line 2: no YAML"),
+    ("reproduce.py --config-dir broken --config-name indented", "indented.yaml: line 2: no YAML"),
     ("train.py hydra.run.dir=good", "hydra.run.dir=good: holds a finished run; choose another"),
     ("train.py hydra.run.dir=interrupted", "unfinished run; add train.resume=auto"),
     ("train.py hydra.run.dir=config", "hydra.run.dir=config: is not empty; choose another"),

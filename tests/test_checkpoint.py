@@ -97,3 +97,65 @@ def test_resume_with_other_settings_is_refused(run_dir, composed):
     other = Checkpoints(run_dir / "checkpoints", composed("model.latent_dim=8"))
     with pytest.raises(CheckpointError, match=r"model\.latent_dim=2, this one has 8"):
         other.load("cpu")
+
+
+def epochs(n):
+    """The state after n epochs: scalars and a list per epoch, none of them short in decimals."""
+    kl = [[i / 3, -i / 7] for i in range(n)]
+    history = {"epoch": [*range(1, n + 1)], "test/elbo": [-i / 9 for i in range(n)], "kl": kl}
+    return {"epoch": n, "history": history, "model": {}}
+
+
+def test_a_history_comes_back_and_no_checkpoint_grows_with_it(tmp_path, config):
+    written, sizes = Checkpoints(tmp_path, config), []
+    for n in range(1, 9):
+        written.save_epoch(epochs(n), best=n == 3, final=n == 8)
+        sizes.append((tmp_path / "last.pt").stat().st_size)
+    assert len(set(sizes)) == 1
+    with (tmp_path / "history.jsonl").open("a") as file:  # a later epoch's, cut by a crash
+        file.write('{"epoch": 9, "te')
+    again = Checkpoints(tmp_path, config)
+    assert again.load("cpu")["history"] == epochs(8)["history"]
+    again.save(epochs(10))
+    assert Checkpoints(tmp_path, config).load("cpu")["history"] == epochs(10)["history"]
+
+
+def test_a_run_begun_anew_begins_its_history_anew(tmp_path, config):
+    Checkpoints(tmp_path, config).save(epochs(5))
+    (tmp_path / "last.pt").unlink()
+    fresh = Checkpoints(tmp_path, config)
+    assert fresh.load("cpu") is None
+    fresh.save(epochs(2))
+    assert Checkpoints(tmp_path, config).load("cpu")["history"] == epochs(2)["history"]
+
+
+def test_a_checkpoint_that_holds_its_history_is_read(tmp_path, config):
+    """As those of earlier versions do."""
+    save_checkpoint(tmp_path / "last.pt", {"config": config.to_dict(), **epochs(3)})
+    checkpoints = Checkpoints(tmp_path, config)
+    assert checkpoints.load("cpu")["history"] == epochs(3)["history"]
+    checkpoints.save(epochs(4))
+    assert Checkpoints(tmp_path, config).load("cpu")["history"] == epochs(4)["history"]
+
+
+def test_a_history_that_is_not_the_checkpoints_is_refused(tmp_path, config):
+    Checkpoints(tmp_path, config).save(epochs(5))
+    path = tmp_path / "history.jsonl"
+    good = path.read_bytes()
+    for bad in (good[:-1], good.replace(b"-0.1", b"-0.2"), b""):
+        path.write_bytes(bad)
+        with pytest.raises(CheckpointError, match=r"history\.jsonl: damaged"):
+            Checkpoints(tmp_path, config).load("cpu")
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"history\.jsonl: No such file"):
+        Checkpoints(tmp_path, config).load("cpu")
+
+
+def test_the_best_checkpoint_is_written_before_the_one_that_is_gone_on_from(
+    tmp_path, config, monkeypatch
+):
+    """Or else a run killed between the two would go on without its best."""
+    written = []
+    monkeypatch.setattr(Checkpoints, "_write", lambda _, name, __: written.append(name))
+    Checkpoints(tmp_path, config).save_epoch(epochs(1), best=True, final=True)
+    assert written == ["best.pt", "last.pt"]

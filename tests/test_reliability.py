@@ -3,18 +3,28 @@
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from filelock import FileLock
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.command_lines import CommandLines
 from tests.conftest import REPOSITORY
-from vae_torch.checkpoint import Checkpoints, load_checkpoint
+from vae_torch.checkpoint import Checkpoints, load_checkpoint, load_run
+
+
+@pytest.fixture(scope="module")
+def command_lines():
+    lines = CommandLines()
+    yield lines
+    lines.close()
 
 
 def command(made_up_root, run_dir, *more):
@@ -40,18 +50,35 @@ def wait_for(process, beginning):
 
 def what_stays(run_dir):
     """All of a run that must not depend on how often it was interrupted."""
+    stays = {}
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    metrics = [{k: v for k, v in json.loads(x).items() if "second" not in k} for x in lines]
-    model = load_checkpoint(run_dir / "checkpoints" / "last.pt")["model"]
-    weights = {name: tensor.numpy().tobytes() for name, tensor in model.items()}
-    figures = {p.name: p.read_bytes() for p in (run_dir / "figures").glob("*.png")}
+    stays["metrics"] = [without_times(json.loads(line)) for line in lines]
+    config = load_run(run_dir)[1]
+    history = Checkpoints(run_dir / "checkpoints", config).load("cpu")["history"]
+    stays["history"] = without_times(history)
+    for name in ("last.pt", "best.pt"):
+        state = load_checkpoint(run_dir / "checkpoints" / name)
+        stays[name] = {key: state[key] for key in ("epoch", "step", "best")}
+        for part in ("model", "training"):
+            weights = state.get(part, {}).items()
+            stays[name][part] = {name: tensor.numpy().tobytes() for name, tensor in weights}
+    folder = run_dir / "figures"
+    stays["figures"] = {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
     events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
-    points = {
-        tag: [(p.step, p.value) for p in events.Scalars(tag)]
+    stays["points"] = {
+        tag: [(point.step, point.value) for point in events.Scalars(tag)]
         for tag in events.Tags()["scalars"]
         if "second" not in tag
     }
-    return metrics, weights, figures, points
+    return stays
+
+
+def without_times(metrics):
+    return {name: value for name, value in metrics.items() if "second" not in name}
 
 
 @pytest.mark.parametrize(
@@ -143,34 +170,159 @@ def test_a_full_disk_is_told_in_one_line(made_up_root, tmp_path):
     assert not list(run_dir.glob("checkpoints/.*.part"))
 
 
+# Settings, and where a run of them is killed: every moment in a process that goes on where the one
+# before was killed. The first of them leaves no checkpoint, the last are after the last epoch.
+CAMPAIGN = {
+    "elbo, warm-up, averaged weights, dynamic": (
+        ["data.binarize=dynamic", "train.ema=0.9", "objective.beta_warmup_epochs=6"],
+        [
+            ("half", 1, "last.pt"),
+            ("step", 130),
+            ("evaluation", 2),
+            ("half", 2, "last.pt"),
+            ("before", 2, "last.pt"),
+            ("after", 1, "samples.png"),
+            ("half", 3, "metrics.jsonl"),  # its first write puts the old lines in order
+            ("half", 1, "growth.gif"),
+            ("before", 1, "growth.gif"),
+        ],
+    ),
+    "iwae, dreg, averaged weights, grey": (
+        [
+            *("objective=iwae", "objective.num_samples=3", "objective.estimator=dreg"),
+            *("train.ema=0.9", "optimizer=adamw"),
+        ],
+        [
+            ("after", 2, "metrics.jsonl"),
+            ("before", 1, "last.pt"),
+            ("half", 2, "best.pt"),
+            ("before", 1, "best.pt"),
+            ("after", 1, "best.pt"),
+            ("half", 2, "history.jsonl"),
+            ("after", 2, "history.jsonl"),
+            ("half", 1, "kl.png"),
+            ("before", 1, "interpolation.png"),
+            ("half", 1, "summary.json"),
+            ("before", 1, "summary.json"),
+        ],
+    ),
+    "elbo, bf16, static, checkpoints inside the epochs": (
+        [
+            *("precision=bf16", "data.binarize=static", "train.checkpoint_every=0.001min"),
+            *("optimizer=adamw", "train.ema=0.5"),
+        ],
+        [
+            ("half", 4, "last.pt"),
+            ("step", 75),
+            ("before", 5, "last.pt"),
+            ("step", 20),
+            ("evaluation", 1),
+            ("after", 6, "last.pt"),
+            ("half", 1, "latent.png"),
+            ("record", 60),
+            ("evaluation", 2),
+        ],
+    ),
+    "iwae, vamp, bf16, dynamic, 100 latents, every third epoch": (
+        [
+            *("objective=iwae", "objective.num_samples=2", "precision=bf16", "prior=vamp"),
+            *("prior_components=20", "data.binarize=dynamic", "model.latent_dim=100"),
+            "train.checkpoint_every=3",
+        ],
+        [
+            ("half", 1, "last.pt"),
+            ("half", 1, "metrics.jsonl"),
+            ("before", 1, "metrics.jsonl"),
+            ("evaluation", 3),
+            ("after", 1, "last.pt"),
+            ("half", 2, "best.pt"),
+            ("half", 1, "000005.png"),
+            ("record", 40),
+            ("after", 1, "reconstructions.png"),
+        ],
+    ),
+    "elbo, standard prior, grey, 100 latents": (
+        ["model.latent_dim=100", "train.ema=0.9"],
+        [
+            ("half", 1, "best.pt"),  # TensorBoard has points of the first epoch on disk by now
+            ("before", 1, "last.pt"),
+            ("record", 150),
+            ("half", 1, "000003.png"),
+            ("after", 1, "traversal.png"),
+            ("step", 90),
+        ],
+    ),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "more",
-    [
-        ["data.binarize=dynamic", "train.ema=0.9", "optimizer=adamw"],
-        ["objective=iwae", "objective.num_samples=3", "objective.estimator=dreg"],
-        ["objective.beta_warmup_epochs=6", "prior=vamp", "prior_components=20", "precision=bf16"],
-    ],
-)
-def test_killed_at_random_moments_a_run_ends_as_if_it_was_left_alone(made_up_root, tmp_path, more):
-    more = [*more, "train.epochs=12", "data.batch_size=10", "train.figure_every=3"]
-    with start(command(made_up_root, tmp_path / "whole", *more)) as process:
-        process.communicate()
-    assert process.returncode == 0
+@pytest.mark.parametrize("name", CAMPAIGN)
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_was_left_alone(
+    command_lines, made_up_root, tmp_path, name
+):
+    settings, moments = CAMPAIGN[name]
+
+    def run(run_dir, killed=None):
+        time.sleep(1)  # TensorBoard takes its files in the order of their seconds
+        order = command(made_up_root, run_dir, *settings, "train.epochs=12", "data.batch_size=10")
+        more = ("train.figure_every=3", "train.resume=auto")
+        return command_lines.run("train.py", *order[2:], *more, killed=killed)
+
+    began = time.monotonic()
+    ended = run(tmp_path / "whole")
+    assert ended.status == 0, ended.error
+    seconds = time.monotonic() - began
     expected = what_stays(tmp_path / "whole")
-    dice = random.Random(0)
-    for trial in range(3):
-        run_dir = tmp_path / f"cut{trial}"
-        for _ in range(9):
-            with start(command(made_up_root, run_dir, *more, "train.resume=auto")) as process:
-                for line in process.stdout:
-                    if "training and" in line:  # the loop begins
-                        time.sleep(4 * dice.random())
-                        process.kill()
-                        break
-            if (run_dir / "summary.json").exists():
-                break
-        with start(command(made_up_root, run_dir, *more, "train.resume=auto")) as process:
-            process.communicate()
-        assert (run_dir / "summary.json").exists()
-        assert what_stays(run_dir) == expected
+
+    for moment in moments:
+        ended = run(tmp_path / "aimed", moment)
+        assert ended.status == -signal.SIGKILL, (moment, ended)
+    dice = random.Random(name)
+    hits = 0
+    for _ in range(3):
+        hits += run(tmp_path / "random", ("seconds", seconds * dice.random() / 3)).status != 0
+        if (tmp_path / "random" / "summary.json").exists():
+            break
+    for way in ("aimed", "random"):
+        if not (tmp_path / way / "summary.json").exists():
+            ended = run(tmp_path / way)
+            assert ended.status == 0, ended.error
+        for part, got in what_stays(tmp_path / way).items():
+            assert got == expected[part], (way, part)
+        assert not list((tmp_path / way).rglob(".*.part"))
+    print(f"{name}: {len(moments)} aimed and {hits} random kills")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads /proc")
+def test_ten_thousand_epochs_and_500_figures_stay_flat(made_up_root, tmp_path):
+    """Memory, open files and checkpoints of a long run, each 500 epochs; TensorBoard loads it."""
+    more = [
+        *("train.epochs=10000", "train.figure_every=20", "model.latent_dim=100"),
+        *("data.limit_train=100", "data.limit_test=50"),
+    ]
+    run_dir = tmp_path / "run"
+    looks = []
+    with start(command(made_up_root, run_dir, *more)) as process:
+        here = Path(f"/proc/{process.pid}")
+        for line in process.stdout:
+            epoch = re.match(r"epoch +(\d+)/", line)
+            if epoch and int(epoch[1]) % 500 == 0 and int(epoch[1]) < 10000:
+                resident = int(re.search(r"VmRSS:\s+(\d+)", (here / "status").read_text())[1])
+                size = (run_dir / "checkpoints" / "last.pt").stat().st_size
+                looks.append((int(epoch[1]), resident / 1024, len(list((here / "fd").iterdir()))))
+                print(*looks[-1], size, flush=True)
+        assert process.wait() == 0, process.stderr.read()
+    _, memory, files = zip(*looks, strict=True)
+    assert memory[-1] - memory[0] < 25  # MiB; the history's own share is 14
+    assert len(set(files)) == 1
+
+    size = (run_dir / "checkpoints" / "last.pt").stat().st_size
+    assert size < 1.2e6
+    state = Checkpoints(run_dir / "checkpoints", load_run(run_dir)[1]).load("cpu")
+    assert len(state["history"]["test/kl_per_dim"]) == 10000
+    began = time.monotonic()
+    events = EventAccumulator(str(run_dir / "tensorboard"), {"images": 0, "scalars": 0}).Reload()
+    print(f"TensorBoard loads in {time.monotonic() - began:.0f} s")
+    assert len(events.Scalars("test/kl_per_dim/99")) == 10000
+    assert len(events.Images("samples")) == 500

@@ -69,6 +69,28 @@ def test_a_damaged_checkpoint_is_refused_or_exact(tmp_path, config, files):
 
 
 @pytest.mark.parametrize("files", CAMPAIGN)
+def test_a_damaged_history_is_refused_or_exact(tmp_path, config, files):
+    values = np.random.default_rng(0).normal(size=(2, 20)).tolist()
+    history = dict(zip(("train/elbo", "test/elbo"), values, strict=True))
+    Checkpoints(tmp_path, config).save({"epoch": 20, "history": history, "model": {}})
+    path = tmp_path / "history.jsonl"
+    good = path.read_bytes()
+    dice = random.Random(files)
+    refused = []
+    for _ in range(files):
+        path.write_bytes(damaged(good, dice))
+        try:
+            got = Checkpoints(tmp_path, config).load("cpu")["history"]
+        except CheckpointError as error:
+            refused.append(str(error))
+        else:
+            assert got == history
+    assert all(str(path) in said for said in refused)
+    assert len(refused) > 0.9 * files
+    print(f"{len(refused)} of {files} refused")
+
+
+@pytest.mark.parametrize("files", CAMPAIGN)
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_damaged_idx_file_is_refused_or_holds_what_it_says(tmp_path, files, packed):
     """Plain IDX has no checksum: changed pixels are pixels, unless a SHA-256 is known."""

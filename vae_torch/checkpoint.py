@@ -2,10 +2,14 @@
 
 A checkpoint is what `torch.save` writes plus 40 bytes at the end: a magic word and the SHA-256 of
 all before it. So a flipped bit is refused, not trained on, and `torch.load` still opens the file.
+
+A run's history grows with it, so it lies beside its checkpoints, in `history.jsonl`, and only grows
+at its end: a checkpoint holds how many of its bytes belong to it, and their SHA-256.
 """
 
 import hashlib
 import io
+import json
 import os
 import pickle
 import time
@@ -99,6 +103,7 @@ class Checkpoints:
         self.config = config
         self.epochs, self.seconds = checkpoint_interval(every)
         self._saved = time.monotonic()
+        self._history = _History(folder / "history.jsonl")
 
     def due(self) -> bool:
         """Whether the minutes between two checkpoints are over."""
@@ -106,23 +111,28 @@ class Checkpoints:
 
     def save(self, state: dict[str, Any]) -> None:
         """Keep a state as `last.pt`."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(self.folder / "last.pt", {"config": self.config.to_dict(), **state})
+        self._write("last.pt", state)
         self._saved = time.monotonic()
 
     def save_epoch(self, state: dict[str, Any], *, best: bool, final: bool) -> None:
         """Keep the state of a finished epoch, where it is due or the best so far."""
+        if best:  # first: a run killed between the two does the epoch again, and keeps it again
+            self._write("best.pt", state)
         if final or (self.epochs and state["epoch"] % self.epochs == 0) or self.due():
             self.save(state)
-        if best:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_checkpoint(self.folder / "best.pt", {"config": self.config.to_dict(), **state})
+
+    def _write(self, name: str, state: dict[str, Any]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        rest = {key: value for key, value in state.items() if key != "history"}
+        sealed = self._history.write(state.get("history", {}))
+        config = self.config.to_dict()
+        save_checkpoint(self.folder / name, {"config": config, **rest, "history_seal": sealed})
 
     def load(self, device: torch.device | str) -> dict[str, Any] | None:
-        """The last state, or None where the run has none yet.
+        """The last state with its history, or None where the run has none yet.
 
         Raises:
-            CheckpointError: It is damaged, or of a run with another config.
+            CheckpointError: It or its history is damaged, or it is of a run with another config.
         """
         path = self.folder / "last.pt"
         if not path.exists():
@@ -135,7 +145,63 @@ class Checkpoints:
                     f"{path}: its run had {key}={was.get(key)}, this one has {now.get(key)}; "
                     "resume with the settings that it was started with"
                 )
+        if "history_seal" in state:  # older checkpoints hold their history
+            state["history"] = self._history.read(**state["history_seal"])
         return state
+
+
+class _History:
+    """`history.jsonl`: a line per epoch, written before the checkpoint that needs it.
+
+    What stands after the bytes of the last checkpoint is of a run that was killed in between, or
+    is the torn end of a line: the next line goes over it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._epochs = self._size = 0  # of what the last checkpoint needs
+        self._sum = hashlib.sha256()
+
+    def write(self, history: dict[str, list[Any]]) -> dict[str, Any]:
+        """Add the epochs that are not in the file yet; returns the seal for a checkpoint."""
+        epochs = len(next(iter(history.values()), []))
+        if epochs > self._epochs:
+            rows = (
+                {name: values[epoch] for name, values in history.items()}
+                for epoch in range(self._epochs, epochs)
+            )
+            lines = "".join(json.dumps(row, default=list) + "\n" for row in rows).encode()
+            with self.path.open("r+b" if self._size else "wb") as file:
+                file.seek(self._size)
+                file.truncate()
+                file.write(lines)
+                file.flush()
+                os.fsync(file.fileno())
+            self._epochs, self._size = epochs, self._size + len(lines)
+            self._sum.update(lines)
+        return {"size": self._size, "sha256": self._sum.hexdigest()}
+
+    def read(self, size: int, sha256: str) -> dict[str, list[Any]]:
+        """One list per metric, and the place where `write` goes on.
+
+        Raises:
+            CheckpointError: These are not the bytes that were sealed.
+        """
+        try:
+            with self.path.open("rb") as file:
+                content = file.read(size)
+        except OSError as error:
+            if size:
+                raise CheckpointError(f"{self.path}: {error.strerror}; put it back") from None
+            content = b""
+        self._sum = hashlib.sha256(content)
+        if self._sum.hexdigest() != sha256:
+            raise CheckpointError(
+                f"{self.path}: damaged, or not of the last.pt beside it; put back the right one"
+            )
+        rows = [json.loads(line) for line in content.splitlines()]
+        self._epochs, self._size = len(rows), size
+        return {name: [row[name] for row in rows] for name in (rows[0] if rows else {})}
 
 
 def load_run(

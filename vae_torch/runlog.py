@@ -67,9 +67,8 @@ class RunLog:
         kept = [m for m in read_metrics(run_dir) if m["epoch"] <= first_epoch]
         text = "".join(json.dumps(m) + "\n" for m in kept)
         write_atomically(self._metrics, text.encode())
-        self._writer = SummaryWriter(
-            str(run_dir / "tensorboard"), purge_step=first_epoch + 1 if first_epoch else None
-        )
+        # of a first epoch too: a run killed in it may have left points
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_epoch + 1)
         self._writer.add_text("config", f"```yaml\n{config_text}\n```")
         command = shlex.join(["python", *sys.orig_argv[1:]])
         self._writer.add_text("command", f"`{command}`")
@@ -207,8 +206,9 @@ class RunLog:
         metrics = {f"final/{name}": final[f"test/{name}"] for name in _CURVES}
         for record in hparams(known, metrics):
             self._writer._get_file_writer().add_summary(record)
+        # after the last epoch: a run that is killed here and continued purges them, and no others
         for name, value in metrics.items():
-            self._writer.add_scalar(name, value, self.config.train.epochs)
+            self._writer.add_scalar(name, value, self.config.train.epochs + 1)
 
 
 def add_evaluation(run_dir: Path, card: dict[str, Any], epoch: int) -> None:
