@@ -179,10 +179,10 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
     def __getitems__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels x (B, pixels) float32 in [0, 1], and labels (B,)."""
         indices = torch.as_tensor(indices, device=self.images.device)
-        x = self.images[indices].float().div_(255)
+        x = self.images.index_select(0, indices).float().div_(255)
         if self.binarize_generator is not None:
             x = torch.bernoulli(x, generator=self.binarize_generator)
-        return x, self.labels[indices]
+        return x, self.labels.index_select(0, indices)
 
 
 class EpochBatches(Sampler[Tensor]):
