@@ -64,7 +64,8 @@ class _BernoulliTerms(torch.autograd.Function):
         positive = 0.5 * (logits.sum(-1) + size.sum(-1))
         groups = math.gcd(logits.shape[-1], 8)
         rest = size.sigmoid_().unflatten(-1, (groups, -1)).prod(-2).log_().sum(-1)
-        terms: Tensor = torch.linalg.vecdot(x, logits) - positive + rest
+        # no vecdot: under autocast it would round both to bf16
+        terms: Tensor = (x * logits).sum(-1) - positive + rest
         return terms
 
     @staticmethod
