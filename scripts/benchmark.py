@@ -28,10 +28,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import ToTensor
 from tqdm import tqdm
 
-from _common import cpp_compiler, device_name, refuse, shown, tune_cpu
+from _common import cpp_compiler, device_name, refuse, set_products, shown, tune_cpu
 from vae_torch import VAE, train
 from vae_torch.checkpoint import write_atomically
-from vae_torch.config import ConfigError
+from vae_torch.config import CHOICES, ConfigError
 from vae_torch.data import ImageDataset, image_loader
 from vae_torch.evaluate import importance_log_px
 from vae_torch.runlog import versions
@@ -62,6 +62,7 @@ def main() -> None:
         "versions": versions(),
     }
     if not options.quick:
+        report["scale"] = scaling()
         report["run"] = whole_run()
     report["ratios"] = ratios(seconds, report.get("run"))
     show(report)
@@ -95,22 +96,24 @@ def training_contestants(images: Tensor, *, compiled: bool) -> dict[str, Run]:
         vae = VAE((PIXELS,), LATENT, HIDDEN)
 
         def run() -> float:
+            set_products(precision)
             history = train(
                 vae, loader, test_loader, epochs=1, precision=precision, compile=compile
             )
+            set_products("fp32")
             return EPOCH / float(history["train/images_per_second"][0])
 
         return run
 
-    rows = {"ours, fp32": ours("fp32", False), "ours, bf16": ours("bf16", False)}
+    rows = {f"ours, {precision}": ours(precision, False) for precision in CHOICES["precision"]}
     if compiled:
         try:
             cpp_compiler()
         except ConfigError as error:
             print(f"left out: {error}", file=sys.stderr)
         else:
-            rows["ours, fp32, compiled"] = ours("fp32", True)
-            rows["ours, bf16, compiled"] = ours("bf16", True)
+            for precision in CHOICES["precision"]:
+                rows[f"ours, {precision}, compiled"] = ours(precision, True)
     return rows | {
         "torchvision loop": lambda: scale * tutorial_loop(images),
         "numpy loop": lambda: scale * numpy_loop(images),
@@ -291,6 +294,28 @@ def whole_run() -> dict[str, float]:
     return {"seconds": seconds, "steps_seconds": steps}
 
 
+def scaling() -> list[dict[str, float]]:
+    """Images per second of a pass over ever more images, and the peak memory by then."""
+    found = []
+    for n in (15_000, 30_000, 60_000, 600_000):
+        images = torch.randint(0, 256, (n, PIXELS), dtype=torch.uint8)
+        labels = torch.zeros(n, dtype=torch.int64)
+        loader = image_loader(ImageDataset(images, labels), BATCH, shuffle=True)
+        test_loader = image_loader(ImageDataset(images[:1], labels[:1]), BATCH)
+        history = train(VAE((PIXELS,), LATENT, HIDDEN), loader, test_loader, epochs=1)
+        rate = float(history["train/images_per_second"][0])
+        megabytes = images.numel() / 2**20
+        found.append(
+            {
+                "images": n,
+                "images_per_second": rate,
+                "images_mib": round(megabytes),
+                "peak_memory_mib": peak_memory_mib(),
+            }
+        )
+    return found
+
+
 def summary(times: list[float]) -> dict[str, Any]:
     """Median and range of the turns."""
     return {"median": statistics.median(times), "low": min(times), "high": max(times)}
@@ -330,6 +355,11 @@ def show(report: dict[str, Any]) -> None:
     print()
     for name, ratio in report["ratios"].items():
         print(f"{name:38}{ratio:8.2f}")
+    for row in report.get("scale", []):
+        print(
+            f"{row['images']:7} images: {row['images_per_second']:.0f} a second, peak memory "
+            f"{row['peak_memory_mib']} MiB, {row['images_mib']} of them the images"
+        )
 
 
 def plot(report: dict[str, Any], path: Path) -> None:

@@ -39,6 +39,7 @@ from _common import (
     refuse_broken_files,
     refuse_malformed,
     resolve_device,
+    set_products,
     shown,
     slow_bf16,
     tune_cpu,
@@ -142,6 +143,7 @@ def run(config: Config, run_dir: Path, config_text: str) -> float:
         raise ConfigError(f"{run_dir}: holds a run already; two jobs of a sweep need two names")
     device = resolve_device(config.device)
     tune_cpu(config.threads)
+    set_products(config.precision)
     if config.precision == "bf16" and (warning := slow_bf16(device)):
         log.warning(warning)
     torch.manual_seed(config.seed)  # of the initial weights; the rest has generators of its own

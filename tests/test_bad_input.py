@@ -111,7 +111,7 @@ REFUSED = [
     ("train.py seed=4294967296", "seed=4294967296"),
     ("train.py device=gpu", "device=gpu: must be auto, cpu, cuda or cuda:N"),
     ("train.py device=cuda:99", "device=cuda:99: .* use device=cpu"),
-    ("train.py precision=fp16", "precision=fp16: must be one of fp32, bf16"),
+    ("train.py precision=fp16", "precision=fp16: must be one of fp32, medium, bf16"),
     ("train.py threads=0", "threads=0"),
     ("train.py likelihood=poisson", "likelihood=poisson: must be one of bernoulli"),
     ("train.py likelihood=gaussian data.binarize=dynamic", "use likelihood=bernoulli, or"),

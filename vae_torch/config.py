@@ -12,7 +12,7 @@ from typing import Any
 
 # The allowed words of every key that takes one of a few.
 CHOICES: dict[str, tuple[str, ...]] = {
-    "precision": ("fp32", "bf16"),
+    "precision": ("fp32", "medium", "bf16"),
     "likelihood": ("bernoulli", "continuous_bernoulli", "gaussian"),
     "prior": ("standard", "mixture", "vamp"),
     "model.name": ("mlp", "residual", "conv"),

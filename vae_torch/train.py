@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from vae_torch.checkpoint import Checkpoints
-from vae_torch.config import ObjectiveConfig, OptimizerConfig, check_objective
+from vae_torch.config import CHOICES, ObjectiveConfig, OptimizerConfig, check_objective
 from vae_torch.data import EpochBatches, mix_seed
 from vae_torch.evaluate import Loader, bound_metrics
 from vae_torch.model import VAE
@@ -62,8 +62,9 @@ def train(
         objective: What to minimise; the ELBO when absent.
         optimizer: Adam with a learning rate of 1e-3 when absent.
         ema: Decay per step of averaged weights; they are evaluated, logged and kept in the end.
-        precision: `fp32`, or `bf16` for autocast matrix products.
-        compile: Compile the loss and its gradient with torch.compile.
+        precision: `bf16` for autocast matrix products; else tensors and products are fp32, as
+            exact as `torch.set_float32_matmul_precision` says.
+        compile: Compile the loss and its gradient with torch.compile; on CUDA as CUDA graphs.
         seed: Of the noise.
         log: Called after every epoch with its metrics and the model they belong to.
         checkpoints: Where to keep the state, and where to continue from. Continuing inside an epoch
@@ -78,8 +79,10 @@ def train(
         DivergedError: The loss is NaN or infinite: says in which epoch, step and term.
         StoppedError: `stop` said so.
         ConfigError: The objective has options that it would ignore.
-        ValueError: No epoch, no image, or pixels outside [0, 1].
+        ValueError: No epoch, no image, an unknown precision, or pixels outside [0, 1].
     """
+    if precision not in CHOICES["precision"]:
+        raise ValueError(f"precision is {precision!r}; known are {', '.join(CHOICES['precision'])}")
     if epochs < 1 or not len(train_loader) or not len(test_loader):
         raise ValueError(
             f"epochs={epochs}, {len(train_loader)} batches to train on and {len(test_loader)} to "
@@ -92,7 +95,10 @@ def train(
     stepper = make_optimizer(vae, settings)
     averaged = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema else None
     evaluated: VAE = averaged.module if averaged else vae  # type: ignore[assignment]
-    terms_of = torch.compile(objective_terms, dynamic=False) if compile else objective_terms
+    terms_of = objective_terms
+    if compile:
+        graphs = "reduce-overhead" if device.type == "cuda" else None
+        terms_of = torch.compile(objective_terms, dynamic=False, mode=graphs)
 
     run = _Progress(vae, averaged, stepper, train_loader)
     if checkpoints and (state := checkpoints.load(device)):
