@@ -7,6 +7,7 @@ import math
 import os
 import statistics
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,10 @@ from vae_torch.runlog import RecordError, read_metrics
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LOCK = ".lock"  # in a run's folder: held by the process that writes it
+# in a run's folder
+LOCK = ".lock"  # held by the process that writes it
+FAILED = "failed.json"  # why a sweep's job failed
+PRUNED = "pruned.json"  # why it was stopped early, and its figure until then
 
 # Where and how a run was made, not what it was; and the seed, over which settings are averaged.
 _NO_SETTINGS = (
@@ -31,6 +35,7 @@ _NO_SETTINGS = (
     "train.resume",
     "train.figure_every",
     "train.checkpoint_every",
+    "train.prune_after",
 )
 _LOWER_IS_BETTER = ("loss", "kl", "nll", "seconds", "gap")
 
@@ -46,7 +51,7 @@ class Run:
     """What a run's folder says."""
 
     path: Path
-    state: str  # finished, running, unfinished, failed, broken
+    state: str  # finished, running, unfinished, pruned, failed, broken
     reason: str = ""  # of every state but finished
     seed: int = 0
     settings: dict[str, Any] = field(default_factory=dict)  # flat: model.latent_dim -> 2
@@ -141,7 +146,7 @@ def read_run(path: Path) -> Run:
         run.seed = int(flat.get("seed", 0))
         run.settings = {k: v for k, v in flat.items() if k not in _NO_SETTINGS}
         run.epochs = read_metrics(path)
-        failed = _json(path / "failed.json")
+        failed, pruned = _json(path / FAILED), _json(path / PRUNED)
         if summary and not failed:  # with both, a later attempt found the run damaged
             run.state = "finished"
             run.figures = {k: v for k, v in summary["final"].items() if _is_number(v)}
@@ -161,9 +166,37 @@ def read_run(path: Path) -> Run:
         run.state, run.reason = "running", f"{done} of {asked} epochs"
     elif failed:
         run.state, run.reason = "failed", str(failed.get("reason", "no reason given"))
+    elif pruned:
+        run.state, run.reason = "pruned", str(pruned.get("reason", "no reason given"))
     else:
         run.reason = f"stopped after {done} of {asked} epochs"
     return run
+
+
+def behind_median(run_dir: Path, *, least: int = 5) -> str | None:
+    """Why a run of a sweep is not worth going on with, or None where it is.
+
+    The median rule of Golovin et al., *Google Vizier* (2017), section 3.2.2: its best test elbo so
+    far is below the median of what the sweep's other runs had after as many epochs.
+
+    Args:
+        run_dir: The run's folder, beside those of the others.
+        least: Fewer others are no judges.
+    """
+    metric = "test/elbo"
+    own = [epoch[metric] for epoch in read_metrics(run_dir)]
+    others = []
+    for path in run_dir.parent.glob("*/metrics.jsonl"):
+        if path.parent != run_dir:
+            with suppress(RecordError, OSError):
+                others.append([epoch[metric] for epoch in read_metrics(path.parent)][: len(own)])
+    rivals = [max(elbos) for elbos in others if len(elbos) == len(own)]
+    if len(rivals) < least or max(own) >= (median := statistics.median(rivals)):
+        return None
+    return (
+        f"after {len(own)} epochs its best {metric} is {max(own):.2f}, "
+        f"the median of {len(rivals)} others {median:.2f}"
+    )
 
 
 def is_running(run_dir: Path) -> bool:
