@@ -338,7 +338,7 @@ def _by_key(summary: Summary, i: int) -> "Figure":
     for n, (other, rows) in enumerate(sorted(lines.items(), key=lambda item: _order(item[0]))):
         rows = sorted(rows, key=lambda row: _order(row.values[i]))
         at = [row.values[i] if numeric else places.index(row.values[i]) for row in rows]
-        label = ", ".join(f"{k}={_text(v)}" for k, v in zip(others, other, strict=True))
+        label = _label(others, other)
         error = [0 if math.isnan(row.sd) else row.sd for row in rows]
         axes.errorbar(
             at, [row.mean for row in rows], error, marker="o", capsize=3, label=label,
@@ -350,9 +350,11 @@ def _by_key(summary: Summary, i: int) -> "Figure":
         axes.set_xscale("log", base=2)
         axes.set_xticks(places, [_text(place) for place in places])
         axes.minorticks_off()
+    elif len(places) <= 8:
+        axes.set_xticks(places, [_text(place) for place in places])
     axes.set(xlabel=summary.keys[i], ylabel=f"{summary.metric}, mean ± sd over seeds")
     if others and len(lines) <= len(DIGIT_COLOURS):
-        axes.legend()
+        _legend(figure)
     return figure
 
 
@@ -387,7 +389,7 @@ def _rate_distortion(summary: Summary) -> "Figure":
     for row, colour, label in _coloured(summary):
         kl = [run.figures["test/kl"] for run in row.runs]
         distortion = [-run.figures["test/reconstruction"] for run in row.runs]
-        axes.scatter(kl, distortion, s=30, color=colour, label=label, zorder=2)
+        axes.scatter(kl, distortion, s=30, color=colour, label=label, zorder=3)
     axes.margins(0.15)
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     bottom, top = left + low, right + high
@@ -396,15 +398,15 @@ def _rate_distortion(summary: Summary) -> "Figure":
     step = next(n * power for n in (1, 2, 5, 10) if n * power >= least)
     for nats in [step * k for k in range(math.ceil(bottom / step), math.floor(top / step) + 1)]:
         axes.plot([left, right], [nats - left, nats - right], "--", color="#999999", lw=0.8)
-        at = min(right, nats - low)  # where the line leaves the picture
-        if left < at:
+        start, at = max(left, nats - high), min(right, nats - low)  # where it enters and leaves
+        if at - start > (right - left) / 5:
             axes.annotate(
                 f"elbo {-nats:g}", (at, nats - at), fontsize=8, color="#555555",
                 ha="right", va="center", bbox={"fc": "white", "ec": "none", "pad": 0.5},
             )  # fmt: skip
     axes.set(xlim=(left, right), ylim=(low, high))
     axes.set(xlabel="rate: KL, nats per image", ylabel="distortion: -reconstruction, nats")
-    _legend(axes, summary)
+    _tell_rows(figure, summary)
     return figure
 
 
@@ -422,7 +424,7 @@ def _learning_curves(summary: Summary) -> "Figure":
     if late:
         room = 0.05 * (max(late) - min(late)) or 1
         axes.set_ylim(min(late) - room, max(late) + room)
-    _legend(axes, summary)
+    _tell_rows(figure, summary)
     return figure
 
 
@@ -433,20 +435,33 @@ def _coloured(summary: Summary) -> Iterator[tuple[Row, Any, str]]:
     for i, row in enumerate(summary.rows):
         few = len(summary.rows) <= len(DIGIT_COLOURS)
         colour = DIGIT_COLOURS[i] if few else colormaps["viridis"](i / len(summary.rows))
-        yield row, colour, summary.words(row)
+        yield row, colour, _label(summary.keys, row.values) or "the one setting"
 
 
-def _legend(axes: Any, summary: Summary) -> None:
+def _label(keys: Sequence[str], values: Key) -> str:
+    """`latent_dim=8, prior=vamp`: short, beside a picture."""
+    short = [key.rpartition(".")[2] for key in keys]
+    names = short if len(set(short)) == len(short) else keys
+    return ", ".join(f"{k}={_text(v)}" for k, v in zip(names, values, strict=True))
+
+
+def _tell_rows(figure: "Figure", summary: Summary) -> None:
+    """What the colours of `_coloured` mean."""
     if len(summary.rows) <= len(DIGIT_COLOURS):
-        axes.legend(fontsize=8)
+        _legend(figure)
     else:
-        axes.set_title("dark: best settings, light: worst", fontsize=10)
+        figure.axes[0].set_title("dark: best settings, light: worst", fontsize=10)
+
+
+def _legend(figure: "Figure") -> None:
+    """Beside the axes, where it hides nothing."""
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
 
 
 def _axes() -> "tuple[Figure, Any]":
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.6), dpi=120, layout="constrained")
+    figure = Figure(figsize=(8, 4.6), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
