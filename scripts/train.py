@@ -98,10 +98,11 @@ def main_job(cfg: DictConfig, run_dir: Path) -> float:
         log.info("%s: test elbo %.2f, %.0f s", run_dir.name, elbo, time.monotonic() - began)
         return elbo
     except EndedError as end:
-        return note_failure(run_dir, end.reason)
+        reason = end.reason
     except Exception as error:  # a programmer's mistake, but the other jobs may be sound
         log.exception("%s", run_dir.name)
-        return note_failure(run_dir, f"{type(error).__name__}: {error}")
+        reason = f"{type(error).__name__}: {error}"
+    return note_failure(run_dir, reason)  # only here, where the error lets go of the run's lock
 
 
 def note_failure(run_dir: Path, reason: str) -> float:

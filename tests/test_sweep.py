@@ -222,7 +222,7 @@ def test_a_folder_without_runs_is_refused(tmp_path):
 def run_script(script, *arguments):
     return subprocess.run(
         [sys.executable, f"scripts/{script}", *map(str, arguments)],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=900,
+        cwd=REPOSITORY, capture_output=True, text=True,
     )  # fmt: skip
 
 
