@@ -4,6 +4,7 @@ python scripts/train.py [key=value ...]
 """
 
 import copy
+import importlib
 import importlib.util
 import json
 import logging
@@ -16,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,6 +31,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
+from _child import KilledError, in_a_child
 from _common import (
     EndedError,
     cpp_compiler,
@@ -46,7 +49,15 @@ from _common import (
     typed,
 )
 from vae_torch.config import Config, ConfigError, check
-from vae_torch.sweep import LOCK, is_running, read_runs
+from vae_torch.sweep import (
+    FAILED,
+    LOCK,
+    PRUNED,
+    SweepError,
+    behind_median,
+    is_running,
+    read_runs,
+)
 
 ConfigStore.instance().store(name="schema", node=Config)
 log = logging.getLogger("vae_torch")
@@ -56,11 +67,12 @@ PLUGINS = {
     "joblib": ("hydra_plugins.hydra_joblib_launcher", "sweep"),
     "submitit_local": ("hydra_plugins.hydra_submitit_launcher", "cluster"),
     "submitit_slurm": ("hydra_plugins.hydra_submitit_launcher", "cluster"),
+    "ray": ("hydra_plugins.hydra_ray_launcher", "ray"),
     "search": ("hydra_plugins.hydra_optuna_sweeper", "search"),
     "optuna": ("hydra_plugins.hydra_optuna_sweeper", "search"),
 }
 
-FAILED = "failed.json"  # in the folder of a sweep's job that failed
+UNREPORTED: list[Path] = []  # the folder of a sweep that is under way
 
 
 def main(cfg: DictConfig) -> float:
@@ -69,27 +81,59 @@ def main(cfg: DictConfig) -> float:
     run_dir = Path(job.runtime.output_dir)
     if job.mode is not RunMode.MULTIRUN:
         return main_run(cfg, run_dir)
-    from vae_torch.checkpoint import write_atomically
+    if job.runtime.choices["hydra/launcher"] != "joblib":
+        return main_job(cfg, run_dir)
+    import_libraries()
+    try:  # joblib itself gives up all jobs when the worker of one is killed
+        return in_a_child(lambda: main_job(cfg, run_dir))
+    except KilledError as error:
+        return note_failure(run_dir, str(error))
 
-    name = job.job.override_dirname or "the only job"
+
+def main_job(cfg: DictConfig, run_dir: Path) -> float:
+    """One run of a sweep: the final test elbo, NaN where it failed."""
     try:
         began = time.monotonic()
         elbo = main_run(cfg, run_dir)
         (run_dir / FAILED).unlink(missing_ok=True)
-        log.info("%s: test elbo %.2f, %.0f s", name, elbo, time.monotonic() - began)
+        log.info("%s: test elbo %.2f, %.0f s", run_dir.name, elbo, time.monotonic() - began)
         return elbo
     except EndedError as end:
         reason = end.reason
     except Exception as error:  # a programmer's mistake, but the other jobs may be sound
-        log.exception("%s", name)
+        log.exception("%s", run_dir.name)
         reason = f"{type(error).__name__}: {error}"
-    log.info("%s: failed: %s", name, reason)
+    return note_failure(run_dir, reason)  # only here, where the error lets go of the run's lock
+
+
+def note_failure(run_dir: Path, reason: str) -> float:
+    """Keep why a job of a sweep failed; its result is NaN."""
+    from vae_torch.checkpoint import write_atomically
+
+    log.info("%s: failed: %s", run_dir.name, reason)
     with suppress(OSError):
         if not is_running(run_dir):  # or else it is another process's run
             run_dir.mkdir(exist_ok=True)
-            text = json.dumps({"reason": reason, "overrides": list(job.overrides.task)})
+            text = json.dumps(
+                {"reason": reason, "overrides": list(HydraConfig.get().overrides.task)}
+            )
             write_atomically(run_dir / FAILED, (text + "\n").encode())
     return math.nan
+
+
+def import_libraries() -> None:
+    """What a run imports: once in a worker, for all the runs that it forks."""
+    for name in (
+        "matplotlib.backends.backend_agg",
+        "torch._dynamo",
+        "torch.utils.tensorboard",
+        "tqdm.contrib.logging",
+        "vae_torch.data",
+        "vae_torch.runlog",
+        "vae_torch.train",
+    ):
+        importlib.import_module(name)
+    importlib.import_module("tqdm").tqdm.get_lock()  # a semaphore, which a fork would not give back
 
 
 def main_run(cfg: DictConfig, run_dir: Path) -> float:
@@ -125,20 +169,24 @@ def run(config: Config, run_dir: Path, config_text: str) -> float:
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     from vae_torch import data
-    from vae_torch.checkpoint import Checkpoints
+    from vae_torch.checkpoint import Checkpoints, write_atomically
     from vae_torch.model import VAE
     from vae_torch.runlog import RunLog
     from vae_torch.train import StoppedError, train
 
     lock = FileLock(run_dir / LOCK)
-    try:
-        lock.acquire(blocking=False)
+    in_sweep = HydraConfig.get().mode is RunMode.MULTIRUN
+    try:  # the runs of a sweep that was killed take a moment to end
+        lock.acquire(timeout=10 if in_sweep else 0)
     except Timeout:
         refuse(f"hydra.run.dir={run_dir}: another process is writing this run; wait for it")
     if config.train.resume and (run_dir / "summary.json").exists():  # in a sweep
         done = finished_elbo(run_dir, config)
         log.info("finished already: %s", shown(run_dir))
         return done
+    if config.train.prune_after and (run_dir / PRUNED).exists():
+        log.info("stopped early already: %s", shown(run_dir))
+        return float(json.loads((run_dir / PRUNED).read_text())["elbo"])
     if not config.train.resume and (run_dir / "metrics.jsonl").exists():
         raise ConfigError(f"{run_dir}: holds a run already; two jobs of a sweep need two names")
     device = resolve_device(config.device)
@@ -158,6 +206,8 @@ def run(config: Config, run_dir: Path, config_text: str) -> float:
     # of jobs that run side by side each writes one line, at its end
     say = log.debug if "TQDM_DISABLE" in os.environ else log.info
     x, labels = test_set.__getitems__(torch.arange(min(5000, len(test_set))))  # for the pictures
+    signals = StopSignals()
+    behind: dict[str, Any] = {}  # why the run is not worth going on with
 
     def record(metrics: dict[str, Any], model: VAE) -> None:
         records.log(metrics)
@@ -179,6 +229,9 @@ def run(config: Config, run_dir: Path, config_text: str) -> float:
             records.figures(epoch, model, x, labels)
         if last or (every and (epoch <= 10 or epoch % every == 0)):  # it grows fast at first
             records.growth(epoch, model, x[:10])
+        judged = in_sweep and 0 < config.train.prune_after <= epoch and not last
+        if judged and (reason := behind_median(run_dir)):
+            behind.update(reason=reason, elbo=metrics["test/elbo"])
 
     say(
         "%s: %d training and %d test images, on %s",
@@ -187,7 +240,6 @@ def run(config: Config, run_dir: Path, config_text: str) -> float:
         len(test_set),
         device_name(device),
     )
-    signals = StopSignals()
     try:
         with logging_redirect_tqdm(), signals:
             history = train(
@@ -203,7 +255,7 @@ def run(config: Config, run_dir: Path, config_text: str) -> float:
                 seed=config.seed,
                 log=record,
                 checkpoints=checkpoints,
-                stop=signals.received,
+                stop=lambda: signals.received() or bool(behind),
             )
         records.projector(vae, x[:2000], labels[:2000])
         summary = records.finish(
@@ -217,6 +269,10 @@ def run(config: Config, run_dir: Path, config_text: str) -> float:
             },
         )
     except StoppedError as stopped:
+        if behind and not signals.received():
+            write_atomically(run_dir / PRUNED, (json.dumps(behind) + "\n").encode())
+            log.info("stopped early: %s", behind["reason"])
+            return float(behind["elbo"])
         log.info("stopped: %s\n  go on with    %s", stopped, resume_command(run_dir))
         sys.exit(128 + signals.number)
     finally:
@@ -224,7 +280,7 @@ def run(config: Config, run_dir: Path, config_text: str) -> float:
             records.close()
         lock.release()
     elbo: float = summary["final"]["test/elbo"]
-    if HydraConfig.get().mode is not RunMode.MULTIRUN:
+    if not in_sweep:
         tell_what_next(run_dir, elbo)
     return elbo
 
@@ -299,19 +355,13 @@ class RefuseBadRuns(Callback):
         """The values that the sweep does not vary; each job checks its own again."""
         self._checked(config)
         refuse_climbing(config)
-        make_folder("hydra.sweep.dir", Path(config.hydra.sweep.dir))
-
-    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """What became of the jobs, what to type next, and an exit status that tells."""
         folder = Path(config.hydra.sweep.dir)
-        runs = read_runs(folder)
-        lost = [run for run in runs if run.state != "finished"]
-        print(f"\n{len(runs) - len(lost)} of {len(runs)} runs finished in {shown(folder)}")
-        for run in lost:
-            print(f"  {run.path.relative_to(folder)}: {run.state}, {run.reason}")
-        place = shlex.quote(str(shown(folder)))
-        print(f"  table and plots    {shown(Path(sys.executable))} scripts/summarize.py {place}")
-        if lost:
+        make_folder("hydra.sweep.dir", folder)
+        UNREPORTED.append(folder)
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:  # noqa: ARG002
+        """What became of the jobs, what to type next, and an exit status that tells."""
+        if report(UNREPORTED.pop()):
             sys.exit(1)
 
     def _checked(self, config: DictConfig) -> Config:
@@ -327,6 +377,25 @@ class RefuseBadRuns(Callback):
         except ConfigError as error:
             refuse(str(error))
         return checked
+
+
+def report(folder: Path) -> bool:
+    """The last lines of a sweep: what became of its jobs. Whether one of them is not done."""
+    try:
+        runs = read_runs(folder)
+    except SweepError:  # it broke before its first job
+        return True
+    count = Counter(run.state for run in runs)
+    pruned = f", {count['pruned']} stopped early" if count["pruned"] else ""
+    print(f"\n{count['finished']} of {len(runs)} runs finished{pruned} in {shown(folder)}")
+    lost = [run for run in runs if run.state not in ("finished", "pruned")]
+    for run in lost:
+        print(f"  {run.path.relative_to(folder)}: {run.state}, {run.reason}")
+    place = shlex.quote(str(shown(folder)))
+    if lost:
+        print(f"  go on with         the same command, sweep.dir={place}")
+    print(f"  table and plots    {shown(Path(sys.executable))} scripts/summarize.py {place}")
+    return bool(lost)
 
 
 def _names_run_dir(config: DictConfig) -> bool:
@@ -383,10 +452,10 @@ def finished_elbo(run_dir: Path, config: Config) -> float:
             f"{path}: does not fit the checkpoint beside it; remove its folder to run it again"
         )
     now = versions()
-    for name in ("vae_torch", "torch"):
+    for name in ("vae_torch", "torch", "code"):
         if had.get(name) != now[name]:
             raise ConfigError(
-                f"{path}: is of {name} {had.get(name)}, this is {now[name]}; "
+                f"{path}: is of {name} {str(had.get(name))[:12]}, this is {now[name][:12]}; "
                 "choose another sweep.dir, or remove its folder to run it again"
             )
     return elbo
@@ -427,8 +496,7 @@ def name_sweep_dir() -> None:
     """`sweep.dir=DIR` is a sweep's folder, and goes on with what lies there."""
     for i, argument in enumerate(sys.argv):
         if argument.startswith("sweep.dir="):
-            sys.argv[i] = f"hydra.{argument}"
-            sys.argv.append("train.resume=auto")
+            sys.argv[i : i + 1] = [f"hydra.{argument}", "train.resume=auto"]
 
 
 def is_installed(module: str) -> bool:
@@ -440,21 +508,35 @@ def is_installed(module: str) -> bool:
 
 
 def prepare_launcher() -> None:
-    """Before the workers of a launcher start: whether it is there, and one thread for each."""
-    for argument in sys.argv:
+    """Before a plugin is looked for: whether it is there, our settings of it, and its workers'."""
+    for argument in tuple(sys.argv):
         key, _, name = argument.partition("=")
-        if key in ("hydra/launcher", "hydra/sweeper", "experiment") and name in PLUGINS:
-            module, extra = PLUGINS[name]
-            if not is_installed(module):
-                refuse(f"{argument}: not installed; pip install 'vae-torch[{extra}]'")
-            if key == "hydra/launcher":
-                # read by torch and tqdm when they are imported: in the workers, which inherit them
-                os.environ.setdefault("OMP_NUM_THREADS", "1")
-                os.environ.setdefault("TQDM_DISABLE", "1")
-                paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-                os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # of _common
-                if not any(a.startswith("threads=") for a in sys.argv):
-                    sys.argv.append("threads=1")
+        if key not in ("hydra/launcher", "hydra/sweeper", "experiment") or name not in PLUGINS:
+            continue
+        module, extra = PLUGINS[name]
+        if not is_installed(module):
+            refuse(f"{argument}: not installed; pip install 'vae-torch[{extra}]'")
+        added = []  # next to it: argparse takes the overrides from one place only
+        if key != "experiment":
+            added.append(f"+{key}/settings@{key.replace('/', '.')}={name}")
+        if key == "hydra/launcher":
+            # read by torch and tqdm when they are imported: in the workers, which inherit them
+            os.environ.setdefault("OMP_NUM_THREADS", "1")
+            os.environ.setdefault("TQDM_DISABLE", "1")
+            os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # two jobs' lines differ in figures only
+            paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+            os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # of _common
+            if not any(a.startswith("threads=") for a in sys.argv):
+                added.append("threads=1")
+            if not any(a.startswith(("train.resume=", "sweep.dir=")) for a in sys.argv):
+                added.append("train.resume=auto")  # a job that is started again goes on
+        at = sys.argv.index(argument) + 1
+        sys.argv[at:at] = added
+
+
+def python_here() -> str:
+    """A shell's command for this Python in this folder: what a Ray worker is to be."""
+    return shlex.join(["env", f"--chdir={Path.cwd()}", sys.executable])
 
 
 def resume_command(run_dir: Path) -> str:
@@ -524,9 +606,14 @@ def tell_what_next(run_dir: Path, elbo: float) -> None:
 if __name__ == "__main__":
     refuse_broken_files()
     OmegaConf.register_new_resolver("after_time", after_time)
+    OmegaConf.register_new_resolver("python_here", python_here)
     prepare_launcher()
     name_sweep_dir()
     quote_paths("hydra.run.dir", "hydra.sweep.dir", "train.resume", "data.root")
     repeat_overrides()
     refuse_malformed("model", "data", "objective", "optimizer")
-    hydra.main(version_base="1.3", config_path="../conf", config_name="train")(main)()
+    try:
+        hydra.main(version_base="1.3", config_path="../conf", config_name="train")(main)()
+    finally:
+        for folder in UNREPORTED:  # a sweep that was stopped, or whose launcher broke
+            report(folder)

@@ -1,9 +1,16 @@
 """Reading many runs, against tables worked out by hand; and sweeps in which jobs fail."""
 
+import importlib.util
 import json
 import math
+import os
+import signal
+import sqlite3
 import subprocess
 import sys
+import tempfile
+import time
+from pathlib import Path
 
 import pytest
 from filelock import FileLock
@@ -11,6 +18,7 @@ from filelock import FileLock
 from tests.conftest import REPOSITORY
 from vae_torch.sweep import (
     SweepError,
+    behind_median,
     higher_is_better,
     plots,
     read_runs,
@@ -105,6 +113,8 @@ def test_what_is_no_result_is_listed_with_its_reason(three_by_two):
     (three_by_two / "half").mkdir()
     (three_by_two / "half" / "summary.json").write_text('{"config": ')
     made_up_run(three_by_two / "again", 0, -90.0, latent_dim=8)
+    pruned = unfinished_run(three_by_two / "pruned", '{"epoch": 1, "test/elbo": -190}\n')
+    (pruned / "pruned.json").write_text('{"reason": "far behind", "elbo": -190}')
     nan = made_up_run(three_by_two / "nan", 5, math.nan, latent_dim=8)
     running = unfinished_run(three_by_two / "running", "")
     with FileLock(running / ".lock"):
@@ -114,6 +124,7 @@ def test_what_is_no_result_is_listed_with_its_reason(three_by_two):
     assert told["stopped"] == "unfinished, stopped after 1 of 9 epochs"
     assert "line 1 is not JSON" in told["torn"]
     assert told["failed"] == "failed, loss nan"
+    assert told["pruned"] == "pruned, far behind"
     assert told["empty"] == "broken, the folder is empty"
     assert told["half"].startswith("broken, JSONDecodeError")
     assert told["running"] == "running, 0 of 9 epochs"
@@ -121,6 +132,30 @@ def test_what_is_no_result_is_listed_with_its_reason(three_by_two):
     assert "duplicate, same settings and seed as" in told["0"]  # `again` was read before it
     for name in told:
         assert name in to_markdown(summary, three_by_two)
+
+
+def test_a_run_that_is_behind_the_median_is_told_so(tmp_path):
+    def run(name, *elbos):
+        lines = [json.dumps({"epoch": i + 1, "test/elbo": e}) for i, e in enumerate(elbos)]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        return tmp_path / name
+
+    # after two epochs their best are -100, -110, -120, -130 and -140; only the fifth has no two
+    for name, elbos in {
+        "a": (-100, -105, -90), "b": (-150, -110), "c": (-121, -120), "d": (-130, -131),
+        "e": (-80,),
+    }.items():  # fmt: skip
+        run(name, *elbos)
+    behind = run("behind", -170, -126)
+    assert behind_median(behind) is None  # four judges are too few
+    run("f", -140, -140)
+    assert behind_median(behind) == (
+        "after 2 epochs its best test/elbo is -126.00, the median of 5 others -120.00"
+    )
+    assert behind_median(run("level", -120, -125)) is None  # not below the median of six: -123
+    (tmp_path / "f" / "metrics.jsonl").write_text("{\n{}\n")
+    assert behind_median(behind, least=5) is not None  # a damaged one is no judge, five are left
 
 
 def test_runs_with_different_keys_stand_in_one_table(tmp_path):
@@ -187,80 +222,217 @@ def test_a_folder_without_runs_is_refused(tmp_path):
 def run_script(script, *arguments):
     return subprocess.run(
         [sys.executable, f"scripts/{script}", *map(str, arguments)],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=240,
+        cwd=REPOSITORY, capture_output=True, text=True,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("launcher", ["basic", "joblib"])
-def test_a_sweep_survives_a_failed_job_and_goes_on(made_up_root, tmp_path, launcher):
-    folder = tmp_path / "a sweep"
-    sweep = [
-        *("-m", "data=fashion_mnist", f"data.root={made_up_root}", "model.intermediate_dim=16"),
-        *("train.epochs=1", "train.figure_every=0", f"sweep.dir={folder}"),
-        *([] if launcher == "basic" else [f"hydra/launcher={launcher}"]),
+def tiny_sweep(root, folder, *overrides):
+    """Arguments of a sweep over made-up images."""
+    return [
+        *("-m", "data=fashion_mnist", f"data.root={root}", "model.intermediate_dim=16"),
+        *("train.figure_every=0", f"sweep.dir={folder}", *overrides),
     ]
-    first = run_script("train.py", *sweep, "optimizer.lr=1e-3,1e30")
-    assert first.returncode == 1, first.stderr
-    assert "1 of 2 runs finished" in first.stdout
-    assert "failed, stopped: epoch 1" in first.stdout
-    assert "scripts/summarize.py" in first.stdout
-
-    runs = {run.state: run.path for run in read_runs(folder)}
-    before = (runs["finished"] / "summary.json").stat().st_mtime_ns
-    (failed := runs["failed"]).rename(tmp_path / "gone")
-    second = run_script("train.py", *sweep, "optimizer.lr=1e-3,1e-2")
-    assert second.returncode == 0, second.stderr
-    assert "finished already" in second.stdout
-    assert "2 of 2 runs finished" in second.stdout
-    assert (runs["finished"] / "summary.json").stat().st_mtime_ns == before
-    assert not failed.exists()
-
-    if launcher == "basic":  # an edited result is no result
-        summary = runs["finished"] / "summary.json"
-        text = summary.read_text()
-        elbo = json.loads(text)["final"]["test/elbo"]
-        summary.write_text(text.replace(f'"test/elbo": {elbo}', '"test/elbo": -1.0'))
-        third = run_script("train.py", *sweep, "optimizer.lr=1e-3,1e-2")
-        assert third.returncode == 1
-        assert "does not fit the checkpoint beside it" in third.stdout
-
-        done = run_script("summarize.py", folder, "--out", tmp_path / "out")
-        assert done.returncode == 0, done.stderr
-        assert "test/elbo: mean ± sd" in done.stdout
-        names = {path.name for path in (tmp_path / "out").iterdir()}
-        assert {"summary.csv", "summary.md", "learning_curves.png"} <= names
 
 
-@pytest.mark.slow
-def test_a_sweep_that_was_killed_goes_on(made_up_root, tmp_path):
-    sweep = [
-        *("-m", "data=fashion_mnist", f"data.root={made_up_root}", "model.intermediate_dim=16"),
-        *("train.epochs=60", "train.figure_every=0", "seed=0,1", f"sweep.dir={tmp_path}"),
-    ]
-    process = subprocess.Popen(
-        [sys.executable, "scripts/train.py", *sweep], cwd=REPOSITORY, stdout=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
-    for line in process.stdout:
-        if line.startswith("epoch  20/60"):
-            break
-    process.kill()
-    process.wait()
-    process.stdout.close()
-    assert [run.state for run in read_runs(tmp_path)] == ["unfinished"]
-    done = run_script("train.py", *sweep)
-    assert done.returncode == 0, done.stderr
-    first = done.stdout.partition("seed=1")[0]
-    assert "epoch  10/60" not in first
-    assert "epoch  60/60" in first
-    summary = summarize(read_runs(tmp_path))
-    assert [len(row.runs) for row in summary.rows] == [2]
-    assert all(
-        [e["epoch"] for e in run.epochs] == list(range(1, 61)) for run in summary.rows[0].runs
+def needs(module):
+    return pytest.mark.skipif(
+        not importlib.util.find_spec(module), reason=f"{module} is not installed"
     )
 
 
-@pytest.mark.parametrize("choice", ["experiment=search", "hydra/launcher=joblib"])
+@pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local"])
+def test_a_sweep_survives_a_failed_job_and_goes_on(made_up_root, tmp_path, launcher):
+    folder = tmp_path / "a sweep"
+    sweep = tiny_sweep(made_up_root, folder, "train.epochs=1")
+    if launcher != "basic":
+        sweep.append(f"hydra/launcher={launcher}")
+    first = run_script("train.py", *sweep, "optimizer.lr=1e-3,1e30,2e-3")
+    assert first.returncode == 1, first.stderr
+    assert "2 of 3 runs finished" in first.stdout
+    assert "failed, stopped: epoch 1" in first.stdout
+    assert "scripts/summarize.py" in first.stdout
+    runs = {run.settings["optimizer.lr"]: run for run in read_runs(folder)}
+    assert {lr: run.state for lr, run in runs.items()} == {
+        1e-3: "finished", 1e30: "failed", 2e-3: "finished",
+    }  # fmt: skip
+    if launcher == "submitit_local":
+        return
+
+    before = (runs[1e-3].path / "summary.json").stat().st_mtime_ns
+    runs[1e30].path.rename(tmp_path / "gone")
+    second = run_script("train.py", *sweep, "optimizer.lr=1e-3,2e-3,1e-2")
+    assert second.returncode == 0, second.stderr
+    assert second.stdout.count("finished already") == 2
+    assert "3 of 3 runs finished" in second.stdout
+    assert (runs[1e-3].path / "summary.json").stat().st_mtime_ns == before
+    if launcher == "joblib":
+        return
+
+    # neither an edited result nor one of other code is a result
+    for lr, key in ((1e-3, "final"), (2e-3, "versions")):
+        path = runs[lr].path / "summary.json"
+        summary = json.loads(path.read_text())
+        summary[key] |= {"test/elbo": -1.0} if key == "final" else {"code": "0" * 64}
+        path.write_text(json.dumps(summary))
+    third = run_script("train.py", *sweep, "optimizer.lr=1e-3,2e-3,1e-2")
+    assert third.returncode == 1
+    assert "does not fit the checkpoint beside it" in third.stdout
+    assert "is of code 000000000000, this is " in third.stdout
+    assert "1 of 3 runs finished" in third.stdout
+
+    done = run_script("summarize.py", folder, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "test/elbo: mean ± sd" in done.stdout
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"summary.csv", "summary.md", "learning_curves.png"} <= names
+
+
+def test_settings_lie_between_the_plugin_and_the_command_line():
+    arguments = ("hydra/launcher=joblib", "hydra.launcher.verbose=7", "--cfg", "hydra")
+    done = run_script("train.py", *arguments, "-p", "hydra.launcher")
+    assert done.returncode == 0, done.stderr
+    assert "mmap_mode: r\n" in done.stdout  # the plugin's
+    assert "batch_size: '1'\n" in done.stdout  # ours, over its `auto`
+    assert "verbose: 7\n" in done.stdout  # given here
+
+
+def test_work_in_a_child(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "scripts")
+    from _child import KilledError, in_a_child
+
+    here = os.getpid()
+    assert in_a_child(lambda: 0.5 + (os.getppid() == here)) == 1.5
+    assert math.isnan(in_a_child(lambda: math.nan))
+    with pytest.raises(KilledError, match="killed by SIGKILL"):
+        in_a_child(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(SystemExit) as end:
+        in_a_child(lambda: sys.exit(130))
+    assert end.value.code == 130
+
+
+def first(pattern, folder, process):
+    """The first file of this pattern, once there is one while the process runs."""
+    while process.poll() is None:
+        if found := sorted(folder.glob(pattern)):
+            return found[0]
+        time.sleep(0.05)
+    raise AssertionError(f"ended with {process.returncode} before there was {pattern}")
+
+
+def start_script(script, *arguments, env=None):
+    return subprocess.Popen(
+        [sys.executable, f"scripts/{script}", *map(str, arguments)],
+        cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, env=env,
+    )  # fmt: skip
+
+
+def writer_of(run_dir):
+    """The process that has the run's log open."""
+    for descriptors in Path("/proc").glob("[0-9]*/fd"):
+        try:
+            open_files = {path.readlink() for path in descriptors.iterdir()}
+        except OSError:  # gone, or another user's
+            continue
+        if run_dir / ".lock" in open_files:
+            return int(descriptors.parent.name)
+    raise AssertionError(f"nobody writes {run_dir}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+def test_a_sweep_that_was_killed_goes_on(made_up_root, tmp_path, launcher):
+    sweep = tiny_sweep(made_up_root, tmp_path, "train.epochs=300", "seed=0,1,2")
+    sweep += [f"hydra/launcher={launcher}", "threads=1"]
+    process = start_script("train.py", *sweep)
+    run_dir = first("*seed=0*/checkpoints/last.pt", tmp_path, process).parent.parent
+    process.kill()
+    process.communicate()
+    done = run_script("train.py", *sweep)
+    assert done.returncode == 0, done.stderr
+    assert "3 of 3 runs finished" in done.stdout
+    assert "epoch   1/300" not in (run_dir / "run.log").read_text().partition("stopped")[2]
+    runs = summarize(read_runs(tmp_path)).rows[0].runs
+    assert [[e["epoch"] for e in run.epochs] for run in runs] == [list(range(1, 301))] * 3
+
+
+@pytest.mark.slow
+def test_a_killed_run_does_not_sink_joblibs_sweep(made_up_root, tmp_path):
+    sweep = tiny_sweep(made_up_root, tmp_path, "train.epochs=300", "seed=0,1,2,3")
+    sweep.append("hydra/launcher=joblib")
+    process = start_script("train.py", *sweep)
+    run_dir = first("*seed=0*/checkpoints/last.pt", tmp_path, process).parent.parent
+    os.kill(writer_of(run_dir), signal.SIGKILL)
+    out, _ = process.communicate()
+    assert process.returncode == 1
+    assert "3 of 4 runs finished" in out
+    assert "seed=0,train.epochs=300,train.figure_every=0: failed, killed by SIGKILL" in out
+    assert run_script("train.py", *sweep).returncode == 0
+    assert {run.state for run in read_runs(tmp_path)} == {"finished"}
+
+
+@pytest.mark.slow
+@needs("hydra_plugins.hydra_optuna_sweeper")
+def test_a_search_goes_on_and_stops_what_is_behind(made_up_root, tmp_path):
+    search = [
+        *tiny_sweep(made_up_root, tmp_path, "experiment=search", "data.hold_out=100"),
+        *("train.epochs=3", "train.prune_after=1", "threads=1"),
+    ]
+    search.remove("model.intermediate_dim=16")
+    for trials in (10, 4):
+        done = run_script("train.py", *search, f"hydra.sweeper.n_trials={trials}")
+        assert done.returncode == 0, done.stderr
+    with sqlite3.connect(tmp_path / "study.db") as study:
+        values = [value for (value,) in study.execute("select value from trial_values")]
+        names = {name for (name,) in study.execute("select param_name from trial_params")}
+    assert len(values) == 14
+    assert names == {
+        "model.latent_dim", "model.intermediate_dim", "optimizer.lr", "objective.beta",
+    }  # fmt: skip
+    runs = read_runs(tmp_path)
+    states = [run.state for run in runs]
+    # the worst of the first six is behind the median of the five others, whichever it was
+    assert set(states) == {"finished", "pruned"}
+    for run in runs:
+        if run.state == "pruned":
+            assert len(run.epochs) < 3
+            assert run.epochs[-1]["test/elbo"] in values
+            assert "the median of" in run.reason
+
+
+@pytest.mark.slow
+@needs("hydra_plugins.hydra_ray_launcher")
+def test_ray_spreads_a_sweep_and_outlives_a_worker(made_up_root, tmp_path):
+    ray = Path(sys.executable).with_name("ray")
+    short = tempfile.mkdtemp(prefix="ray")  # sockets have short names
+    nodes = []
+    try:
+        for role in (
+            ["--head", "--port=6397", f"--temp-dir={short}", "--include-dashboard=false"],
+            ["--address=127.0.0.1:6397"],
+        ):
+            command = [ray, "start", *role, "--num-cpus=1", "--disable-usage-stats", "--block"]
+            nodes.append(subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True))
+            for line in nodes[-1].stdout:
+                if "Ray runtime started" in line:
+                    break
+        sweep = tiny_sweep(made_up_root, tmp_path / "sweep", "train.epochs=200")
+        sweep += ["hydra/launcher=ray", "seed=0,1,2,3,4,5", "model.latent_dim=2,8"]
+        environment = {**os.environ, "RAY_ADDRESS": "127.0.0.1:6397"}
+        process = start_script("train.py", *sweep, env=environment)
+        run_dir = first("*/checkpoints/last.pt", tmp_path / "sweep", process).parent.parent
+        os.kill(writer_of(run_dir), signal.SIGKILL)
+        out, _ = process.communicate()
+        assert process.returncode == 0, out
+        assert "12 of 12 runs finished" in out
+    finally:
+        for node in reversed(nodes):
+            node.terminate()
+            node.communicate()
+    runs = summarize(read_runs(tmp_path / "sweep"))
+    assert [len(row.runs) for row in runs.rows] == [6, 6]
+
+
+@pytest.mark.parametrize("choice", ["experiment=search", "hydra/launcher=ray"])
 def test_a_missing_plugin_is_told_with_its_remedy(choice):
     # a blocked namespace package: as if no plugin were installed
     blind = (

@@ -29,6 +29,7 @@ _MAY_CHANGE = (
     "train.resume",
     "train.figure_every",
     "train.checkpoint_every",
+    "train.prune_after",
     "data.root",
     "device",
     "threads",

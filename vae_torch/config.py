@@ -88,6 +88,7 @@ class TrainConfig:
     checkpoint_every: Any  # epochs, or minutes: 10min
     resume: str | None = None
     ema: float = 0.0  # decay of the averaged weights per step; 0 keeps none
+    prune_after: int = 0  # epochs until a sweep's run that is behind stops; 0: none does
 
 
 @dataclass
@@ -306,6 +307,7 @@ def _numbers(value_of: Any, need: Any) -> None:
         ("threads", 1, 1024),
         ("train.epochs", 1, many),
         ("train.figure_every", 0, many),
+        ("train.prune_after", 0, many),
     )
     for key, low, high in ranges:
         value = value_of(key)

@@ -1,5 +1,7 @@
 """A run's records: metrics.jsonl, TensorBoard, figures and summary.json, all in its folder."""
 
+import ast
+import hashlib
 import json
 import platform
 import shlex
@@ -36,7 +38,14 @@ if TYPE_CHECKING:
 
 _CURVES = ("loss", "elbo", "reconstruction", "kl")
 # where a run took place, not what it was
-_NO_HYPERPARAMETERS = ("data.root", "device", "threads", "train.resume", "train.figure_every")
+_NO_HYPERPARAMETERS = (
+    "data.root",
+    "device",
+    "threads",
+    "train.resume",
+    "train.figure_every",
+    "train.prune_after",
+)
 _GRID_SCALE = 3  # a 28-pixel digit is a postage stamp on today's screens
 
 
@@ -255,12 +264,22 @@ def versions() -> dict[str, str]:
 
     return {
         "vae_torch": __version__,
+        "code": code_hash(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "numpy": numpy.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
     }
+
+
+def code_hash() -> str:
+    """SHA-256 of the modules that a run's numbers come from, without comments and spaces."""
+    digest = hashlib.sha256()
+    for name in ("model", "likelihood", "prior", "objective", "data", "train", "evaluate"):
+        source = (Path(__file__).parent / f"{name}.py").read_text()
+        digest.update(ast.dump(ast.parse(source)).encode())
+    return digest.hexdigest()
 
 
 def git_commit() -> str | None:

@@ -7,6 +7,7 @@ import math
 import os
 import statistics
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,10 @@ from vae_torch.runlog import RecordError, read_metrics
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LOCK = ".lock"  # in a run's folder: held by the process that writes it
+# in a run's folder
+LOCK = ".lock"  # held by the process that writes it
+FAILED = "failed.json"  # why a sweep's job failed
+PRUNED = "pruned.json"  # why it was stopped early, and its figure until then
 
 # Where and how a run was made, not what it was; and the seed, over which settings are averaged.
 _NO_SETTINGS = (
@@ -31,6 +35,7 @@ _NO_SETTINGS = (
     "train.resume",
     "train.figure_every",
     "train.checkpoint_every",
+    "train.prune_after",
 )
 _LOWER_IS_BETTER = ("loss", "kl", "nll", "seconds", "gap")
 
@@ -46,7 +51,7 @@ class Run:
     """What a run's folder says."""
 
     path: Path
-    state: str  # finished, running, unfinished, failed, broken
+    state: str  # finished, running, unfinished, pruned, failed, broken
     reason: str = ""  # of every state but finished
     seed: int = 0
     settings: dict[str, Any] = field(default_factory=dict)  # flat: model.latent_dim -> 2
@@ -141,7 +146,7 @@ def read_run(path: Path) -> Run:
         run.seed = int(flat.get("seed", 0))
         run.settings = {k: v for k, v in flat.items() if k not in _NO_SETTINGS}
         run.epochs = read_metrics(path)
-        failed = _json(path / "failed.json")
+        failed, pruned = _json(path / FAILED), _json(path / PRUNED)
         if summary and not failed:  # with both, a later attempt found the run damaged
             run.state = "finished"
             run.figures = {k: v for k, v in summary["final"].items() if _is_number(v)}
@@ -161,9 +166,37 @@ def read_run(path: Path) -> Run:
         run.state, run.reason = "running", f"{done} of {asked} epochs"
     elif failed:
         run.state, run.reason = "failed", str(failed.get("reason", "no reason given"))
+    elif pruned:
+        run.state, run.reason = "pruned", str(pruned.get("reason", "no reason given"))
     else:
         run.reason = f"stopped after {done} of {asked} epochs"
     return run
+
+
+def behind_median(run_dir: Path, *, least: int = 5) -> str | None:
+    """Why a run of a sweep is not worth going on with, or None where it is.
+
+    The median rule of Golovin et al., *Google Vizier* (2017), section 3.2.2: its best test elbo so
+    far is below the median of what the sweep's other runs had after as many epochs.
+
+    Args:
+        run_dir: The run's folder, beside those of the others.
+        least: Fewer others are no judges.
+    """
+    metric = "test/elbo"
+    own = [epoch[metric] for epoch in read_metrics(run_dir)]
+    others = []
+    for path in run_dir.parent.glob("*/metrics.jsonl"):
+        if path.parent != run_dir:
+            with suppress(RecordError, OSError):
+                others.append([epoch[metric] for epoch in read_metrics(path.parent)][: len(own)])
+    rivals = [max(elbos) for elbos in others if len(elbos) == len(own)]
+    if len(rivals) < least or max(own) >= (median := statistics.median(rivals)):
+        return None
+    return (
+        f"after {len(own)} epochs its best {metric} is {max(own):.2f}, "
+        f"the median of {len(rivals)} others {median:.2f}"
+    )
 
 
 def is_running(run_dir: Path) -> bool:
@@ -305,7 +338,7 @@ def _by_key(summary: Summary, i: int) -> "Figure":
     for n, (other, rows) in enumerate(sorted(lines.items(), key=lambda item: _order(item[0]))):
         rows = sorted(rows, key=lambda row: _order(row.values[i]))
         at = [row.values[i] if numeric else places.index(row.values[i]) for row in rows]
-        label = ", ".join(f"{k}={_text(v)}" for k, v in zip(others, other, strict=True))
+        label = _label(others, other)
         error = [0 if math.isnan(row.sd) else row.sd for row in rows]
         axes.errorbar(
             at, [row.mean for row in rows], error, marker="o", capsize=3, label=label,
@@ -317,9 +350,11 @@ def _by_key(summary: Summary, i: int) -> "Figure":
         axes.set_xscale("log", base=2)
         axes.set_xticks(places, [_text(place) for place in places])
         axes.minorticks_off()
+    elif len(places) <= 8:
+        axes.set_xticks(places, [_text(place) for place in places])
     axes.set(xlabel=summary.keys[i], ylabel=f"{summary.metric}, mean ± sd over seeds")
     if others and len(lines) <= len(DIGIT_COLOURS):
-        axes.legend()
+        _legend(figure)
     return figure
 
 
@@ -354,7 +389,7 @@ def _rate_distortion(summary: Summary) -> "Figure":
     for row, colour, label in _coloured(summary):
         kl = [run.figures["test/kl"] for run in row.runs]
         distortion = [-run.figures["test/reconstruction"] for run in row.runs]
-        axes.scatter(kl, distortion, s=30, color=colour, label=label, zorder=2)
+        axes.scatter(kl, distortion, s=30, color=colour, label=label, zorder=3)
     axes.margins(0.15)
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     bottom, top = left + low, right + high
@@ -363,15 +398,15 @@ def _rate_distortion(summary: Summary) -> "Figure":
     step = next(n * power for n in (1, 2, 5, 10) if n * power >= least)
     for nats in [step * k for k in range(math.ceil(bottom / step), math.floor(top / step) + 1)]:
         axes.plot([left, right], [nats - left, nats - right], "--", color="#999999", lw=0.8)
-        at = min(right, nats - low)  # where the line leaves the picture
-        if left < at:
+        start, at = max(left, nats - high), min(right, nats - low)  # where it enters and leaves
+        if at - start > (right - left) / 5:
             axes.annotate(
                 f"elbo {-nats:g}", (at, nats - at), fontsize=8, color="#555555",
                 ha="right", va="center", bbox={"fc": "white", "ec": "none", "pad": 0.5},
             )  # fmt: skip
     axes.set(xlim=(left, right), ylim=(low, high))
     axes.set(xlabel="rate: KL, nats per image", ylabel="distortion: -reconstruction, nats")
-    _legend(axes, summary)
+    _tell_rows(figure, summary)
     return figure
 
 
@@ -389,7 +424,7 @@ def _learning_curves(summary: Summary) -> "Figure":
     if late:
         room = 0.05 * (max(late) - min(late)) or 1
         axes.set_ylim(min(late) - room, max(late) + room)
-    _legend(axes, summary)
+    _tell_rows(figure, summary)
     return figure
 
 
@@ -400,20 +435,33 @@ def _coloured(summary: Summary) -> Iterator[tuple[Row, Any, str]]:
     for i, row in enumerate(summary.rows):
         few = len(summary.rows) <= len(DIGIT_COLOURS)
         colour = DIGIT_COLOURS[i] if few else colormaps["viridis"](i / len(summary.rows))
-        yield row, colour, summary.words(row)
+        yield row, colour, _label(summary.keys, row.values) or "the one setting"
 
 
-def _legend(axes: Any, summary: Summary) -> None:
+def _label(keys: Sequence[str], values: Key) -> str:
+    """`latent_dim=8, prior=vamp`: short, beside a picture."""
+    short = [key.rpartition(".")[2] for key in keys]
+    names = short if len(set(short)) == len(short) else keys
+    return ", ".join(f"{k}={_text(v)}" for k, v in zip(names, values, strict=True))
+
+
+def _tell_rows(figure: "Figure", summary: Summary) -> None:
+    """What the colours of `_coloured` mean."""
     if len(summary.rows) <= len(DIGIT_COLOURS):
-        axes.legend(fontsize=8)
+        _legend(figure)
     else:
-        axes.set_title("dark: best settings, light: worst", fontsize=10)
+        figure.axes[0].set_title("dark: best settings, light: worst", fontsize=10)
+
+
+def _legend(figure: "Figure") -> None:
+    """Beside the axes, where it hides nothing."""
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
 
 
 def _axes() -> "tuple[Figure, Any]":
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.6), dpi=120, layout="constrained")
+    figure = Figure(figsize=(8, 4.6), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
