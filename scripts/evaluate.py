@@ -41,7 +41,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
     from vae_torch.checkpoint import load_run, write_atomically
     from vae_torch.data import data_hash, image_dataset, loaders_of
     from vae_torch.evaluate import evaluate_model, exact_log_px
-    from vae_torch.figures import log_px_map, save_png
+    from vae_torch.figures import log_px_map
     from vae_torch.runlog import add_evaluation
 
     tune_cpu(None)
@@ -78,12 +78,12 @@ def evaluate_run(config: EvaluateConfig) -> None:
     print_card(card)
     path = run_dir / "evaluation.json"
     write_atomically(path, (json.dumps(card, indent=2) + "\n").encode())
-    add_evaluation(run_dir, card, run_config.train.epochs)
+    picture = None
     if vae.latent_dim == 2 and config.eval.exact is not False:
         test_set = image_dataset(test_loader)
         x, _ = test_set.__getitems__(torch.arange(min(2000, len(test_set))))
         picture = log_px_map(vae, x, exact_log_px(vae, x).log_px)
-        save_png(picture, run_dir / "figures" / "log_px.png")
+    add_evaluation(run_dir, card, run_config.train.epochs, picture)
     print(f"\nwritten to {shown(path.resolve())}")
 
 

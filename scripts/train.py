@@ -395,6 +395,8 @@ def report(folder: Path) -> bool:
     if lost:
         print(f"  go on with         the same command, sweep.dir={place}")
     print(f"  table and plots    {shown(Path(sys.executable))} scripts/summarize.py {place}")
+    tensorboard = shown(Path(sys.executable).parent / "tensorboard")
+    print(f"  curves             {tensorboard} --logdir {place}")
     return bool(lost)
 
 
@@ -588,8 +590,12 @@ def remove_if_unused(run_dir: Path) -> None:
 
 
 def tell_what_next(run_dir: Path, elbo: float) -> None:
-    """The last lines of a run: where it is and what to open."""
+    """The last lines of a run: where it is and what to open.
+
+    TensorBoard is given the day's folder, beside whose other runs it calls this one by its name.
+    """
     tensorboard = shown(Path(sys.executable).parent / "tensorboard")
+    named = any(str(o).startswith("hydra.run.dir=") for o in HydraConfig.get().overrides.hydra)
     log.info(
         "\nDone: test elbo %.2f nats per image.\n"
         "  run folder    %s\n"
@@ -599,7 +605,7 @@ def tell_what_next(run_dir: Path, elbo: float) -> None:
         shown(run_dir),
         shown(run_dir / "figures"),
         tensorboard,
-        shown(run_dir),
+        shown(run_dir if named else run_dir.parent),
     )
 
 
