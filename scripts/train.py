@@ -16,7 +16,8 @@ import signal
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -95,16 +96,23 @@ def main_run(cfg: DictConfig, run_dir: Path) -> float:
     """One run, from composed settings to a finished folder. Returns the final test elbo."""
     from vae_torch.checkpoint import CheckpointError
     from vae_torch.data import DataError
-    from vae_torch.runlog import RecordError
-    from vae_torch.train import DivergedError
+    from vae_torch.train import DivergedError, StoppedError
 
     logging.raiseExceptions = False  # where run.log cannot be written, the records say so, once
     threading.excepthook = leave_disk_errors_to_main
     try:
         config = typed(cfg, Config)
         check(config)
-        return run(config, run_dir, OmegaConf.to_yaml(cfg, resolve=True))
-    except (ConfigError, DataError, CheckpointError, RecordError) as error:
+        with StopSignals() as signals:
+            return run(config, run_dir, OmegaConf.to_yaml(cfg, resolve=True), signals)
+    except StoppedError as stopped:
+        if (run_dir / "checkpoints" / "last.pt").exists():
+            log.info("stopped: %s\n  go on with    %s", stopped, resume_command(run_dir))
+        else:
+            log.info("stopped: %s; nothing is lost, start it again", stopped)
+        remove_if_unused(run_dir)
+        sys.exit(128 + signals.number)
+    except (ConfigError, DataError, CheckpointError) as error:
         remove_if_unused(run_dir)
         refuse(str(error))
     except RuntimeError as error:
@@ -118,7 +126,7 @@ def main_run(cfg: DictConfig, run_dir: Path) -> float:
         fail(f"{error.filename or run_dir}: {error.strerror}", run_dir)
 
 
-def run(config: Config, run_dir: Path, config_text: str) -> float:
+def run(config: Config, run_dir: Path, config_text: str, signals: "StopSignals") -> float:
     """Data, model, loop, records: what a run is made of."""
     import torch
     from tqdm.contrib.logging import logging_redirect_tqdm
@@ -127,13 +135,9 @@ def run(config: Config, run_dir: Path, config_text: str) -> float:
     from vae_torch.checkpoint import Checkpoints
     from vae_torch.model import VAE
     from vae_torch.runlog import RunLog
-    from vae_torch.train import StoppedError, train
+    from vae_torch.train import train
 
-    lock = FileLock(run_dir / LOCK)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        refuse(f"hydra.run.dir={run_dir}: another process is writing this run; wait for it")
+    lock = lock_run(run_dir)
     if config.train.resume and (run_dir / "summary.json").exists():  # in a sweep
         done = finished_elbo(run_dir, config)
         log.info("finished already: %s", shown(run_dir))
@@ -150,8 +154,8 @@ def run(config: Config, run_dir: Path, config_text: str) -> float:
     vae = VAE.from_config(config).to(device)
     checkpoints = Checkpoints(run_dir / "checkpoints", config, every=config.train.checkpoint_every)
     state = checkpoints.load("cpu") if config.train.resume else None
-    first_epoch = state["epoch"] if state else 0
-    records = RunLog(run_dir, config, config_text=config_text, first_epoch=first_epoch)
+    history = state["history"] if state else None
+    records = RunLog(run_dir, config, config_text=config_text, history=history)
     train_set, test_set = (data.image_dataset(loader) for loader in (train_loader, test_loader))
     # of jobs that run side by side each writes one line, at its end
     say = log.debug if "TQDM_DISABLE" in os.environ else log.info
@@ -173,10 +177,11 @@ def run(config: Config, run_dir: Path, config_text: str) -> float:
         )
         every = config.train.figure_every
         last = epoch == config.train.epochs
-        if last or (every and epoch % every == 0):
-            records.figures(epoch, model, x, labels)
-        if last or (every and (epoch <= 10 or epoch % every == 0)):  # it grows fast at first
-            records.growth(epoch, model, x[:10])
+        with signals.at_once("drawing the figures"):
+            if last or (every and epoch % every == 0):
+                records.figures(epoch, model, x, labels)
+            if last or (every and (epoch <= 10 or epoch % every == 0)):  # it grows fast at first
+                records.growth(epoch, model, x[:10])
 
     say(
         "%s: %d training and %d test images, on %s",
@@ -185,9 +190,8 @@ def run(config: Config, run_dir: Path, config_text: str) -> float:
         len(test_set),
         device_name(device),
     )
-    signals = StopSignals()
     try:
-        with logging_redirect_tqdm(), signals:
+        with logging_redirect_tqdm(), signals.after_a_step():
             history = train(
                 vae,
                 train_loader,
@@ -214,9 +218,6 @@ def run(config: Config, run_dir: Path, config_text: str) -> float:
                 },
             },
         )
-    except StoppedError as stopped:
-        log.info("stopped: %s\n  go on with    %s", stopped, resume_command(run_dir))
-        sys.exit(128 + signals.number)
     finally:
         with suppress(OSError):  # of a full disk; what is to be said about it is being said
             records.close()
@@ -234,20 +235,50 @@ def leave_disk_errors_to_main(args: threading.ExceptHookArgs) -> None:
 
 
 class StopSignals:
-    """Ctrl-C and SIGTERM end a run after its current step; a second Ctrl-C ends it at once."""
+    """Ctrl-C and SIGTERM end a run: with StoppedError, or where steps are taken, after the step.
+
+    A second Ctrl-C ends it at once, without a word.
+    """
 
     def __init__(self) -> None:
         self.number = 0
+        self._doing: str | None = "before the first step"  # None: `received` is asked
 
     def received(self) -> bool:
         """Whether the run is to end."""
         return self.number > 0
 
-    def __enter__(self) -> None:
+    def after_a_step(self) -> AbstractContextManager[None]:
+        """Within, the training loop asks `received`."""
+        return self._now(None, "after the last epoch")
+
+    def at_once(self, doing: str) -> AbstractContextManager[None]:
+        """Within, no step is under way that could be broken: it ends where it is."""
+        return self._now(doing, None)
+
+    @contextmanager
+    def _now(self, doing: str | None, then: str | None) -> Iterator[None]:
+        self._set(doing)
+        yield
+        self._set(then)
+
+    def _set(self, doing: str | None) -> None:
+        self._doing = doing
+        if self.number and doing:
+            self._stop()
+
+    def _stop(self) -> NoReturn:
+        from vae_torch.train import StoppedError
+
+        doing, self._doing = self._doing, None  # what follows is not interrupted
+        raise StoppedError(doing)
+
+    def __enter__(self) -> "StopSignals":
         self._before = {}
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows none
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._note)
+        return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
@@ -257,6 +288,18 @@ class StopSignals:
         if self.number and number == signal.SIGINT:
             os._exit(128 + number)
         self.number = number
+        if self._doing:
+            self._stop()
+
+
+def lock_run(run_dir: Path) -> FileLock:
+    """The run's folder for this process alone; locking it again in this process counts."""
+    lock = FileLock(run_dir.absolute() / LOCK, is_singleton=True)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        refuse(f"hydra.run.dir={run_dir}: another process is writing this run; wait for it")
+    return lock
 
 
 class RefuseBadRuns(Callback):
@@ -292,6 +335,7 @@ class RefuseBadRuns(Callback):
         except (OSError, OmegaConfBaseException) as error:
             refuse(f"hydra.run.dir: cannot be used ({str(error)[:300]}); choose another folder")
         make_folder("hydra.run.dir", run_dir)
+        self._lock = lock_run(run_dir)  # before Hydra writes its notes over another process's
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """The values that the sweep does not vary; each job checks its own again."""

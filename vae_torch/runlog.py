@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vae_torch.checkpoint import write_atomically
+from vae_torch.checkpoint import history_lines, write_atomically
 from vae_torch.config import Config
 from vae_torch.figures import (
     growth_frame,
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 _CURVES = ("loss", "elbo", "reconstruction", "kl")
 # where a run took place, not what it was
 _NO_HYPERPARAMETERS = ("data.root", "device", "threads", "train.resume", "train.figure_every")
+_GIF_FRAMES = 100  # of a long run at most: 25 s, about 8 MB
 _GRID_SCALE = 3  # a 28-pixel digit is a postage stamp on today's screens
 
 
@@ -51,12 +52,17 @@ class RunLog:
         run_dir: The folder; made if absent.
         config: Of the run.
         config_text: The resolved config as the user would read it.
-        first_epoch: Epochs already done when a run is continued; later records are dropped, so
-            that no epoch stands twice.
+        history: Of the epochs already done, when a run is continued: what its checkpoint holds.
+            `metrics.jsonl` is written anew from it, so that no epoch is there twice, or lacking.
     """
 
     def __init__(
-        self, run_dir: Path, config: Config, *, config_text: str, first_epoch: int = 0
+        self,
+        run_dir: Path,
+        config: Config,
+        *,
+        config_text: str,
+        history: dict[str, list[Any]] | None = None,
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter  # a second that only runs should pay
 
@@ -64,20 +70,21 @@ class RunLog:
         self.config = config
         (run_dir / "figures").mkdir(parents=True, exist_ok=True)
         self._metrics = run_dir / "metrics.jsonl"
-        kept = [m for m in read_metrics(run_dir) if m["epoch"] <= first_epoch]
-        text = "".join(json.dumps(m) + "\n" for m in kept)
-        write_atomically(self._metrics, text.encode())
+        lines = history_lines(history or {})
+        write_atomically(self._metrics, "".join(lines).encode())
         # of a first epoch too: a run killed in it may have left points
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_epoch + 1)
-        self._writer.add_text("config", f"```yaml\n{config_text}\n```")
-        command = shlex.join(["python", *sys.orig_argv[1:]])
-        self._writer.add_text("command", f"`{command}`")
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=len(lines) + 1)
+        self._writer.add_text("config", _verbatim(config_text))
+        self._writer.add_text("command", _verbatim(shlex.join(["python", *sys.orig_argv[1:]])))
         # regular expressions: `kl` alone would draw kl_per_dim too
         charts = {n: ["Multiline", [f"^train/{n}$", f"^test/{n}$"]] for n in _CURVES}
         self._writer.add_custom_scalars({"train and test, nats per image": charts})
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """One epoch: a line of metrics.jsonl, and its points in TensorBoard."""
+        """One epoch: a line of metrics.jsonl, and its points in TensorBoard.
+
+        They are in their files when this returns: the checkpoint that follows counts on them.
+        """
         with self._metrics.open("a") as file:
             file.write(json.dumps(metrics) + "\n")
         epoch = metrics["epoch"]
@@ -87,6 +94,7 @@ class RunLog:
                     self._writer.add_scalar(f"{name}/{dim}", part, epoch)
             elif name != "epoch":
                 self._writer.add_scalar(name, value, epoch)
+        self._writer.flush()
 
     def figures(self, epoch: int, vae: VAE, x: Tensor, labels: Tensor) -> None:
         """Draw what the model does now, as PNG files and in TensorBoard.
@@ -119,6 +127,7 @@ class RunLog:
             self._writer.add_image(
                 name, pixels, epoch, dataformats="HW" if pixels.ndim == 2 else "HWC"
             )
+        self._writer.flush()
 
     def growth(self, epoch: int, vae: VAE, x: Tensor) -> None:
         """Keep a frame of the animation that `finish` writes: `figures/growth/`.
@@ -178,7 +187,9 @@ class RunLog:
         }
         frames = sorted((self.run_dir / "figures" / "growth").glob("*.png"))
         if len(frames) > 1:
-            save_gif([read_png(path) for path in frames], self.run_dir / "figures" / "growth.gif")
+            spread = torch.linspace(0, len(frames) - 1, min(len(frames), _GIF_FRAMES))
+            shown = [read_png(frames[i]) for i in spread.round().int()]
+            save_gif(shown, self.run_dir / "figures" / "growth.gif")
         self._write_hparams(final)
         self._writer.close()
         text = json.dumps(summary, indent=2) + "\n"
@@ -235,15 +246,23 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     path = run_dir / "metrics.jsonl"
     if not path.exists():
         return []
-    lines = path.read_text().splitlines()
+    lines = path.read_bytes().splitlines()
     epochs = []
     for number, line in enumerate(lines, 1):
         try:
             epochs.append(json.loads(line))
-        except json.JSONDecodeError:
+            if not isinstance(epochs[-1]["epoch"], int):
+                raise TypeError
+        except (ValueError, TypeError, KeyError):
+            del epochs[number - 1 :]
             if number < len(lines):
-                raise RecordError(f"{path}: line {number} is not JSON") from None
+                raise RecordError(f"{path}: line {number} is not the JSON of an epoch") from None
     return epochs
+
+
+def _verbatim(text: str) -> str:
+    """Markdown that shows any text as it is: an indented block has no end that it could contain."""
+    return "\n".join(f"    {line}" for line in text.splitlines())
 
 
 def versions() -> dict[str, str]:
