@@ -34,6 +34,7 @@ from _common import (
     EndedError,
     cpp_compiler,
     device_name,
+    leave_disk_errors_to_main,
     make_folder,
     quote_paths,
     refuse,
@@ -42,6 +43,7 @@ from _common import (
     resolve_device,
     shown,
     slow_bf16,
+    tell_interrupts,
     tune_cpu,
     typed,
 )
@@ -151,8 +153,11 @@ def run(config: Config, run_dir: Path, config_text: str, signals: "StopSignals")
     torch.manual_seed(config.seed)  # of the initial weights; the rest has generators of its own
 
     train_loader, test_loader = data.loaders_of(config, device)
+    hashes = {"train": data.data_hash(train_loader), "test": data.data_hash(test_loader)}
     vae = VAE.from_config(config).to(device)
-    checkpoints = Checkpoints(run_dir / "checkpoints", config, every=config.train.checkpoint_every)
+    checkpoints = Checkpoints(
+        run_dir / "checkpoints", config, every=config.train.checkpoint_every, data_sha256=hashes
+    )
     state = checkpoints.load("cpu") if config.train.resume else None
     history = state["history"] if state else None
     records = RunLog(run_dir, config, config_text=config_text, history=history)
@@ -212,10 +217,7 @@ def run(config: Config, run_dir: Path, config_text: str, signals: "StopSignals")
             history,
             {
                 "device": device_name(device),
-                "data_sha256": {
-                    "train": data.data_hash(train_loader),
-                    "test": data.data_hash(test_loader),
-                },
+                "data_sha256": hashes,
             },
         )
     finally:
@@ -226,12 +228,6 @@ def run(config: Config, run_dir: Path, config_text: str, signals: "StopSignals")
     if HydraConfig.get().mode is not RunMode.MULTIRUN:
         tell_what_next(run_dir, elbo)
     return elbo
-
-
-def leave_disk_errors_to_main(args: threading.ExceptHookArgs) -> None:
-    """TensorBoard writes in a thread of its own, and raises what befell it there in ours too."""
-    if not isinstance(args.exc_value, OSError):
-        threading.__excepthook__(args)
 
 
 class StopSignals:
@@ -564,6 +560,7 @@ def tell_what_next(run_dir: Path, elbo: float) -> None:
 
 
 if __name__ == "__main__":
+    tell_interrupts()
     refuse_broken_files()
     OmegaConf.register_new_resolver("after_time", after_time)
     prepare_launcher()

@@ -116,11 +116,20 @@ class Checkpoints:
         config: Of the run; stored inside, so that a checkpoint explains itself.
         every: Time between two `last.pt`: epochs, or minutes as in `"10min"`. The final epoch and
             a run that is asked to stop always leave one.
+        data_sha256: Of the images and labels, by split. A run does not go on with others.
     """
 
-    def __init__(self, folder: Path, config: Config, *, every: int | str = 1) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: Config,
+        *,
+        every: int | str = 1,
+        data_sha256: dict[str, str] | None = None,
+    ) -> None:
         self.folder = folder
         self.config = config
+        self.data_sha256 = data_sha256
         self.epochs, self.seconds = checkpoint_interval(every)
         self._saved = time.monotonic()
         self._history = _History(folder / "history.jsonl")
@@ -145,8 +154,8 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         rest = {key: value for key, value in state.items() if key != "history"}
         sealed = self._history.write(state.get("history", {}))
-        config = self.config.to_dict()
-        save_checkpoint(self.folder / name, {"config": config, **rest, "history_seal": sealed})
+        about = {"config": self.config.to_dict(), "data_sha256": self.data_sha256}
+        save_checkpoint(self.folder / name, {**about, **rest, "history_seal": sealed})
 
     def load(self, device: torch.device | str) -> dict[str, Any] | None:
         """The last state with its history, or None where the run has none yet.
@@ -165,6 +174,12 @@ class Checkpoints:
                     f"{path}: its run had {key}={was.get(key)}, this one has {now.get(key)}; "
                     "resume with the settings that it was started with"
                 )
+        had = state.get("data_sha256")
+        if had and self.data_sha256 and had != self.data_sha256:
+            raise CheckpointError(
+                f"{path}: its run had other images or labels than lie under data.root="
+                f"{self.config.data.root} now; put those back"
+            )
         if "history" not in state:  # as in older ones
             seal = state.get("history_seal")
             if not isinstance(seal, dict) or list(map(type, seal.values())) != [int, str]:

@@ -378,7 +378,7 @@ def save_png(picture: "Tensor | Figure | np.ndarray", path: str | Path, *, scale
     if scale > 1:
         pixels = pixels.repeat(scale, 0).repeat(scale, 1)
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "png")
+    Image.fromarray(pixels).save(buffer, "png", optimize=True)
     write_atomically(Path(path), buffer.getvalue())
 
 
