@@ -169,6 +169,7 @@ def run(config: Config, run_dir: Path, config_text: str, signals: "StopSignals")
     def record(metrics: dict[str, Any], model: VAE) -> None:
         records.log(metrics)
         epoch = metrics["epoch"]
+        speed = metrics["train/images_per_second"]  # 0 where a run goes on after the last step
         say(
             "epoch %3d/%d   train elbo %8.2f   test elbo %8.2f = reconstruction %8.2f - kl %.2f"
             "   %.1f s",
@@ -178,7 +179,7 @@ def run(config: Config, run_dir: Path, config_text: str, signals: "StopSignals")
             metrics["test/elbo"],
             metrics["test/reconstruction"],
             metrics["test/kl"],
-            len(train_set) / metrics["train/images_per_second"],
+            len(train_set) / speed if speed else 0.0,
         )
         every = config.train.figure_every
         last = epoch == config.train.epochs

@@ -7,6 +7,7 @@ import random
 import re
 import resource
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -59,6 +60,19 @@ def wait_for(process, beginning):
     raise AssertionError(process.stderr.read())
 
 
+def processor_seconds(pid):
+    """What a process has used so far: unlike the wall's time, no busy machine makes it more."""
+    ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+
+
+def wait(process):
+    """Exit status, and the processor's seconds in all."""
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, used.ru_utime + used.ru_stime
+
+
 def what_stays(run_dir):
     """All of a run that must not depend on how often it was interrupted."""
     stays = {}
@@ -109,11 +123,12 @@ def test_a_signal_ends_a_run_that_can_go_on(made_up_root, tmp_path, number):
     with start(command(made_up_root, cut, *more)) as process:
         wait_for(process, "epoch   2/8")
         process.send_signal(number)
-        began = time.monotonic()
-        out, error = process.communicate()
-        assert time.monotonic() - began < 5
-    assert process.returncode == 128 + number
-    assert error == ""
+        began = processor_seconds(process.pid)
+        out = process.stdout.read()
+        assert process.stderr.read() == ""
+        ended, seconds = wait(process)
+    assert ended == 128 + number
+    assert seconds - began < 5
     assert f"train.resume={cut}" in out
     state = load_checkpoint(cut / "checkpoints" / "last.pt")
     assert 1 < state["epoch"] + state["step"] / 150 < 8
@@ -502,9 +517,13 @@ def test_ten_thousand_epochs_and_500_figures_stay_flat(made_up_root, tmp_path):
     assert process.returncode == 0, (tmp_path / "errors").read_text()
     print(f"{time.monotonic() - began:.0f} s, peak {usage.ru_maxrss / 1024:.0f} MiB")
     memory, files, checkpoints = zip(*looks, strict=True)
-    assert memory[-1] - memory[0] < 25  # MiB; the history's own share is 14
-    assert usage.ru_maxrss / 1024 - memory[0] < 250  # the end holds the history as plain lists
-    assert len(set(files)) == 1
+    half = len(memory) // 2  # a look can fall into a figure
+    growth = statistics.median(memory[half:]) - statistics.median(memory[:half])
+    print(f"{statistics.median(memory):.0f} MiB, {growth:+.0f} from the first half to the second")
+    assert growth < 25  # MiB; the history's own share is 7
+    # the end holds the history as plain lists
+    assert usage.ru_maxrss / 1024 - statistics.median(memory) < 250
+    assert len(set(files[half:])) == 1  # matplotlib keeps a font open, once one is met
     assert len(set(checkpoints)) == 1
 
     state = Checkpoints(run_dir / "checkpoints", load_run(run_dir)[1]).load("cpu")
