@@ -28,7 +28,17 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import ToTensor
 from tqdm import tqdm
 
-from _common import cpp_compiler, device_name, refuse, set_products, shown, tune_cpu
+from _common import (
+    Parser,
+    cpp_compiler,
+    device_name,
+    make_folder,
+    refuse,
+    set_products,
+    shown,
+    tell_interrupts,
+    tune_cpu,
+)
 from vae_torch import VAE, train
 from vae_torch.checkpoint import write_atomically
 from vae_torch.config import CHOICES, ConfigError
@@ -67,7 +77,6 @@ def main() -> None:
     report["ratios"] = ratios(seconds, report.get("run"))
     show(report)
     path = Path(options.json)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
     plot(report, path.with_suffix(".png"))
     print(f"\nwritten to {shown(path.resolve())} and {path.with_suffix('.png').name} beside it")
@@ -75,13 +84,14 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="under a minute: short, not compiled")
     parser.add_argument("--json", default="outputs/benchmark.json", help="where the figures go")
     parser.add_argument("--repetitions", type=int, default=5, help="timed turns, at least 1")
     options = parser.parse_args()
     if options.repetitions < 1:
         refuse(f"--repetitions {options.repetitions}: must be 1 or more")
+    make_folder("--json", Path(options.json).parent)  # before minutes of measuring
     return options
 
 
@@ -402,4 +412,5 @@ def processor() -> str:
 
 
 if __name__ == "__main__":
+    tell_interrupts()
     main()

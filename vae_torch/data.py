@@ -121,9 +121,10 @@ def load_images(
 
     images = _read_verified(name, root, images_file)
     labels = _read_verified(name, root, labels_file)
-    if images.ndim != 3 or images.shape[1:] != (_SIDE, _SIDE):
+    if images.ndim != 3 or images.shape[1:] != (_SIDE, _SIDE) or images.dtype != np.uint8:
         raise DataError(
-            f"{_find(root, folder, images_file)}: shape {images.shape}; images must be 28x28"
+            f"{_find(root, folder, images_file)}: shape {images.shape} of {images.dtype}; images "
+            "must be 28x28 bytes"
         )
     if labels.ndim == 2:  # QMNIST's labels are a table whose first column is the class
         labels = labels[:, 0]

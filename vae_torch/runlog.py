@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vae_torch.checkpoint import write_atomically
+from vae_torch.checkpoint import history_lines, write_atomically
 from vae_torch.config import Config
 from vae_torch.figures import (
     DIGIT_COLOURS,
@@ -62,6 +62,7 @@ _NO_HYPERPARAMETERS = (
     *("data.root", "device", "threads"),
     *("train.resume", "train.figure_every", "train.checkpoint_every", "train.prune_after"),
 )
+_GIF_FRAMES = 100  # of a long run at most: 25 s, about 8 MB
 _GRID_SCALE = 3  # a 28-pixel digit is a postage stamp on today's screens
 
 
@@ -76,12 +77,17 @@ class RunLog:
         run_dir: The folder; made if absent.
         config: Of the run.
         config_text: The resolved config as the user would read it.
-        first_epoch: Epochs already done when a run is continued; later records are dropped, so
-            that no epoch stands twice.
+        history: Of the epochs already done, when a run is continued: what its checkpoint holds.
+            `metrics.jsonl` is written anew from it, so that no epoch is there twice, or lacking.
     """
 
     def __init__(
-        self, run_dir: Path, config: Config, *, config_text: str, first_epoch: int = 0
+        self,
+        run_dir: Path,
+        config: Config,
+        *,
+        config_text: str,
+        history: dict[str, list[Any]] | None = None,
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter  # a second that only runs should pay
 
@@ -89,14 +95,13 @@ class RunLog:
         self.config = config
         (run_dir / "figures").mkdir(parents=True, exist_ok=True)
         self._metrics = run_dir / "metrics.jsonl"
-        kept = [m for m in read_metrics(run_dir) if m["epoch"] <= first_epoch]
-        text = "".join(json.dumps(m) + "\n" for m in kept)
-        write_atomically(self._metrics, text.encode())
+        lines = history_lines(history or {})
+        write_atomically(self._metrics, "".join(lines).encode())
         # of a first epoch too: a run killed in it may have left points
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_epoch + 1)
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=len(lines) + 1)
         command = shlex.join(["python", *sys.orig_argv[1:]])
-        self._add(_text("command", f"`{command}`"), 0)
-        self._add(_text("config", f"```yaml\n{config_text}\n```"), 0)
+        self._add(_text("command", _verbatim(command)), 0)
+        self._add(_text("config", _verbatim(config_text)), 0)
         # regular expressions: `kl` alone would draw kl_per_dim too
         charts = {
             title: ["Multiline", [f"^train/{name}$", f"^test/{name}$"]]
@@ -109,7 +114,10 @@ class RunLog:
         self._writer.add_custom_scalars(layout)
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """One epoch: a line of metrics.jsonl, and its points in TensorBoard."""
+        """One epoch: a line of metrics.jsonl, and its points in TensorBoard.
+
+        They are in their files when this returns: the checkpoint that follows counts on them.
+        """
         with self._metrics.open("a") as file:
             file.write(json.dumps(metrics) + "\n")
         epoch = metrics["epoch"]
@@ -121,6 +129,7 @@ class RunLog:
                 self._writer.add_scalar("train/seconds_per_epoch", value, epoch)
             elif name != "epoch":
                 self._writer.add_scalar(name, value, epoch)
+        self._writer.flush()
 
     def figures(self, epoch: int, vae: VAE, x: Tensor, labels: Tensor) -> None:
         """Draw what the model does now, as PNG files and in TensorBoard.
@@ -153,6 +162,7 @@ class RunLog:
                 png = to_png(picture, scale=scale)
                 write_atomically(self.run_dir / "figures" / f"{name}.png", png)
                 self._add(_image(f"figures/{place}_{name}", png, description), epoch)
+        self._writer.flush()
 
     def growth(self, epoch: int, vae: VAE, x: Tensor) -> None:
         """Keep a frame of the animation that `finish` writes: `figures/growth/`.
@@ -215,7 +225,9 @@ class RunLog:
         }
         frames = sorted((self.run_dir / "figures" / "growth").glob("*.png"))
         if len(frames) > 1:
-            save_gif([read_png(path) for path in frames], self.run_dir / "figures" / "growth.gif")
+            spread = torch.linspace(0, len(frames) - 1, min(len(frames), _GIF_FRAMES))
+            shown = [read_png(frames[i]) for i in spread.round().int()]
+            save_gif(shown, self.run_dir / "figures" / "growth.gif")
         self._write_hparams()
         self._writer.close()
         text = json.dumps(summary, indent=2) + "\n"
@@ -328,15 +340,23 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     path = run_dir / "metrics.jsonl"
     if not path.exists():
         return []
-    lines = path.read_text().splitlines()
+    lines = path.read_bytes().splitlines()
     epochs = []
     for number, line in enumerate(lines, 1):
         try:
             epochs.append(json.loads(line))
-        except json.JSONDecodeError:
+            if not isinstance(epochs[-1]["epoch"], int):
+                raise TypeError
+        except (ValueError, TypeError, KeyError):
+            del epochs[number - 1 :]
             if number < len(lines):
-                raise RecordError(f"{path}: line {number} is not JSON") from None
+                raise RecordError(f"{path}: line {number} is not the JSON of an epoch") from None
     return epochs
+
+
+def _verbatim(text: str) -> str:
+    """Markdown that shows any text as it is: an indented block has no end that it could contain."""
+    return "\n".join(f"    {line}" for line in text.splitlines())
 
 
 def versions() -> dict[str, str]:

@@ -10,7 +10,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from vae_torch.checkpoint import Checkpoints
+from vae_torch.checkpoint import CheckpointError, Checkpoints
 from vae_torch.config import CHOICES, ObjectiveConfig, OptimizerConfig, check_objective
 from vae_torch.data import EpochBatches, mix_seed
 from vae_torch.evaluate import Loader, bound_metrics
@@ -30,7 +30,7 @@ class DivergedError(ArithmeticError):
 
 
 class StoppedError(Exception):
-    """`stop` asked the loop to end; what was done so far is in the checkpoint."""
+    """`stop` or `log` asked the loop to end; what was done so far is in the checkpoint."""
 
 
 def train(
@@ -66,7 +66,8 @@ def train(
             exact as `torch.set_float32_matmul_precision` says.
         compile: Compile the loss and its gradient with torch.compile; on CUDA as CUDA graphs.
         seed: Of the noise.
-        log: Called after every epoch with its metrics and the model they belong to.
+        log: Called after every epoch with its metrics and the model they belong to. It may raise
+            StoppedError, as `stop` does.
         checkpoints: Where to keep the state, and where to continue from. Continuing inside an epoch
             needs the loaders of `mnist_loaders`.
         stop: Asked after every step; when true, a checkpoint is written and the loop ends.
@@ -102,7 +103,10 @@ def train(
 
     run = _Progress(vae, averaged, stepper, train_loader)
     if checkpoints and (state := checkpoints.load(device)):
-        run.load(state)
+        try:
+            run.load(state)
+        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+            raise CheckpointError(f"{checkpoints.folder}/last.pt: {error!r}"[:300]) from None
 
     steps = len(train_loader)
     done = run.epoch * steps + run.step
@@ -149,28 +153,28 @@ def train(
             test = bound_metrics(
                 evaluated, _until(stop, test_loader), objective, beta=beta, seed=seed
             )
+            if not math.isfinite(test["loss"]):
+                raise DivergedError(
+                    f"epoch {run.epoch + 1}: the test loss is {test['loss']} after the last step, "
+                    f"the training loss was {means['loss']:.6g}; {_ADVICE}"
+                )
+            metrics: Metrics = {
+                "epoch": run.epoch + 1,
+                **{f"train/{name}": value for name, value in means.items()},
+                **{f"test/{name}": value for name, value in test.items()},
+                "train/beta": beta,
+                "train/lr": stepper.param_groups[0]["lr"],
+                "train/images_per_second": sum(run.sizes[first:]) / seconds,
+                "seconds": time.perf_counter() - began,  # evaluation included
+            }
+            if log:  # asked to stop in it, a continued run evaluates and logs the epoch again
+                log(metrics, evaluated)
         except StoppedError:
             bar.close()
             if checkpoints:
                 checkpoints.save(run.to_dict())
             raise
-        if not math.isfinite(test["loss"]):
-            raise DivergedError(
-                f"epoch {run.epoch + 1}: the test loss is {test['loss']} after the last step, "
-                f"the training loss was {means['loss']:.6g}; {_ADVICE}"
-            )
-        metrics: Metrics = {
-            "epoch": run.epoch + 1,
-            **{f"train/{name}": value for name, value in means.items()},
-            **{f"test/{name}": value for name, value in test.items()},
-            "train/beta": beta,
-            "train/lr": stepper.param_groups[0]["lr"],
-            "train/images_per_second": sum(run.sizes[first:]) / seconds,
-            "seconds": time.perf_counter() - began,  # evaluation included
-        }
         improved = run.end_epoch(metrics)
-        if log:
-            log(metrics, evaluated)
         if checkpoints:
             checkpoints.save_epoch(run.to_dict(), best=improved, final=run.epoch == epochs)
     bar.close()
