@@ -225,6 +225,12 @@ def click_image(browser, i, *, shift=False):
             chain.key_up(Keys.SHIFT)
 
 
+def hold_clock(browser):
+    """Frames come as they do, but the time they are told is `clock`: a path plays when we say."""
+    js(browser, "(window.clock = 0, window.real = requestAnimationFrame)")
+    js(browser, "(window.requestAnimationFrame = (f) => real(() => f(clock)))")
+
+
 @torch.no_grad()
 def expected(vae, z):
     return vae.likelihood.mean(vae.decode(torch.tensor([z])))[0]
@@ -369,19 +375,25 @@ def test_principal_components_are_those_of_the_means(opened, images):
 def test_two_clicks_with_shift_play_a_path(opened, images):
     vae = model()
     browser = opened(explorer_page(vae, *images))
+    hold_clock(browser)
     click_image(browser, 2, shift=True)
     click_image(browser, 9, shift=True)
     start, end = (torch.tensor(z) for z in js(browser, "explorer.path"))
     assert js(browser, "explorer.playing")
     assert len(browser.find_elements("css selector", "#strip canvas")) == 9
-    wait_until(browser, "explorer.place > 0.05 && explorer.playing")
+    js(browser, "(clock = 600)")  # of three seconds
+    wait_until(browser, "explorer.place > 0")
+    assert js(browser, "explorer.playing")
     by_id(browser, "play").click()  # it says Pause now
     assert not js(browser, "explorer.playing")
     place, z, image = js(browser, "[explorer.place, explorer.z, explorer.image]")
+    assert place == pytest.approx(0.2)
     assert torch.tensor(z) == pytest.approx(torch.lerp(start, end, place), abs=1e-5)
     assert (torch.tensor(image) - expected(vae, z)).abs().mean() < 0.002
     js(browser, "(place.value = 0.98, place.dispatchEvent(new Event('input')))")
     by_id(browser, "play").click()
+    js(browser, "new Promise((done) => real(() => real(done)))")  # the first frame tells the start
+    js(browser, "(clock += 100)")
     wait_until(browser, "!explorer.playing && explorer.place === 1")
 
 
@@ -414,6 +426,7 @@ def test_a_finger_decodes_and_draws_a_path(opened, images):
     second = decoded_after((60, 0), (-60, 0))
     assert first[0] - second[0] == pytest.approx(140 / js(browser, "explorer.scale[0]"), rel=0.02)
     assert js(browser, "explorer.selected") is None
+    hold_clock(browser)
     by_id(browser, "draw-path").click()
     assert by_id(browser, "draw-path").get_attribute("aria-pressed") == "true"
     touch((-60, 0))

@@ -317,7 +317,8 @@ def add_evaluation(
     with SummaryWriter(str(run_dir / "tensorboard"), filename_suffix=".evaluation") as writer:
         for name, entry in card.items():
             if isinstance(entry, dict) and isinstance(entry.get("value"), int | float):
-                writer.add_scalar(f"evaluation/{name}", entry["value"], epoch)
+                # not `evaluation`: its single points would stand before the curves of training
+                writer.add_scalar(f"test_evaluation/{name}", entry["value"], epoch)
                 cells = (entry["value"], entry["standard_error"], entry["unit"])
                 rows.append(f"| {name} | {' | '.join(map(str, cells))} | {entry['definition']} |")
         verdict = "\n".join(f"- {sentence}" for sentence in card["verdict"])
