@@ -1,9 +1,12 @@
 """What the scripts share: typed settings, the device, and how a mistake is told."""
 
+import argparse
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 from contextlib import suppress
 from dataclasses import asdict
@@ -91,6 +94,33 @@ def refuse_broken_files() -> None:
     OmegaConf.load = load_or_refuse  # type: ignore[method-assign,assignment]
 
 
+class Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line, as the scripts do whose settings Hydra reads."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit status 2."""
+        refuse(f"{message}; --help lists the options")
+
+
+def tell_interrupts() -> None:
+    """Ctrl-C ends a script with a line, not with a traceback."""
+
+    def end(kind: Any, error: Any, trace: Any) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr, flush=True)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)  # a shell sees why, and stops its own loop too
+        sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = end
+
+
+def leave_disk_errors_to_main(args: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes in a thread of its own, and raises what befell it there in ours too."""
+    if not isinstance(args.exc_value, OSError):
+        threading.__excepthook__(args)
+
+
 def resolve_device(name: str) -> Any:
     """The torch device that `device=` names.
 
@@ -118,6 +148,17 @@ def tune_cpu(threads: int | None) -> None:
     torch.set_flush_denormal(True)
     if threads:
         torch.set_num_threads(threads)
+
+
+def set_products(precision: str) -> None:
+    """How exact fp32 matrix products are: `precision=medium` lets them be quicker.
+
+    TF32 on CUDA. On a CPU oneDNN's kernels take over, with bf16 inside where the processor has
+    matrix units for it, and with fp32 where it has not.
+    """
+    import torch
+
+    torch.set_float32_matmul_precision("medium" if precision == "medium" else "highest")
 
 
 def cpp_compiler() -> str:

@@ -28,10 +28,20 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import ToTensor
 from tqdm import tqdm
 
-from _common import cpp_compiler, device_name, refuse, shown, tune_cpu
+from _common import (
+    Parser,
+    cpp_compiler,
+    device_name,
+    make_folder,
+    refuse,
+    set_products,
+    shown,
+    tell_interrupts,
+    tune_cpu,
+)
 from vae_torch import VAE, train
 from vae_torch.checkpoint import write_atomically
-from vae_torch.config import ConfigError
+from vae_torch.config import CHOICES, ConfigError
 from vae_torch.data import ImageDataset, image_loader
 from vae_torch.evaluate import importance_log_px
 from vae_torch.runlog import versions
@@ -62,11 +72,11 @@ def main() -> None:
         "versions": versions(),
     }
     if not options.quick:
+        report["scale"] = scaling()
         report["run"] = whole_run()
     report["ratios"] = ratios(seconds, report.get("run"))
     show(report)
     path = Path(options.json)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
     plot(report, path.with_suffix(".png"))
     print(f"\nwritten to {shown(path.resolve())} and {path.with_suffix('.png').name} beside it")
@@ -74,13 +84,14 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="under a minute: short, not compiled")
     parser.add_argument("--json", default="outputs/benchmark.json", help="where the figures go")
     parser.add_argument("--repetitions", type=int, default=5, help="timed turns, at least 1")
     options = parser.parse_args()
     if options.repetitions < 1:
         refuse(f"--repetitions {options.repetitions}: must be 1 or more")
+    make_folder("--json", Path(options.json).parent)  # before minutes of measuring
     return options
 
 
@@ -95,22 +106,24 @@ def training_contestants(images: Tensor, *, compiled: bool) -> dict[str, Run]:
         vae = VAE((PIXELS,), LATENT, HIDDEN)
 
         def run() -> float:
+            set_products(precision)
             history = train(
                 vae, loader, test_loader, epochs=1, precision=precision, compile=compile
             )
+            set_products("fp32")
             return EPOCH / float(history["train/images_per_second"][0])
 
         return run
 
-    rows = {"ours, fp32": ours("fp32", False), "ours, bf16": ours("bf16", False)}
+    rows = {f"ours, {precision}": ours(precision, False) for precision in CHOICES["precision"]}
     if compiled:
         try:
             cpp_compiler()
         except ConfigError as error:
             print(f"left out: {error}", file=sys.stderr)
         else:
-            rows["ours, fp32, compiled"] = ours("fp32", True)
-            rows["ours, bf16, compiled"] = ours("bf16", True)
+            for precision in CHOICES["precision"]:
+                rows[f"ours, {precision}, compiled"] = ours(precision, True)
     return rows | {
         "torchvision loop": lambda: scale * tutorial_loop(images),
         "numpy loop": lambda: scale * numpy_loop(images),
@@ -291,6 +304,28 @@ def whole_run() -> dict[str, float]:
     return {"seconds": seconds, "steps_seconds": steps}
 
 
+def scaling() -> list[dict[str, float]]:
+    """Images per second of a pass over ever more images, and the peak memory by then."""
+    found = []
+    for n in (15_000, 30_000, 60_000, 600_000):
+        images = torch.randint(0, 256, (n, PIXELS), dtype=torch.uint8)
+        labels = torch.zeros(n, dtype=torch.int64)
+        loader = image_loader(ImageDataset(images, labels), BATCH, shuffle=True)
+        test_loader = image_loader(ImageDataset(images[:1], labels[:1]), BATCH)
+        history = train(VAE((PIXELS,), LATENT, HIDDEN), loader, test_loader, epochs=1)
+        rate = float(history["train/images_per_second"][0])
+        megabytes = images.numel() / 2**20
+        found.append(
+            {
+                "images": n,
+                "images_per_second": rate,
+                "images_mib": round(megabytes),
+                "peak_memory_mib": peak_memory_mib(),
+            }
+        )
+    return found
+
+
 def summary(times: list[float]) -> dict[str, Any]:
     """Median and range of the turns."""
     return {"median": statistics.median(times), "low": min(times), "high": max(times)}
@@ -330,6 +365,11 @@ def show(report: dict[str, Any]) -> None:
     print()
     for name, ratio in report["ratios"].items():
         print(f"{name:38}{ratio:8.2f}")
+    for row in report.get("scale", []):
+        print(
+            f"{row['images']:7} images: {row['images_per_second']:.0f} a second, peak memory "
+            f"{row['peak_memory_mib']} MiB, {row['images_mib']} of them the images"
+        )
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
@@ -372,4 +412,5 @@ def processor() -> str:
 
 
 if __name__ == "__main__":
+    tell_interrupts()
     main()

@@ -4,6 +4,7 @@ python scripts/evaluate.py run=DIR [eval.num_samples=5000 ...]
 """
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,17 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from _common import quote_paths, refuse, refuse_broken_files, resolve_device, shown, tune_cpu, typed
+from _common import (
+    leave_disk_errors_to_main,
+    quote_paths,
+    refuse,
+    refuse_broken_files,
+    resolve_device,
+    shown,
+    tell_interrupts,
+    tune_cpu,
+    typed,
+)
 from vae_torch.config import ConfigError, EvaluateConfig, check_evaluate
 
 ConfigStore.instance().store(name="schema_evaluate", node=EvaluateConfig)
@@ -24,6 +35,7 @@ def main(cfg: DictConfig) -> None:
     from vae_torch.checkpoint import CheckpointError
     from vae_torch.data import DataError
 
+    threading.excepthook = leave_disk_errors_to_main
     try:
         if OmegaConf.is_missing(cfg, "run"):
             raise ConfigError("run is missing: name a run folder, run=outputs/<date>/<time>")
@@ -32,6 +44,8 @@ def main(cfg: DictConfig) -> None:
         evaluate_run(config)
     except (ConfigError, CheckpointError, DataError) as error:
         refuse(str(error))
+    except OSError as error:
+        refuse(f"run={cfg.run}: cannot be written ({error.strerror}); make room and run it again")
 
 
 def evaluate_run(config: EvaluateConfig) -> None:
@@ -41,7 +55,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
     from vae_torch.checkpoint import load_run, write_atomically
     from vae_torch.data import data_hash, image_dataset, loaders_of
     from vae_torch.evaluate import evaluate_model, exact_log_px
-    from vae_torch.figures import log_px_map, save_png
+    from vae_torch.figures import log_px_map
     from vae_torch.runlog import add_evaluation
 
     tune_cpu(None)
@@ -78,12 +92,12 @@ def evaluate_run(config: EvaluateConfig) -> None:
     print_card(card)
     path = run_dir / "evaluation.json"
     write_atomically(path, (json.dumps(card, indent=2) + "\n").encode())
-    add_evaluation(run_dir, card, run_config.train.epochs)
+    picture = None
     if vae.latent_dim == 2 and config.eval.exact is not False:
         test_set = image_dataset(test_loader)
         x, _ = test_set.__getitems__(torch.arange(min(2000, len(test_set))))
         picture = log_px_map(vae, x, exact_log_px(vae, x).log_px)
-        save_png(picture, run_dir / "figures" / "log_px.png")
+    add_evaluation(run_dir, card, run_config.train.epochs, picture)
     print(f"\nwritten to {shown(path.resolve())}")
 
 
@@ -109,6 +123,7 @@ def print_card(card: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    tell_interrupts()
     refuse_broken_files()
     quote_paths("run", "data_root")
     hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")(main)()

@@ -11,7 +11,16 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from _common import quote_paths, refuse, refuse_broken_files, resolve_device, shown, tune_cpu, typed
+from _common import (
+    quote_paths,
+    refuse,
+    refuse_broken_files,
+    resolve_device,
+    shown,
+    tell_interrupts,
+    tune_cpu,
+    typed,
+)
 from vae_torch.config import ConfigError, ExploreConfig, check_explore
 
 ConfigStore.instance().store(name="schema_explore", node=ExploreConfig)
@@ -83,6 +92,7 @@ def explore_run(config: ExploreConfig) -> Path:
 
 
 if __name__ == "__main__":
+    tell_interrupts()
     refuse_broken_files()
     quote_paths("run", "data_root")
     hydra.main(version_base="1.3", config_path="../conf", config_name="explore")(main)()

@@ -15,7 +15,8 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from _common import quote_paths, refuse, refuse_broken_files, typed
+from _common import quote_paths, refuse, refuse_broken_files, tell_interrupts, typed
+from vae_torch.checkpoint import write_atomically
 from vae_torch.config import ConfigError
 
 BEGIN, END = "<!-- results: written by scripts/reproduce.py -->", "<!-- end of results -->"
@@ -69,9 +70,11 @@ def main(cfg: DictConfig) -> None:
                 refuse(f"row {name}, seed {seed}: {' '.join(error.cmd[1:])} failed")
     table = table_of(config)
     readme = Path(config.readme)
-    if not is_trial(config) and readme.exists() and BEGIN in readme.read_text():
-        before, rest = readme.read_text().split(BEGIN)
-        readme.write_text(before + BEGIN + "\n" + table + "\n" + END + rest.split(END)[1])
+    text = readme.read_text("utf-8") if readme.exists() else ""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if end and not is_trial(config):
+        write_atomically(readme, f"{before}{begin}\n{table}\n{end}{after}".encode())
     print(table)
 
 
@@ -112,12 +115,24 @@ def run_and_evaluate(config: ReproduceConfig, row: Row, seed: int) -> None:
         settings = command_of(row).split()[1:]
         settings += [f"seed={seed}", f"data.root={config.data_root}", f"hydra.run.dir={run_dir}"]
         settings += ["train.resume=auto", *config.overrides]
-        subprocess.run([sys.executable, str(scripts / "train.py"), *settings], check=True)
+        call([sys.executable, str(scripts / "train.py"), *settings])
     if not (run_dir / "evaluation.json").exists():
         settings = [f"run={run_dir}", f"eval.num_samples={config.num_samples}"]
         settings += [f"data_root={config.data_root}"]
         settings += [f"eval.limit={config.limit_test}"] if config.limit_test else []
-        subprocess.run([sys.executable, str(scripts / "evaluate.py"), *settings], check=True)
+        call([sys.executable, str(scripts / "evaluate.py"), *settings])
+
+
+def call(command: list[str]) -> None:
+    """Run it; on Ctrl-C, which both get, wait until it has written its checkpoint."""
+    with subprocess.Popen(command) as process:
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            process.wait()
+            raise
+    if status:
+        raise subprocess.CalledProcessError(status, command)
 
 
 def table_of(config: ReproduceConfig) -> str:
@@ -176,6 +191,7 @@ def summary_of(run_dir: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    tell_interrupts()
     refuse_broken_files()
     quote_paths("out", "data_root", "readme")
     hydra.main(version_base="1.3", config_path="../conf", config_name="reproduce")(main)()

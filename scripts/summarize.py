@@ -6,7 +6,7 @@ python scripts/summarize.py DIR [--metric log_px] [--group-by KEY ...] [--where 
 import argparse
 from pathlib import Path
 
-from _common import make_folder, refuse, shown
+from _common import Parser, make_folder, refuse, shown, tell_interrupts
 from vae_torch.checkpoint import write_atomically
 from vae_torch.figures import save_png
 from vae_torch.sweep import SweepError, plots, read_runs, summarize, to_csv, to_markdown
@@ -27,18 +27,21 @@ def main() -> None:
     make_folder("--out", out)
     text = to_markdown(summary, folder)
     print(text)
-    write_atomically(out / "summary.md", text.encode())
-    write_atomically(out / "summary.csv", to_csv(summary).encode())
     written = ["summary.md", "summary.csv"]
-    for name, figure in plots(summary).items():
-        save_png(figure, out / f"{name}.png")
-        written.append(f"{name}.png")
+    try:
+        write_atomically(out / "summary.md", text.encode())
+        write_atomically(out / "summary.csv", to_csv(summary).encode())
+        for name, figure in plots(summary).items():
+            save_png(figure, out / f"{name}.png")
+            written.append(f"{name}.png")
+    except OSError as error:
+        refuse(f"--out={out}: cannot be written ({error.strerror}); choose another folder")
     print(f"written to {shown(out.resolve())}: {', '.join(written)}")
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser = Parser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("folder", metavar="DIR", help="a sweep, several, or outputs/")
     parser.add_argument("--metric", default="test/elbo", help="of summary.json or evaluation.json")
     parser.add_argument("--group-by", nargs="+", default=[], metavar="KEY", help="only these keys")
@@ -50,4 +53,5 @@ def parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    tell_interrupts()
     main()

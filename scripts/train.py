@@ -18,7 +18,8 @@ import sys
 import threading
 import time
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,14 +37,17 @@ from _common import (
     EndedError,
     cpp_compiler,
     device_name,
+    leave_disk_errors_to_main,
     make_folder,
     quote_paths,
     refuse,
     refuse_broken_files,
     refuse_malformed,
     resolve_device,
+    set_products,
     shown,
     slow_bf16,
+    tell_interrupts,
     tune_cpu,
     typed,
 )
@@ -139,16 +143,23 @@ def main_run(cfg: DictConfig, run_dir: Path) -> float:
     """One run, from composed settings to a finished folder. Returns the final test elbo."""
     from vae_torch.checkpoint import CheckpointError
     from vae_torch.data import DataError
-    from vae_torch.runlog import RecordError
-    from vae_torch.train import DivergedError
+    from vae_torch.train import DivergedError, StoppedError
 
     logging.raiseExceptions = False  # where run.log cannot be written, the records say so, once
     threading.excepthook = leave_disk_errors_to_main
     try:
         config = typed(cfg, Config)
         check(config)
-        return run(config, run_dir, OmegaConf.to_yaml(cfg, resolve=True))
-    except (ConfigError, DataError, CheckpointError, RecordError) as error:
+        with StopSignals() as signals:
+            return run(config, run_dir, OmegaConf.to_yaml(cfg, resolve=True), signals)
+    except StoppedError as stopped:
+        if (run_dir / "checkpoints" / "last.pt").exists():
+            log.info("stopped: %s\n  go on with    %s", stopped, resume_command(run_dir))
+        else:
+            log.info("stopped: %s; nothing is lost, start it again", stopped)
+        remove_if_unused(run_dir)
+        sys.exit(128 + signals.number)
+    except (ConfigError, DataError, CheckpointError) as error:
         remove_if_unused(run_dir)
         refuse(str(error))
     except RuntimeError as error:
@@ -162,7 +173,7 @@ def main_run(cfg: DictConfig, run_dir: Path) -> float:
         fail(f"{error.filename or run_dir}: {error.strerror}", run_dir)
 
 
-def run(config: Config, run_dir: Path, config_text: str) -> float:
+def run(config: Config, run_dir: Path, config_text: str, signals: "StopSignals") -> float:
     """Data, model, loop, records: what a run is made of."""
     import torch
     from tqdm.contrib.logging import logging_redirect_tqdm
@@ -173,12 +184,8 @@ def run(config: Config, run_dir: Path, config_text: str) -> float:
     from vae_torch.runlog import RunLog
     from vae_torch.train import StoppedError, train
 
-    lock = FileLock(run_dir / LOCK)
     in_sweep = HydraConfig.get().mode is RunMode.MULTIRUN
-    try:  # the runs of a sweep that was killed take a moment to end
-        lock.acquire(timeout=10 if in_sweep else 0)
-    except Timeout:
-        refuse(f"hydra.run.dir={run_dir}: another process is writing this run; wait for it")
+    lock = lock_run(run_dir, seconds=10 if in_sweep else 0)
     if config.train.resume and (run_dir / "summary.json").exists():  # in a sweep
         done = finished_elbo(run_dir, config)
         log.info("finished already: %s", shown(run_dir))
@@ -190,26 +197,30 @@ def run(config: Config, run_dir: Path, config_text: str) -> float:
         raise ConfigError(f"{run_dir}: holds a run already; two jobs of a sweep need two names")
     device = resolve_device(config.device)
     tune_cpu(config.threads)
+    set_products(config.precision)
     if config.precision == "bf16" and (warning := slow_bf16(device)):
         log.warning(warning)
     torch.manual_seed(config.seed)  # of the initial weights; the rest has generators of its own
 
     train_loader, test_loader = data.loaders_of(config, device)
+    hashes = {"train": data.data_hash(train_loader), "test": data.data_hash(test_loader)}
     vae = VAE.from_config(config).to(device)
-    checkpoints = Checkpoints(run_dir / "checkpoints", config, every=config.train.checkpoint_every)
+    checkpoints = Checkpoints(
+        run_dir / "checkpoints", config, every=config.train.checkpoint_every, data_sha256=hashes
+    )
     state = checkpoints.load("cpu") if config.train.resume else None
-    first_epoch = state["epoch"] if state else 0
-    records = RunLog(run_dir, config, config_text=config_text, first_epoch=first_epoch)
+    history = state["history"] if state else None
+    records = RunLog(run_dir, config, config_text=config_text, history=history)
     train_set, test_set = (data.image_dataset(loader) for loader in (train_loader, test_loader))
     # of jobs that run side by side each writes one line, at its end
     say = log.debug if "TQDM_DISABLE" in os.environ else log.info
     x, labels = test_set.__getitems__(torch.arange(min(5000, len(test_set))))  # for the pictures
-    signals = StopSignals()
     behind: dict[str, Any] = {}  # why the run is not worth going on with
 
     def record(metrics: dict[str, Any], model: VAE) -> None:
         records.log(metrics)
         epoch = metrics["epoch"]
+        speed = metrics["train/images_per_second"]  # 0 where a run goes on after the last step
         say(
             "epoch %3d/%d   train elbo %8.2f   test elbo %8.2f = reconstruction %8.2f - kl %.2f"
             "   %.1f s",
@@ -219,14 +230,15 @@ def run(config: Config, run_dir: Path, config_text: str) -> float:
             metrics["test/elbo"],
             metrics["test/reconstruction"],
             metrics["test/kl"],
-            len(train_set) / metrics["train/images_per_second"],
+            len(train_set) / speed if speed else 0.0,
         )
         every = config.train.figure_every
         last = epoch == config.train.epochs
-        if last or (every and epoch % every == 0):
-            records.figures(epoch, model, x, labels)
-        if last or (every and (epoch <= 10 or epoch % every == 0)):  # it grows fast at first
-            records.growth(epoch, model, x[:10])
+        with signals.at_once("drawing the figures"):
+            if last or (every and epoch % every == 0):
+                records.figures(epoch, model, x, labels)
+            if last or (every and (epoch <= 10 or epoch % every == 0)):  # it grows fast at first
+                records.growth(epoch, model, x[:10])
         judged = in_sweep and 0 < config.train.prune_after <= epoch and not last
         if judged and (reason := behind_median(run_dir)):
             behind.update(reason=reason, elbo=metrics["test/elbo"])
@@ -239,7 +251,7 @@ def run(config: Config, run_dir: Path, config_text: str) -> float:
         device_name(device),
     )
     try:
-        with logging_redirect_tqdm(), signals:
+        with logging_redirect_tqdm(), signals.after_a_step():
             history = train(
                 vae,
                 train_loader,
@@ -260,19 +272,15 @@ def run(config: Config, run_dir: Path, config_text: str) -> float:
             history,
             {
                 "device": device_name(device),
-                "data_sha256": {
-                    "train": data.data_hash(train_loader),
-                    "test": data.data_hash(test_loader),
-                },
+                "data_sha256": hashes,
             },
         )
-    except StoppedError as stopped:
-        if behind and not signals.received():
-            write_atomically(run_dir / PRUNED, (json.dumps(behind) + "\n").encode())
-            log.info("stopped early: %s", behind["reason"])
-            return float(behind["elbo"])
-        log.info("stopped: %s\n  go on with    %s", stopped, resume_command(run_dir))
-        sys.exit(128 + signals.number)
+    except StoppedError:
+        if signals.received() or not behind:
+            raise
+        write_atomically(run_dir / PRUNED, (json.dumps(behind) + "\n").encode())
+        log.info("stopped early: %s", behind["reason"])
+        return float(behind["elbo"])
     finally:
         with suppress(OSError):  # of a full disk; what is to be said about it is being said
             records.close()
@@ -283,27 +291,51 @@ def run(config: Config, run_dir: Path, config_text: str) -> float:
     return elbo
 
 
-def leave_disk_errors_to_main(args: threading.ExceptHookArgs) -> None:
-    """TensorBoard writes in a thread of its own, and raises what befell it there in ours too."""
-    if not isinstance(args.exc_value, OSError):
-        threading.__excepthook__(args)
-
-
 class StopSignals:
-    """Ctrl-C and SIGTERM end a run after its current step; a second Ctrl-C ends it at once."""
+    """Ctrl-C and SIGTERM end a run: with StoppedError, or where steps are taken, after the step.
+
+    A second Ctrl-C ends it at once, without a word.
+    """
 
     def __init__(self) -> None:
         self.number = 0
+        self._doing: str | None = "before the first step"  # None: `received` is asked
 
     def received(self) -> bool:
         """Whether the run is to end."""
         return self.number > 0
 
-    def __enter__(self) -> None:
+    def after_a_step(self) -> AbstractContextManager[None]:
+        """Within, the training loop asks `received`."""
+        return self._now(None, "after the last epoch")
+
+    def at_once(self, doing: str) -> AbstractContextManager[None]:
+        """Within, no step is under way that could be broken: it ends where it is."""
+        return self._now(doing, None)
+
+    @contextmanager
+    def _now(self, doing: str | None, then: str | None) -> Iterator[None]:
+        self._set(doing)
+        yield
+        self._set(then)
+
+    def _set(self, doing: str | None) -> None:
+        self._doing = doing
+        if self.number and doing:
+            self._stop()
+
+    def _stop(self) -> NoReturn:
+        from vae_torch.train import StoppedError
+
+        doing, self._doing = self._doing, None  # what follows is not interrupted
+        raise StoppedError(doing)
+
+    def __enter__(self) -> "StopSignals":
         self._before = {}
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows none
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._note)
+        return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
@@ -313,6 +345,23 @@ class StopSignals:
         if self.number and number == signal.SIGINT:
             os._exit(128 + number)
         self.number = number
+        if self._doing:
+            self._stop()
+
+
+def lock_run(run_dir: Path, *, seconds: float = 0) -> FileLock:
+    """The run's folder for this process alone; locking it again in this process counts.
+
+    Args:
+        run_dir: The folder.
+        seconds: To wait: the runs of a sweep that was killed take a moment to end.
+    """
+    lock = FileLock(run_dir.absolute() / LOCK, is_singleton=True)
+    try:
+        lock.acquire(timeout=seconds)
+    except Timeout:
+        refuse(f"hydra.run.dir={run_dir}: another process is writing this run; wait for it")
+    return lock
 
 
 class RefuseBadRuns(Callback):
@@ -348,6 +397,7 @@ class RefuseBadRuns(Callback):
         except (OSError, OmegaConfBaseException) as error:
             refuse(f"hydra.run.dir: cannot be used ({str(error)[:300]}); choose another folder")
         make_folder("hydra.run.dir", run_dir)
+        self._lock = lock_run(run_dir)  # before Hydra writes its notes over another process's
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """The values that the sweep does not vary; each job checks its own again."""
@@ -393,6 +443,8 @@ def report(folder: Path) -> bool:
     if lost:
         print(f"  go on with         the same command, sweep.dir={place}")
     print(f"  table and plots    {shown(Path(sys.executable))} scripts/summarize.py {place}")
+    tensorboard = shown(Path(sys.executable).parent / "tensorboard")
+    print(f"  curves             {tensorboard} --logdir {place}")
     return bool(lost)
 
 
@@ -586,8 +638,12 @@ def remove_if_unused(run_dir: Path) -> None:
 
 
 def tell_what_next(run_dir: Path, elbo: float) -> None:
-    """The last lines of a run: where it is and what to open."""
+    """The last lines of a run: where it is and what to open.
+
+    TensorBoard is given the day's folder, beside whose other runs it calls this one by its name.
+    """
     tensorboard = shown(Path(sys.executable).parent / "tensorboard")
+    named = any(str(o).startswith("hydra.run.dir=") for o in HydraConfig.get().overrides.hydra)
     log.info(
         "\nDone: test elbo %.2f nats per image.\n"
         "  run folder    %s\n"
@@ -597,11 +653,12 @@ def tell_what_next(run_dir: Path, elbo: float) -> None:
         shown(run_dir),
         shown(run_dir / "figures"),
         tensorboard,
-        shown(run_dir),
+        shown(run_dir if named else run_dir.parent),
     )
 
 
 if __name__ == "__main__":
+    tell_interrupts()
     refuse_broken_files()
     OmegaConf.register_new_resolver("after_time", after_time)
     OmegaConf.register_new_resolver("python_here", python_here)

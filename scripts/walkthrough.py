@@ -13,17 +13,20 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
 from vae_torch import VAE, ObjectiveConfig, kl_standard_normal, mnist_loaders, train
 from vae_torch.figures import (
+    image_grid,
     interpolation_figure,
     latent_scatter,
     manifold_grid,
     reconstruction_figure,
     sample_grid,
     save_png,
+    to_pixels,
     traversal_figure,
 )
 
@@ -139,7 +142,21 @@ collapsed = VAE(input_shape=(784,), latent_dim=2, intermediate_dim=512)
 keras = train(
     collapsed, train_loader, test_loader, epochs=EPOCHS, objective=ObjectiveConfig(name="keras")
 )
-show("7_collapse", reconstruction_figure(collapsed, x[:10]))
+
+# %% [markdown]
+# Ten test images; under them what the notebook's loss makes of them, then what the ELBO does.
+
+# %%
+some = x[:10]
+both = torch.cat([some, collapsed.reconstruct(some), vae.reconstruct(some)])
+show("7_collapse_and_cure", image_grid(both, 10), scale=2)
+
+# %% [markdown]
+# And their latent spaces, side by side: a heap that tells no digit from another, and a map.
+
+# %%
+planes = [to_pixels(latent_scatter(model, x, labels)) for model in (collapsed, vae)]
+show("8_latent_collapse_and_cure", np.hstack(planes))
 
 # %%
 print(f"{'test, nats per image':24}{'the notebook':>14}{'the ELBO':>14}")

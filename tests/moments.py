@@ -1,4 +1,4 @@
-"""Ends this very process with SIGKILL at a moment that is named, for tests/test_reliability.py.
+"""Ends this very process at a moment that is named, for tests/test_reliability.py.
 
 Nothing in the product knows of it: it takes the place of what the product calls.
 """
@@ -17,15 +17,21 @@ from pathlib import Path
 STAGES = ("half", "before", "after")
 
 
-def kill_at(what, where, name=""):
+ending = signal.SIGKILL
+
+
+def kill_at(what, where, name="", number=signal.SIGKILL):
     """Arrange the end.
 
     Args:
-        what: `step`, `evaluation` (inside it), `record` (half of one is in TensorBoard's file), one
-            of STAGES, or `seconds` after the first step.
+        what: `read` (of the data), `step`, `evaluation` (inside it), `record` (half of one is in
+            TensorBoard's file), one of STAGES, or `seconds` after the first step.
         where: The how manieth; for `seconds`, how many.
         name: Of the file, for STAGES.
+        number: The signal that the process gets.
     """
+    global ending
+    ending = number
     count = itertools.count(1)
 
     def reached():
@@ -37,6 +43,8 @@ def kill_at(what, where, name=""):
         at_steps(lambda: next(count) == 1 and die_in(where))
     elif what == "evaluation":
         in_an_evaluation(reached)
+    elif what == "read":
+        while_data_is_read(reached)
     elif what == "record":
         in_a_record(reached)
     else:
@@ -44,7 +52,7 @@ def kill_at(what, where, name=""):
 
 
 def die():
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), ending)
 
 
 def die_in(seconds):
@@ -53,7 +61,7 @@ def die_in(seconds):
     if not os.fork():
         time.sleep(seconds)
         if os.getppid() == run:
-            os.kill(run, signal.SIGKILL)
+            os.kill(run, ending)
         os._exit(0)
 
 
@@ -63,16 +71,29 @@ def at_steps(call):
     register_optimizer_step_post_hook(lambda *_: call())
 
 
+def while_data_is_read(reached):
+    data = importlib.import_module("vae_torch.data")
+    read = data.read_idx
+
+    def read_idx(*order, **settings):
+        if reached():
+            die()
+        return read(*order, **settings)
+
+    data.read_idx = read_idx
+
+
 def in_an_evaluation(reached):
     loop = importlib.import_module("vae_torch.train")  # `vae_torch.train` is its function
     evaluate = loop.bound_metrics
 
     def end():
-        yield die()
+        die()
+        yield from ()
 
     def bound_metrics(vae, loader, *more, **settings):
         if reached():
-            loader = itertools.chain(itertools.islice(loader, 3), end())
+            loader = itertools.chain(itertools.islice(loader, 3), end(), loader)
         return evaluate(vae, loader, *more, **settings)
 
     loop.bound_metrics = bound_metrics
@@ -141,4 +162,5 @@ class DoomedFile:
             self.file.write(content[: len(content) // 2])
             self.file.flush()
             die()
+            content = content[len(content) // 2 :]
         return self.file.write(content)

@@ -52,9 +52,11 @@ def place(made_up_root, tmp_path_factory, command_lines):
     state["config"]["model"]["name"] = "residual"
     save_checkpoint(other, state)
     spoilt_run("interrupted")
-    (spoilt_run("torn").parent.parent / "metrics.jsonl").write_text("{\n{}\n")
     for name, text in (("no-yaml", "- 'seed=0\n"), ("no-list", ""), ("no-text", "\0")):
         (spoilt_run(name).parent.parent / ".hydra" / "overrides.yaml").write_text(text)
+    others = spoilt_run("others")
+    state = load_checkpoint(others)
+    save_checkpoint(others, {**state, "data_sha256": {"train": "0", "test": "0"}})
     (spoilt_run("no-history").parent / "history.jsonl").write_text("{}\n")
 
     for name, file, array in (
@@ -68,6 +70,9 @@ def place(made_up_root, tmp_path_factory, command_lines):
         path = place / name / RAW / file
         path.unlink() if array is None else path.write_bytes(idx_bytes(array))
     shutil.copytree(made_up_root, place / "terabytes")
+    shutil.copytree(made_up_root, place / "wide")
+    wide = b"\0\0\x0c\x03" + np.array([600, 28, 28], ">u4").tobytes() + bytes(4 * 600 * 784)
+    (place / "wide" / RAW / "train-images-idx3-ubyte").write_bytes(wide)
     header = b"\0\0\x08\x03" + (2**31).to_bytes(4, "big") + (28).to_bytes(4, "big") * 2
     (place / "terabytes" / RAW / "t10k-images-idx3-ubyte").write_bytes(header)
     (place / "config").mkdir()
@@ -111,7 +116,7 @@ REFUSED = [
     ("train.py seed=4294967296", "seed=4294967296"),
     ("train.py device=gpu", "device=gpu: must be auto, cpu, cuda or cuda:N"),
     ("train.py device=cuda:99", "device=cuda:99: .* use device=cpu"),
-    ("train.py precision=fp16", "precision=fp16: must be one of fp32, bf16"),
+    ("train.py precision=fp16", "precision=fp16: must be one of fp32, medium, bf16"),
     ("train.py threads=0", "threads=0"),
     ("train.py likelihood=poisson", "likelihood=poisson: must be one of bernoulli"),
     ("train.py likelihood=gaussian data.binarize=dynamic", "use likelihood=bernoulli, or"),
@@ -142,7 +147,7 @@ REFUSED = [
     ("train.py train.resume=cut", "cut/checkpoints/last.pt: damaged"),
     ("train.py train.resume=other", "had model.name=residual, this one has mlp; resume with"),
     ("train.py train.resume=interrupted seed=3", "had seed=0, this one has 3"),
-    ("train.py train.resume=torn", "torn/metrics.jsonl: line 1 is not JSON"),
+    ("train.py train.resume=others", "others/checkpoints/last.pt: .* other images .* put those"),
     ("train.py train.resume=no-yaml", "no-yaml/.hydra/overrides.yaml: line 2: no YAML"),
     ("train.py train.resume=no-list", "no-list/.hydra/overrides.yaml: holds no list"),
     ("train.py train.resume=no-text", "no-text/.hydra/overrides.yaml: no YAML"),
@@ -159,6 +164,7 @@ REFUSED = [
     (f"train.py hydra.run.dir={'x' * 5000}", "hydra.run.dir.* choose another folder"),
     ("train.py data.root=large", r"large/.*train-images.*\(600, 32, 32\).* 28x28"),
     ("train.py data.root=flat", r"flat/.*\(600, 784\)"),
+    ("train.py data.root=wide", r"wide/.*train-images.* of int64; images must be 28x28 bytes"),
     ("train.py data.root=fewer", "599 labels for 600 images; delete both"),
     ("train.py data.root=no-labels", "data.root=no-labels, .* put train-labels-idx1-ubyte"),
     ("train.py data.root=no-images", "put t10k-images-idx3-ubyte"),
@@ -194,7 +200,20 @@ REFUSED = [
     ("reproduce.py seeds=[-1]", r"seeds=\[-1\]"),
     ("reproduce.py num_samples=0", "num_samples=0"),
     ("reproduce.py limit_test=0", "limit_test=0"),
+    ("reproduce.py num_samples=10 +seed=1", "seed: no such key"),
     ("benchmark.py --repetitions 0", "--repetitions 0: must be 1 or more"),
+    ("benchmark.py --repetitions two", "--repetitions: invalid int value: 'two'; --help"),
+    ("benchmark.py --json /dev/null/x.json", "--json=/dev/null: .* choose another folder"),
+    ("benchmark.py --fast", "unrecognized arguments: --fast; --help"),
+    ("summarize.py", "arguments are required: DIR; --help"),
+    ("summarize.py nowhere", "nowhere: "),
+    ("summarize.py config", "config: holds no run; name"),
+    ("summarize.py good --metric test/elbow", "test/elbow"),
+    ("summarize.py good --group-by model.latnt_dim", "model.latnt_dim"),
+    ("summarize.py good --where seed", "seed"),
+    ("summarize.py good --where seed=7", "seed=7"),
+    ("summarize.py good --out /dev/null/x", "--out=/dev/null/x: .* choose another folder"),
+    ("summarize.py good --metrics loss", "--metrics"),
 ]
 
 # Refused by Hydra: its message, status 1.

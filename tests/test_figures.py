@@ -67,9 +67,14 @@ def test_png_holds_the_picture(tmp_path, small_vae):
 
 
 def pictures_of(figure, row, columns):
-    """What the panels of one row show."""
-    panels = figure.axes[row * columns : (row + 1) * columns]
-    return np.stack([panel.get_images()[0].get_array() for panel in panels])
+    """What one row of 28 x 28 pictures shows, two pixels apart."""
+    table = np.asarray(figure.axes[0].get_images()[0].get_array())
+    assert table.shape[1] == 2 + 30 * columns
+    return np.stack([table[2 + 30 * row :, 2 + 30 * i :][:28, :28] for i in range(columns)])
+
+
+def names_of(axis):
+    return [label.get_text() for label in axis.get_ticklabels()]
 
 
 def test_reconstructions_carry_their_nats(small_vae):
@@ -77,7 +82,9 @@ def test_reconstructions_carry_their_nats(small_vae):
     figure = reconstruction_figure(small_vae, x)
     probabilities = small_vae.reconstruct(x)
     nats = -torch.distributions.Bernoulli(probabilities, validate_args=False).log_prob(x).sum(1)
-    assert [a.get_xlabel() for a in figure.axes[4:]] == [f"{n:.0f}" for n in nats]
+    assert names_of(figure.axes[0].xaxis) == [f"{n:.0f}" for n in nats]
+    places = figure.axes[0].get_xticks()
+    np.testing.assert_allclose(places, [15.5 + 30 * i for i in range(4)])  # under their pictures
     np.testing.assert_allclose(pictures_of(figure, 0, 4), x.reshape(4, 28, 28))
     np.testing.assert_allclose(pictures_of(figure, 1, 4), probabilities.reshape(4, 28, 28))
 
@@ -97,7 +104,8 @@ def active_in(dimensions, latent_dim):
 def test_traversal_moves_the_active_dimensions():
     vae, x = active_in([4, 1], latent_dim=6), torch.rand(300, 784)
     figure = traversal_figure(vae, x, steps=3)
-    assert [a.get_ylabel() for a in figure.axes if a.get_ylabel()] == ["z₅", "z₂"]
+    assert names_of(figure.axes[0].yaxis) == ["z₅", "z₂"]
+    assert names_of(figure.axes[0].xaxis) == ["-3.0", "0", "+3.0"]
     means = vae.encode(x)[0].detach()
     z = means[:1].repeat(3, 1)
     z[:, 1] = means[:, 1].mean() + torch.tensor([-3.0, 0.0, 3.0]) * means[:, 1].std()
@@ -107,7 +115,7 @@ def test_traversal_moves_the_active_dimensions():
 
 def test_traversal_of_a_collapsed_model_shows_one_dimension():
     figure = traversal_figure(active_in([], latent_dim=3), torch.rand(50, 784), steps=3)
-    assert len(figure.axes) == 3
+    assert names_of(figure.axes[0].yaxis) == ["z₁"]
     assert "0 of 3 dimensions active" in figure.get_supxlabel()
 
 
@@ -153,6 +161,25 @@ def test_scatter_takes_the_two_most_active_dimensions():
     assert len({tuple(c.get_facecolor()[0]) for c in axes.collections}) == 10
     one = latent_scatter(active_in([0], 1), torch.rand(100, 784), labels).axes[0]
     assert (one.get_xlabel(), one.get_ylabel()) == ("z₁", "class")
+    assert names_of(one.yaxis) == [str(digit) for digit in range(10)]
+
+
+def test_scatter_of_a_collapsed_model_looks_like_one():
+    labels = torch.arange(100) % 10
+    axes = latent_scatter(active_in([], 2), torch.rand(100, 784), labels).axes[0]
+    assert axes.get_title().endswith("no dimension is active")
+    low, high = axes.get_xlim()
+    assert low < -2 < 2 < high
+    assert not axes.texts
+
+
+def test_no_class_name_hides_another():
+    x, labels = torch.rand(100, 784), torch.arange(100) % 10  # one heap: equal medians but for luck
+    axes = latent_scatter(active_in([1, 0], 2), x, labels).axes[0]
+    places = torch.tensor([text.xy for text in axes.texts])
+    wide = max(high - low for low, high in (axes.get_xlim(), axes.get_ylim()))
+    assert len(places) == 10
+    assert torch.pdist(places).min() > wide / 30
 
 
 def test_map_draws_the_posteriors_to_scale(small_vae):

@@ -1,23 +1,35 @@
 """Runs that are killed, stopped, starved of disk or started twice: by doing the damage."""
 
+import html
 import json
 import os
 import random
 import re
 import resource
 import signal
+import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.data import DataLoader
 
 from tests.command_lines import CommandLines
 from tests.conftest import REPOSITORY
-from vae_torch.checkpoint import Checkpoints, load_checkpoint, load_run
+from tests.test_untrusted_files import damaged
+from vae_torch import mnist_loaders
+from vae_torch.checkpoint import Checkpoints, load_checkpoint, load_run, write_atomically
+from vae_torch.data import image_dataset
+from vae_torch.runlog import RecordError, RunLog, read_metrics
+from vae_torch.sweep import LOCK
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +60,19 @@ def wait_for(process, beginning):
     raise AssertionError(process.stderr.read())
 
 
+def processor_seconds(pid):
+    """What a process has used so far: unlike the wall's time, no busy machine makes it more."""
+    ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+
+
+def wait(process):
+    """Exit status, and the processor's seconds in all."""
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, used.ru_utime + used.ru_stime
+
+
 def what_stays(run_dir):
     """All of a run that must not depend on how often it was interrupted."""
     stays = {}
@@ -62,6 +87,14 @@ def what_stays(run_dir):
         for part in ("model", "training"):
             weights = state.get(part, {}).items()
             stays[name][part] = {name: tensor.numpy().tobytes() for name, tensor in weights}
+        stays[name]["optimizer"] = (
+            repr(state["optimizer"]["param_groups"]),
+            {
+                (parameter, key): value.numpy().tobytes()
+                for parameter, values in state["optimizer"]["state"].items()
+                for key, value in values.items()
+            },
+        )
     folder = run_dir / "figures"
     stays["figures"] = {
         str(path.relative_to(folder)): path.read_bytes()
@@ -90,11 +123,12 @@ def test_a_signal_ends_a_run_that_can_go_on(made_up_root, tmp_path, number):
     with start(command(made_up_root, cut, *more)) as process:
         wait_for(process, "epoch   2/8")
         process.send_signal(number)
-        began = time.monotonic()
-        out, error = process.communicate()
-        assert time.monotonic() - began < 5
-    assert process.returncode == 128 + number
-    assert error == ""
+        began = processor_seconds(process.pid)
+        out = process.stdout.read()
+        assert process.stderr.read() == ""
+        ended, seconds = wait(process)
+    assert ended == 128 + number
+    assert seconds - began < 5
     assert f"train.resume={cut}" in out
     state = load_checkpoint(cut / "checkpoints" / "last.pt")
     assert 1 < state["epoch"] + state["step"] / 150 < 8
@@ -112,11 +146,53 @@ def test_a_signal_ends_a_run_that_can_go_on(made_up_root, tmp_path, number):
         assert part in refused.stderr
     assert (cut / ".hydra" / "config.yaml").read_text() == settings
 
+    (cut / "metrics.jsonl").write_bytes(b"{}\xff")  # its checkpoint knows better
     resume = [sys.executable, "scripts/train.py", f"train.resume={cut}"]  # knows the overrides
     assert subprocess.run(resume, cwd=REPOSITORY, capture_output=True).returncode == 0
     with start(command(made_up_root, whole, *more)) as process:
         process.communicate()
     assert what_stays(cut) == what_stays(whole)
+
+
+# While the data is read, after a step, in an evaluation, in a figure, and after the last epoch.
+SIGNALS = [
+    (("read", 1), signal.SIGINT),
+    (("step", 12), signal.SIGTERM),
+    (("evaluation", 1), signal.SIGINT),
+    (("half", 1, "latent.png"), signal.SIGTERM),
+    (("before", 1, "kl.png"), signal.SIGINT),
+    (("half", 1, "growth.gif"), signal.SIGTERM),
+]
+
+
+def test_a_signal_ends_a_run_wherever_it_is(command_lines, made_up_root, tmp_path):
+    more = [
+        *("train.epochs=3", "train.figure_every=2", "data.binarize=dynamic", "train.ema=0.9"),
+        *("data.limit_train=100", "data.limit_test=50", "data.batch_size=10"),
+    ]
+
+    def run(run_dir, killed=None):
+        time.sleep(1)  # TensorBoard takes its files in the order of their seconds
+        order = command(made_up_root, run_dir, *more, "train.resume=auto")
+        return command_lines.run("train.py", *order[2:], killed=killed)
+
+    for moment, number in SIGNALS:
+        moment = [*moment, *[""] * (3 - len(moment)), number]
+        ended = run(tmp_path / "cut", moment)
+        assert ended.status == 128 + number, (moment, ended)
+        assert ended.error == ""
+        if moment[0] == "read":
+            assert "stopped: before the first step; nothing is lost" in ended.out
+            assert not (tmp_path / "cut").exists()
+        else:
+            assert f"train.resume={tmp_path / 'cut'}" in ended.out
+    for name in ("cut", "whole"):
+        ended = run(tmp_path / name)
+        assert ended.status == 0, ended.error
+    expected = what_stays(tmp_path / "whole")
+    for part, got in what_stays(tmp_path / "cut").items():
+        assert got == expected[part], part
+    assert not list((tmp_path / "cut").rglob(".*.part"))
 
 
 def test_resume_auto_finds_the_newest_interrupted_run_of_these_settings(
@@ -153,6 +229,116 @@ def test_two_processes_cannot_write_one_run(made_up_root, tmp_path):
         assert "another process is writing this run" in error
         assert process.poll() is None
         process.kill()
+
+
+def test_a_run_that_is_refused_leaves_the_notes_of_the_one_that_runs(
+    command_lines, made_up_root, tmp_path
+):
+    notes = tmp_path / "run" / ".hydra" / "config.yaml"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("the other's")
+    with FileLock(tmp_path / "run" / LOCK):
+        order = command(made_up_root, tmp_path / "run", "train.resume=auto")
+        ended = command_lines.run("train.py", *order[2:])
+    assert ended.status == 2
+    assert "another process is writing this run" in ended.error
+    assert notes.read_text() == "the other's"
+
+
+def test_points_are_on_disk_before_the_checkpoint_that_counts_on_them(
+    config, tmp_path, monkeypatch
+):
+    """However slow the thread that writes them: a run may be killed right after."""
+    write = RecordWriter.write
+    monkeypatch.setattr(RecordWriter, "write", lambda *a: (time.sleep(0.05), write(*a)))
+    records = RunLog(tmp_path, config, config_text="")
+    records.log({"epoch": 1, "test/loss": 3.5, "test/kl_per_dim": [0.5] * 9})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert len(events.Tags()["scalars"]) == 10
+    records.close()
+
+
+def test_a_continued_runs_metrics_are_those_of_its_checkpoint(config, tmp_path):
+    rows = [{"epoch": n, "test/elbo": n / 3, "kl": [n / 7, -n]} for n in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1, "test/elbo": 7}\n{"epo')
+    history = {name: [row[name] for row in rows] for name in rows[0]}
+    RunLog(tmp_path, config, config_text="", history=history).close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == rows
+
+
+@pytest.mark.filterwarnings("ignore:html5lib's sanitizer:DeprecationWarning")
+def test_texts_in_tensorboard_show_what_they_are(config, tmp_path, monkeypatch):
+    from tensorboard.plugin_util import markdown_to_safe_html  # what its pages show texts with
+
+    evil = "a: '```'\n\nb: <script>alert(1)</script>\n\n# c\n- '[x](javascript:alert(1)) `'"
+    monkeypatch.setattr(sys, "orig_argv", ["python", "train.py", "a=`<b>x</b>`\n\n*y*"])
+    RunLog(tmp_path, config, config_text=evil).close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for name, expected in (
+        ("config", evil),
+        ("command", "python train.py 'a=`<b>x</b>`\n\n*y*'"),
+    ):
+        (text,) = events.Tensors(f"{name}/text_summary")[0].tensor_proto.string_val
+        shown = re.fullmatch(
+            r"<pre><code>(.*)</code></pre>", markdown_to_safe_html(text).strip(), re.DOTALL
+        )
+        assert html.unescape(shown[1]).strip() == expected
+
+
+def test_damaged_metrics_are_whole_epochs_or_refused(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    good = "".join(json.dumps({"epoch": n, "loss": n / 3}) + "\n" for n in range(1, 9)).encode()
+    dice = random.Random(0)
+    refused = []
+    for _ in range(200):
+        path.write_bytes(damaged(good, dice))
+        try:
+            assert all(isinstance(metrics["epoch"], int) for metrics in read_metrics(tmp_path))
+        except RecordError as error:
+            refused.append(str(error))
+    assert len(refused) > 50
+    assert all(str(path) in said for said in refused)
+    for end in range(len(good)):  # a torn last line
+        path.write_bytes(good[:end])
+        assert [m["epoch"] for m in read_metrics(tmp_path)][: good[:end].count(b"\n")] == [
+            *range(1, good[:end].count(b"\n") + 1)
+        ]
+
+
+def test_who_writes_one_file_at_the_same_time_leaves_it_whole(tmp_path):
+    path = tmp_path / "evaluation.json"
+    contents = [bytes([65 + n]) * 200_000 for n in range(4)]
+    path.write_bytes(contents[0])
+
+    def write(content):
+        for _ in range(15):
+            write_atomically(path, content)
+            assert path.read_bytes() in contents
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, contents))
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_data_order_does_not_depend_on_workers_or_threads(made_up_root):
+    loader, _ = mnist_loaders(made_up_root, name="fashion_mnist", batch_size=70, seed=3)
+    loader.batch_sampler.set_epoch(5)
+    expected = [labels.tolist() for _, labels in loader]
+    shuffled = [label for batch in expected for label in batch]
+    assert shuffled != image_dataset(loader).labels.tolist()
+    assert sorted(shuffled) == sorted(image_dataset(loader).labels.tolist())
+    for workers, threads in ((0, 2), (1, 1), (2, 1)):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        loader.batch_sampler.set_epoch(5)
+        again = DataLoader(
+            loader.dataset, batch_sampler=loader.batch_sampler, num_workers=workers,
+            collate_fn=loader.collate_fn,
+        )  # fmt: skip
+        assert [labels.tolist() for _, labels in again] == expected
+        torch.set_num_threads(before)
 
 
 def test_a_full_disk_is_told_in_one_line(made_up_root, tmp_path):
@@ -298,31 +484,57 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_was_left_alone(
 def test_ten_thousand_epochs_and_500_figures_stay_flat(made_up_root, tmp_path):
     """Memory, open files and checkpoints of a long run, each 500 epochs; TensorBoard loads it."""
     more = [
-        *("train.epochs=10000", "train.figure_every=20", "model.latent_dim=100"),
+        *("train.epochs=10000", "train.figure_every=20", "model.latent_dim=100", "threads=1"),
         *("data.limit_train=100", "data.limit_test=50"),
     ]
     run_dir = tmp_path / "run"
     looks = []
-    with start(command(made_up_root, run_dir, *more)) as process:
-        here = Path(f"/proc/{process.pid}")
+
+    def look(epoch, process):
+        here = Path(f"/proc/{process}")
+        resident = int(re.search(r"VmRSS:\s+(\d+)", (here / "status").read_text())[1])
+        # a file that is being written is open for a moment
+        files = []
+        for _ in range(20):
+            files.append(len(list((here / "fd").iterdir())))
+            time.sleep(0.01)
+        checkpoint = (run_dir / "checkpoints" / "last.pt").stat().st_size
+        looks.append((resident / 1024, min(files), checkpoint))
+        print(epoch, *looks[-1], flush=True)
+
+    began = time.monotonic()
+    with (tmp_path / "errors").open("w") as errors:
+        order = command(made_up_root, run_dir, *more)
+        process = subprocess.Popen(
+            order, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=errors, text=True
+        )
         for line in process.stdout:
             epoch = re.match(r"epoch +(\d+)/", line)
             if epoch and int(epoch[1]) % 500 == 0 and int(epoch[1]) < 10000:
-                resident = int(re.search(r"VmRSS:\s+(\d+)", (here / "status").read_text())[1])
-                size = (run_dir / "checkpoints" / "last.pt").stat().st_size
-                looks.append((int(epoch[1]), resident / 1024, len(list((here / "fd").iterdir()))))
-                print(*looks[-1], size, flush=True)
-        assert process.wait() == 0, process.stderr.read()
-    _, memory, files = zip(*looks, strict=True)
-    assert memory[-1] - memory[0] < 25  # MiB; the history's own share is 14
-    assert len(set(files)) == 1
+                look(epoch[1], process.pid)
+        _, status, usage = os.wait4(process.pid, 0)  # `Popen.wait` does not tell the peak
+        process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0, (tmp_path / "errors").read_text()
+    print(f"{time.monotonic() - began:.0f} s, peak {usage.ru_maxrss / 1024:.0f} MiB")
+    memory, files, checkpoints = zip(*looks, strict=True)
+    half = len(memory) // 2  # a look can fall into a figure
+    growth = statistics.median(memory[half:]) - statistics.median(memory[:half])
+    print(f"{statistics.median(memory):.0f} MiB, {growth:+.0f} from the first half to the second")
+    assert growth < 25  # MiB; the history's own share is 7
+    # the end holds the history as plain lists
+    assert usage.ru_maxrss / 1024 - statistics.median(memory) < 250
+    assert len(set(files[half:])) == 1  # matplotlib keeps a font open, once one is met
+    assert len(set(checkpoints)) == 1
 
-    size = (run_dir / "checkpoints" / "last.pt").stat().st_size
-    assert size < 1.2e6
     state = Checkpoints(run_dir / "checkpoints", load_run(run_dir)[1]).load("cpu")
     assert len(state["history"]["test/kl_per_dim"]) == 10000
     began = time.monotonic()
-    events = EventAccumulator(str(run_dir / "tensorboard"), {"images": 0, "scalars": 0}).Reload()
+    events = EventAccumulator(str(run_dir / "tensorboard"), {"tensors": 0, "scalars": 0}).Reload()
     print(f"TensorBoard loads in {time.monotonic() - began:.0f} s")
-    assert len(events.Scalars("test/kl_per_dim/99")) == 10000
-    assert len(events.Images("samples")) == 500
+    points = events.Scalars("test_kl_per_dim/z100")
+    assert [p.step for p in points] == list(range(1, 10001))
+    pictures = events.Tensors("figures/2_samples")
+    assert [p.step for p in pictures] == list(range(20, 10001, 20))
+    with Image.open(run_dir / "figures" / "growth.gif") as animation:
+        assert animation.n_frames <= 100
+        assert animation.n_frames > 50

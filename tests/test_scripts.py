@@ -8,9 +8,11 @@ import sys
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from tests.conftest import REPOSITORY
 from vae_torch import load_run
+from vae_torch.runlog import trial_name
 
 
 def run_script(name, *arguments, cwd=REPOSITORY):
@@ -60,14 +62,23 @@ def test_a_run_leaves_everything_that_is_promised(small, tmp_path):
     for name in ("run.log", ".hydra/config.yaml", "checkpoints/last.pt", "checkpoints/best.pt"):
         assert (run_dir / name).stat().st_size > 0, name
 
-    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"images": 0}).Reload()
+    events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
     for split in ("train", "test"):
         for name in ("loss", "elbo", "reconstruction", "kl"):
             points = events.Scalars(f"{split}/{name}")
             assert [p.step for p in points] == [1, 2]
             assert points[-1].value == pytest.approx(epochs[-1][f"{split}/{name}"])
-    assert pictures | {"kl"} <= set(events.Tags()["images"])
-    assert "config/text_summary" in events.Tags()["tensors"]
+    others = events.Tags()["tensors"]
+    shown = {tag.split("_")[1] for tag in others if tag.startswith("figures/")}
+    assert shown == pictures | {"kl"}
+    png = events.Tensors("figures/2_samples")[-1].tensor_proto.string_val[2]
+    assert png == (run_dir / "figures" / "samples.png").read_bytes()
+    assert {"config", "command"} <= set(others)
+    hparams = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    started = HParamsPluginData.FromString(hparams).session_start_info
+    assert started.hparams["model.intermediate_dim"].number_value == 16
+    assert started.hparams["compile"].HasField("bool_value")
+    assert started.group_name.startswith("a run (")
 
     vae, config = load_run(run_dir)
     assert (vae.intermediate_dim, config.data.name) == (16, "fashion_mnist")
@@ -87,6 +98,13 @@ def test_a_run_is_named_by_its_overrides(monkeypatch):
     assert "/" not in unruly
     assert unruly.isascii()
     assert len(unruly) < 255
+
+
+def test_a_trial_is_named_by_its_overrides_first(tmp_path):
+    day = tmp_path / "2026-11-24"
+    assert trial_name(day / "13-29-11_seed=1") == f"seed=1 ({day}/13-29-11)"
+    assert trial_name(day / "13-29-11") == f"defaults ({day}/13-29-11)"
+    assert trial_name(tmp_path / "a_run") == f"a_run ({tmp_path})"
 
 
 def test_multirun_names_its_runs_by_their_overrides(small, tmp_path):
@@ -128,6 +146,8 @@ def test_evaluation_card_of_a_run(small, tmp_path):
     events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
     points = events.Scalars("evaluation/log_px")
     assert points[-1].value == pytest.approx(stored["log_px"]["value"])
+    assert (run_dir / "figures" / "log_px.png").stat().st_size > 0
+    assert {"evaluation", "figures/8_log_px"} <= set(events.Tags()["tensors"])
 
 
 def test_a_trial_of_the_results_table_touches_no_readme(made_up_root, tmp_path):

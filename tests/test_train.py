@@ -136,6 +136,8 @@ def test_bf16_follows_fp32(made_up_root):
     ]
     assert elbos[0] != elbos[1]
     assert elbos[0] == pytest.approx(elbos[1], abs=2.0)
+    with pytest.raises(ValueError, match="precision is 'fp16'; known are fp32, medium, bf16"):
+        train(new_vae(), *loaders(made_up_root), epochs=1, precision="fp16")
 
 
 @pytest.mark.parametrize("likelihood", ["continuous_bernoulli", "gaussian"])
@@ -167,7 +169,7 @@ def test_divergence_names_epoch_step_and_term(made_up_root, tmp_path, config):
     hook = register_optimizer_step_post_hook(break_after_seven)
     checkpoints = Checkpoints(tmp_path, config)
     try:
-        with pytest.raises(DivergedError, match=r"epoch 2, step 2: .*reconstruction nan, kl \d"):
+        with pytest.raises(DivergedError, match=r"epoch 2, step 2: .*nan, kl \d.*before: loss \d"):
             train(vae, *loaders(made_up_root), epochs=3, checkpoints=checkpoints)
     finally:
         hook.remove()
@@ -223,6 +225,29 @@ def test_a_run_stopped_inside_an_epoch_goes_on_with_the_same_bits(
     (history, weights), (expected, expected_weights) = run("cut"), run("whole")
     assert history == expected
     assert all(torch.equal(weights[name], w) for name, w in expected_weights.items())
+
+
+def test_a_run_stopped_in_its_log_logs_that_epoch_again(made_up_root, tmp_path, config):
+    def run(folder, stop_in=None):
+        logged = []
+
+        def log(metrics, _):
+            logged.append(without_speed(metrics))
+            if metrics["epoch"] == stop_in:
+                raise StoppedError
+
+        vae, checkpoints = new_vae(), Checkpoints(tmp_path / folder, config)
+        try:
+            train(vae, *loaders(made_up_root), epochs=3, log=log, checkpoints=checkpoints, ema=0.9)
+        except StoppedError:
+            vae = None
+        return logged, vae
+
+    whole, vae = run("whole")
+    assert run("cut", stop_in=2) == (whole[:2], None)
+    again, resumed = run("cut")
+    assert again == whole[1:]
+    assert all(map(torch.equal, vae.parameters(), resumed.parameters()))
 
 
 def test_warmup_and_schedule_reach_the_step(made_up_root):

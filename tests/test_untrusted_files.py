@@ -3,9 +3,11 @@
 The campaigns of 2,000 files are `slow`; the suite takes a sample of each.
 """
 
+import copy
 import gzip
 import hashlib
 import math
+import os
 import random
 import re
 import resource
@@ -17,8 +19,8 @@ import pytest
 import torch
 
 from tests.conftest import REPOSITORY
-from vae_torch import VAE
-from vae_torch.checkpoint import CheckpointError, Checkpoints, load_checkpoint
+from vae_torch import VAE, load_run
+from vae_torch.checkpoint import CheckpointError, Checkpoints, load_checkpoint, save_checkpoint
 from vae_torch.data import DataError, idx_bytes, load_images, read_idx
 
 CAMPAIGN = [pytest.param(100, id="sample"), pytest.param(2000, id="all", marks=pytest.mark.slow)]
@@ -66,6 +68,94 @@ def test_a_damaged_checkpoint_is_refused_or_exact(tmp_path, config, files):
         refused += 1
     assert refused > 0.9 * files
     print(f"{refused} of {files} refused")
+
+
+def sealed(content):
+    return content + b"VAETORCH" + hashlib.sha256(content).digest()
+
+
+@pytest.mark.parametrize("files", CAMPAIGN)
+def test_a_checkpoint_that_somebody_damaged_and_sealed_loads_or_is_refused(tmp_path, config, files):
+    """The seal tells damage, not who made it: no error of torch's own reaches the user."""
+    config.model.intermediate_dim = 4
+    checkpoints = Checkpoints(tmp_path / "checkpoints", config)
+    checkpoints.save({"epoch": 1, "model": VAE.from_config(config).state_dict()})
+    path = tmp_path / "checkpoints" / "last.pt"
+    good = path.read_bytes()[:-40]
+    assert sealed(good) == path.read_bytes()
+    dice = random.Random(files)
+    refused = []
+    for _ in range(files):
+        path.write_bytes(sealed(damaged(good, dice)))
+        for load in (load_run, lambda _: checkpoints.load("cpu")):
+            try:
+                load(tmp_path)
+            except CheckpointError as error:
+                refused.append(str(error))
+    assert all(str(path) in said and "\n" not in said for said in refused)
+    assert files / 2 < len(refused) < 2 * files
+    print(f"{len(refused)} of {2 * files} loads refused")
+
+
+ODD = [None, "x", -1, math.nan, 2**70, True, [], {"a": 1}, torch.ones(2)]
+
+
+@pytest.mark.parametrize(
+    "odd", [pytest.param(1, id="sample"), pytest.param(len(ODD), id="all", marks=pytest.mark.slow)]
+)
+def test_a_sealed_checkpoint_with_odd_values_loads_or_is_refused(tmp_path, config, odd):
+    config.model.intermediate_dim = 4
+    checkpoints = Checkpoints(tmp_path / "checkpoints", config)
+    weights = VAE.from_config(config).state_dict()
+    checkpoints.save({"epoch": 1, "step": 0, "best": 0.0, "model": weights, "optimizer": {}})
+    path = tmp_path / "checkpoints" / "last.pt"
+
+    def places(branch, above=()):
+        for key, leaf in branch.items():
+            yield (*above, key)
+            yield from places(leaf, (*above, key)) if isinstance(leaf, dict) else ()
+
+    good = load_checkpoint(path)
+    dice = random.Random(0)
+    refused, loads = [], 0
+    for *above, key in places(good):
+        for value in dice.sample(ODD, odd):
+            state = copy.deepcopy(good)
+            branch = state
+            for name in above:
+                branch = branch[name]
+            branch[key] = value
+            save_checkpoint(path, state)
+            for load in (load_run, lambda _: checkpoints.load("cpu")):
+                loads += 1
+                try:
+                    load(tmp_path)
+                except CheckpointError as error:
+                    refused.append(str(error))
+    assert all(said.startswith(str(path.parent)) and "\n" not in said for said in refused)
+    assert loads / 2 < len(refused) < loads
+    print(f"{len(refused)} of {loads} loads refused")
+
+
+def test_a_config_that_claims_a_huge_model_takes_no_memory(tmp_path, config):
+    config.model.intermediate_dim = 4
+    weights = VAE.from_config(config).state_dict()
+    config.model.intermediate_dim = 10_000
+    config.model.depth = 100
+    Checkpoints(tmp_path / "checkpoints", config).save({"epoch": 1, "model": weights})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match="does not fit its own config"):
+        load_run(tmp_path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB, of 40 GB
+
+
+def test_a_pipe_in_a_files_place_is_not_waited_for(tmp_path, config):
+    (tmp_path / "checkpoints").mkdir()
+    os.mkfifo(tmp_path / "checkpoints" / "last.pt")
+    with pytest.raises(CheckpointError, match=r"last\.pt: no file"):
+        load_run(tmp_path)
+    with pytest.raises(CheckpointError, match=r"last\.pt: no file"):
+        Checkpoints(tmp_path / "checkpoints", config).load("cpu")
 
 
 @pytest.mark.parametrize("files", CAMPAIGN)

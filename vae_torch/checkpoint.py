@@ -7,14 +7,17 @@ A run's history grows with it, so it lies beside its checkpoints, in `history.js
 at its end: a checkpoint holds how many of its bytes belong to it, and their SHA-256.
 """
 
+import fcntl
 import hashlib
 import io
 import json
 import os
 import pickle
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 
@@ -54,6 +57,8 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     Raises:
         CheckpointError: No such file, a damaged file, or one with anything but data inside.
     """
+    if path.exists() and not path.is_file():  # reading a pipe or a device might never end
+        raise CheckpointError(f"{path}: no file")
     try:
         sealed = path.read_bytes()
     except OSError as error:
@@ -65,28 +70,43 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
         )
     try:
         state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: refused, it holds more than tensors and plain values "
-            f"({str(error).splitlines()[0]})"
+            f"{path}: refused, it holds more than tensors and plain values ({_line(error)})"
         ) from None
-    if not isinstance(state, dict) or not {"config", "model"} <= state.keys():
+    except Exception as error:  # bytes that somebody made and sealed can raise anything
+        raise CheckpointError(f"{path}: torch cannot read it ({_line(error)})") from None
+    parts = [state.get(key) for key in ("config", "model")] if isinstance(state, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts):
         raise CheckpointError(f"{path}: holds no model with its config")
-    return state
+    return cast(dict[str, Any], state)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside, flush to disk, rename over."""
+    """Write beside, flush to disk, rename over; who does so at the same time waits for it."""
     scratch = path.with_name(f".{path.name}.part")
-    try:
-        with scratch.open("wb") as file:
+    with _locked(scratch) as file:
+        try:
+            file.truncate(0)  # a process that was killed may have left something
             file.write(content)
             file.flush()
             os.fsync(file.fileno())  # the rename must not reach the disk before the bytes do
-        scratch.replace(path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
+            scratch.replace(path)
+        except BaseException:
+            scratch.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[BinaryIO]:
+    """A file for this process alone; made where it is not there."""
+    while True:
+        with path.open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            # while this process waited, another may have renamed or removed it
+            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                yield file
+                return
 
 
 class Checkpoints:
@@ -97,11 +117,20 @@ class Checkpoints:
         config: Of the run; stored inside, so that a checkpoint explains itself.
         every: Time between two `last.pt`: epochs, or minutes as in `"10min"`. The final epoch and
             a run that is asked to stop always leave one.
+        data_sha256: Of the images and labels, by split. A run does not go on with others.
     """
 
-    def __init__(self, folder: Path, config: Config, *, every: int | str = 1) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: Config,
+        *,
+        every: int | str = 1,
+        data_sha256: dict[str, str] | None = None,
+    ) -> None:
         self.folder = folder
         self.config = config
+        self.data_sha256 = data_sha256
         self.epochs, self.seconds = checkpoint_interval(every)
         self._saved = time.monotonic()
         self._history = _History(folder / "history.jsonl")
@@ -126,8 +155,8 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         rest = {key: value for key, value in state.items() if key != "history"}
         sealed = self._history.write(state.get("history", {}))
-        config = self.config.to_dict()
-        save_checkpoint(self.folder / name, {"config": config, **rest, "history_seal": sealed})
+        about = {"config": self.config.to_dict(), "data_sha256": self.data_sha256}
+        save_checkpoint(self.folder / name, {**about, **rest, "history_seal": sealed})
 
     def load(self, device: torch.device | str) -> dict[str, Any] | None:
         """The last state with its history, or None where the run has none yet.
@@ -146,8 +175,17 @@ class Checkpoints:
                     f"{path}: its run had {key}={was.get(key)}, this one has {now.get(key)}; "
                     "resume with the settings that it was started with"
                 )
-        if "history_seal" in state:  # older checkpoints hold their history
-            state["history"] = self._history.read(**state["history_seal"])
+        had = state.get("data_sha256")
+        if had and self.data_sha256 and had != self.data_sha256:
+            raise CheckpointError(
+                f"{path}: its run had other images or labels than lie under data.root="
+                f"{self.config.data.root} now; put those back"
+            )
+        if "history" not in state:  # as in older ones
+            seal = state.get("history_seal")
+            if not isinstance(seal, dict) or list(map(type, seal.values())) != [int, str]:
+                raise CheckpointError(f"{path}: holds no seal of its history")
+            state["history"] = self._history.read(*seal.values())
         return state
 
 
@@ -167,11 +205,7 @@ class _History:
         """Add the epochs that are not in the file yet; returns the seal for a checkpoint."""
         epochs = len(next(iter(history.values()), []))
         if epochs > self._epochs:
-            rows = (
-                {name: values[epoch] for name, values in history.items()}
-                for epoch in range(self._epochs, epochs)
-            )
-            lines = "".join(json.dumps(row, default=list) + "\n" for row in rows).encode()
+            lines = "".join(history_lines(history, self._epochs)).encode()
             with self.path.open("r+b" if self._size else "wb") as file:
                 file.seek(self._size)
                 file.truncate()
@@ -205,6 +239,12 @@ class _History:
         return {name: [row[name] for row in rows] for name in (rows[0] if rows else {})}
 
 
+def history_lines(history: dict[str, list[Any]], first: int = 0) -> list[str]:
+    """A line of JSON for each epoch of a history from its `first` on."""
+    rows = zip(*(values[first:] for values in history.values()), strict=True)
+    return [json.dumps(dict(zip(history, row, strict=True)), default=list) + "\n" for row in rows]
+
+
 def load_run(
     run_dir: str | Path, *, checkpoint: str = "last", device: torch.device | str = "cpu"
 ) -> tuple[VAE, Config]:
@@ -228,14 +268,18 @@ def load_run(
     state = load_checkpoint(path, device)
     try:
         config = config_from_dict(state["config"])
-        vae = VAE.from_config(config)
-        vae.load_state_dict(state["model"])
-    except (ConfigError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+        with torch.device("meta"):  # takes no memory: a config can claim any size
+            vae = VAE.from_config(config)
+        vae.load_state_dict(state["model"], assign=True)
+    except (ConfigError, RuntimeError, TypeError) as error:
         raise CheckpointError(
-            f"{path}: does not fit its own config ({reason[:200]}); name another run"
+            f"{path}: does not fit its own config ({_line(error)}); name another run"
         ) from None
-    return vae.to(device), config
+    return vae.to(device, torch.float32), config
+
+
+def _line(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:200]
 
 
 def _what_matters(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -246,5 +290,5 @@ def _what_matters(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             flat |= _what_matters(value, f"{name}.")
         elif name not in _MAY_CHANGE:
-            flat[name] = value
+            flat[name] = value if isinstance(value, int | float | str | None) else repr(value)
     return flat

@@ -12,7 +12,7 @@ from typing import Any
 
 # The allowed words of every key that takes one of a few.
 CHOICES: dict[str, tuple[str, ...]] = {
-    "precision": ("fp32", "bf16"),
+    "precision": ("fp32", "medium", "bf16"),
     "likelihood": ("bernoulli", "continuous_bernoulli", "gaussian"),
     "prior": ("standard", "mixture", "vamp"),
     "model.name": ("mlp", "residual", "conv"),
@@ -191,8 +191,12 @@ def config_from_dict(values: dict[str, Any]) -> Config:
         if not isinstance(values, dict):
             raise ConfigError(f"{prefix or 'config'} is {values!r}; expected a mapping")
         known = {f.name: f for f in fields(cls)}
-        if unknown := sorted(set(values) - set(known)):
+        if unknown := sorted(map(str, values.keys() - known.keys())):
             raise ConfigError(f"unknown key {prefix}{unknown[0]}")
+        for name, value in values.items():
+            kind = known[name].type
+            if not (isinstance(kind, type) and is_dataclass(kind)) and not _is_a(value, kind):
+                raise ConfigError(f"{prefix}{name}={value!r}: is of another type")
         built = {
             name: build(f.type, values[name], f"{prefix}{name}.")
             if isinstance(f.type, type) and is_dataclass(f.type)
@@ -208,6 +212,15 @@ def config_from_dict(values: dict[str, Any]) -> Config:
     config: Config = build(Config, values, "")
     check(config)
     return config
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Whether a field of this type may have this value."""
+    if kind is Any:
+        kind = int | str
+    if kind is float:
+        kind = int | float
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def check(config: Config) -> None:

@@ -121,9 +121,10 @@ def load_images(
 
     images = _read_verified(name, root, images_file)
     labels = _read_verified(name, root, labels_file)
-    if images.ndim != 3 or images.shape[1:] != (_SIDE, _SIDE):
+    if images.ndim != 3 or images.shape[1:] != (_SIDE, _SIDE) or images.dtype != np.uint8:
         raise DataError(
-            f"{_find(root, folder, images_file)}: shape {images.shape}; images must be 28x28"
+            f"{_find(root, folder, images_file)}: shape {images.shape} of {images.dtype}; images "
+            "must be 28x28 bytes"
         )
     if labels.ndim == 2:  # QMNIST's labels are a table whose first column is the class
         labels = labels[:, 0]
@@ -179,10 +180,10 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
     def __getitems__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels x (B, pixels) float32 in [0, 1], and labels (B,)."""
         indices = torch.as_tensor(indices, device=self.images.device)
-        x = self.images[indices].float().div_(255)
+        x = self.images.index_select(0, indices).float().div_(255)
         if self.binarize_generator is not None:
             x = torch.bernoulli(x, generator=self.binarize_generator)
-        return x, self.labels[indices]
+        return x, self.labels.index_select(0, indices)
 
 
 class EpochBatches(Sampler[Tensor]):

@@ -100,9 +100,10 @@ def manifold_grid(vae: VAE, *, rows: int = 20) -> Tensor:
 
 
 def latent_scatter(vae: VAE, x: Tensor, labels: Tensor) -> "Figure":
-    """Posterior means of images, coloured by class, with each class's number at its median.
+    """Posterior means of images, coloured by class, with each class's number near its median.
 
     With more than two latents: the two whose means vary most. With one: the class is the height.
+    Two units around the origin are always in view, so that a collapsed posterior looks like one.
 
     Args:
         vae: The model.
@@ -124,20 +125,45 @@ def latent_scatter(vae: VAE, x: Tensor, labels: Tensor) -> "Figure":
         axes.scatter(
             across[chosen], up[chosen], s=5, c=colour, alpha=0.75, linewidths=0, label=str(digit)
         )
-    for digit in names if len(names) <= len(DIGIT_COLOURS) else ():
-        at = (np.median(across[classes == digit]), np.median(up[classes == digit]))
-        axes.annotate(
-            str(digit), at, fontsize=13, weight="bold", ha="center", va="center",
-            path_effects=[withStroke(linewidth=3, foreground="white")],
-        )  # fmt: skip
-    axes.set_title(f"Posterior means of {len(x):,} test images")
+    middle = np.median(up)
+    axes.update_datalim([(-2, -2 if more else middle), (2, 2 if more else middle)])
+    axes.autoscale_view()
+    active = bool((means.var(0) > ACTIVE_UNIT_VARIANCE).any()) if len(x) > 1 else False
+    if len(names) <= len(DIGIT_COLOURS):
+        axes.legend(title="class", loc="center left", bbox_to_anchor=(1, 0.5), markerscale=4)
+    if len(names) <= len(DIGIT_COLOURS) and (active or not more):
+        low, high = np.array([axes.get_xlim(), axes.get_ylim()]).T
+        medians = [[np.median(v[classes == digit]) for v in (across, up)] for digit in names]
+        for digit, at in zip(
+            names, _apart(np.array(medians), (high - low).max() / 24), strict=True
+        ):
+            axes.annotate(
+                str(digit), at, fontsize=13, weight="bold", ha="center", va="center",
+                path_effects=[withStroke(linewidth=3, foreground="white")],
+            )  # fmt: skip
+    if not more and len(names) <= len(DIGIT_COLOURS):
+        axes.set_yticks(names)
+    state = "" if active else "; no dimension is active"
+    axes.set_title(f"Posterior means of {len(x):,} test images{state}")
     axes.set_xlabel(f"z{_subscript(first)}")
     axes.set_ylabel(f"z{_subscript(more[0])}" if more else "class")
     if more:
         axes.set_aspect("equal")
-    if len(names) <= len(DIGIT_COLOURS):
-        axes.legend(title="class", loc="center left", bbox_to_anchor=(1, 0.5), markerscale=4)
     return figure
+
+
+def _apart(places: np.ndarray, distance: float) -> np.ndarray:
+    """Places (n, 2), moved until no two are nearer than `distance`, or some two hundred times."""
+    places = places + 1e-6 * distance * np.arange(len(places))[:, None] * [1, -1]  # no two equal
+    for _ in range(200):
+        away = places[:, None] - places[None]  # (n, n, 2)
+        lengths = np.linalg.norm(away, axis=-1)
+        lacking = np.clip(distance - lengths, 0, None)
+        np.fill_diagonal(lacking, 0)
+        if not lacking.any():
+            break
+        places = places + (away * (0.5 * lacking / np.maximum(lengths, 1e-12))[..., None]).sum(1)
+    return places
 
 
 @torch.no_grad()
@@ -154,22 +180,17 @@ def reconstruction_figure(vae: VAE, x: Tensor) -> "Figure":
     mean, _ = vae.encode(x)
     logits = vae.decode(mean)
     nats = -vae.likelihood.log_prob(x.reshape(-1, *vae.input_shape), logits)
-    rows = [squares(x), squares(vae.likelihood.mean(logits).flatten(1))]
-    figure, panels = _panels(2, len(x))
-    for row, images in zip(panels, rows, strict=True):
-        for panel, image in zip(row, images, strict=True):
-            panel.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1)
-    for panel, number in zip(panels[1], nats.tolist(), strict=True):
-        panel.set_xlabel(f"{number:.0f}", fontsize=9)
-    panels[0][0].set_ylabel("image", fontsize=9)
-    panels[1][0].set_ylabel("decoded", fontsize=9)
-    figure.supxlabel("-log p(x | z) at the posterior mean, nats", fontsize=9)
-    return figure
+    return _tiles(
+        torch.cat([squares(x.flatten(1)), squares(vae.likelihood.mean(logits).flatten(1))]),
+        rows=["image", "decoded"],
+        columns=[f"{number:.0f}" for number in nats.tolist()],
+        caption="-log p(x | z) at the posterior mean, nats",
+    )
 
 
 @torch.no_grad()
 def traversal_figure(
-    vae: VAE, x: Tensor, *, steps: int = 11, dimensions: int = 12, context: int = 1000
+    vae: VAE, x: Tensor, *, steps: int = 11, dimensions: int = 40, context: int = 1000
 ) -> "Figure":
     """One image decoded while one latent moves: a row per active dimension, most active first.
 
@@ -185,23 +206,23 @@ def traversal_figure(
     active = [d for d in _most_active(means) if means[:, d].var() > ACTIVE_UNIT_VARIANCE]
     shown = active[:dimensions] or _most_active(means)[:1]
     ticks = torch.linspace(-3, 3, steps)
-    figure, panels = _panels(len(shown), steps)
-    for row, dim in zip(panels, shown, strict=True):
+    ways = []
+    for dim in shown:
         z = means[:1].repeat(steps, 1)
         z[:, dim] = means[:, dim].mean() + ticks * means[:, dim].std()
-        for panel, image in zip(row, _decoded(vae, z), strict=True):
-            panel.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1)
-        row[0].set_ylabel(f"z{_subscript(dim)}", rotation=0, ha="right", va="center", fontsize=10)
-    for panel, tick in zip(panels[-1], ticks.tolist(), strict=True):
-        panel.set_xlabel(f"{tick:+.1f}".replace("+0.0", "0").replace("-0.0", "0"), fontsize=8)
-    hidden = f", {len(active) - len(shown)} more not shown" if len(active) > len(shown) else ""
-    some = f"{len(active)} of {vae.latent_dim} dimensions active{hidden}"
-    figure.supxlabel(f"standard deviations of the posterior means; {some}", fontsize=9)
-    return figure
+        ways.append(z)
+    hidden = f", {len(active) - len(shown)} not shown" if len(active) > len(shown) else ""
+    return _tiles(
+        _decoded(vae, torch.cat(ways)),
+        rows=[f"z{_subscript(dim)}" for dim in shown],
+        columns=[f"{t:+.1f}".replace("+0.0", "0").replace("-0.0", "0") for t in ticks.tolist()],
+        caption=f"standard deviations of the posterior means\n"
+        f"{len(active)} of {vae.latent_dim} dimensions active{hidden}",
+    )
 
 
 @torch.no_grad()
-def interpolation_figure(vae: VAE, x: Tensor, *, steps: int = 11) -> "Figure":
+def interpolation_figure(vae: VAE, x: Tensor, *, steps: int = 9) -> "Figure":
     """The way from one image to another in latent space: straight, and on a sphere.
 
     In many dimensions the prior's mass lies on a shell, which a straight way leaves; the spherical
@@ -222,17 +243,13 @@ def interpolation_figure(vae: VAE, x: Tensor, *, steps: int = 11) -> "Figure":
         "straight": torch.lerp(means[0], means[1], torch.linspace(0, 1, steps)[:, None]),
         "spherical": spherical_interpolation(means[0], means[1], steps=steps),
     }
-    figure, panels = _panels(len(ways), steps + 2)
-    ends = squares(x.flatten(1))
-    for row, (name, z) in zip(panels, ways.items(), strict=True):
-        images = [ends[0], *_decoded(vae, z), ends[1]]
-        for panel, image in zip(row, images, strict=True):
-            panel.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1)
-        row[0].set_ylabel(name, fontsize=9)
-    panels[-1][0].set_xlabel("image", fontsize=9)
-    panels[-1][-1].set_xlabel("image", fontsize=9)
-    panels[-1][(steps + 2) // 2].set_xlabel("decoded on the way", fontsize=9)
-    return figure
+    start, end = squares(x.flatten(1)).split(1)
+    between = [""] * (steps // 2) + ["decoded on the way"] + [""] * (steps - steps // 2 - 1)
+    return _tiles(
+        torch.cat([torch.cat([start, _decoded(vae, z), end]) for z in ways.values()]),
+        rows=list(ways),
+        columns=["image", *between, "image"],
+    )
 
 
 def spherical_interpolation(start: Tensor, end: Tensor, *, steps: int) -> Tensor:
@@ -265,6 +282,9 @@ def kl_figure(vae: VAE, x: Tensor) -> "Figure":
     axes.bar(range(len(kl)), kl[order].numpy(), color=colours)
     axes.axvline(count - 0.5, color="#555555", linestyle="--", linewidth=1)
     axes.set_title(f"{count} of {len(kl)} dimensions active (left of the line)", fontsize=11)
+    half = max(len(kl), 6) / 2 + 0.3  # one bar is no wall
+    axes.set_xlim((len(kl) - 1) / 2 - half, (len(kl) - 1) / 2 + half)
+    axes.set_ylim(0, max(1.05 * kl.max().item(), 0.1))  # a collapsed one is no tower
     every = -(-len(kl) // 40)
     axes.set_xticks(range(0, len(kl), every), [str(int(d) + 1) for d in order[::every]], fontsize=8)
     axes.set(xlabel="latent dimension", ylabel="KL to N(0, 1), nats per image")
@@ -370,16 +390,21 @@ def to_pixels(picture: "Tensor | Figure") -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def save_png(picture: "Tensor | Figure | np.ndarray", path: str | Path, *, scale: int = 1) -> None:
-    """Write a grid or plot as PNG; `scale` repeats each pixel, for grids of small images."""
+def to_png(picture: "Tensor | Figure | np.ndarray", *, scale: int = 1) -> bytes:
+    """A grid or plot as a PNG file; `scale` repeats each pixel, for grids of small images."""
     from PIL import Image
 
     pixels = picture if isinstance(picture, np.ndarray) else to_pixels(picture)
     if scale > 1:
         pixels = pixels.repeat(scale, 0).repeat(scale, 1)
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "png", optimize=True)
-    write_atomically(Path(path), buffer.getvalue())
+    Image.fromarray(pixels).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def save_png(picture: "Tensor | Figure | np.ndarray", path: str | Path, *, scale: int = 1) -> None:
+    """Write `to_png`."""
+    write_atomically(Path(path), to_png(picture, scale=scale))
 
 
 @torch.no_grad()
@@ -412,17 +437,36 @@ def _figure(width: float, height: float) -> "tuple[Figure, Axes]":
     return figure, axes
 
 
-def _panels(rows: int, columns: int) -> "tuple[Figure, np.ndarray]":
-    """A table of frameless pictures."""
+def _tiles(
+    images: Tensor, *, rows: Sequence[str], columns: Sequence[str], caption: str = ""
+) -> "Figure":
+    """Pictures (rows * columns, H, W) in a table with names; on one axis, as many are slow.
+
+    An image pixel is two by two on the screen, and the text can be read where TensorBoard shows the
+    whole in 350 pixels.
+    """
     from matplotlib.figure import Figure
 
-    size = (0.75 * columns + 0.6, 0.78 * rows + 0.5)
-    figure = Figure(figsize=size, dpi=110, layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False)
-    for panel in panels.flat:
-        panel.set(xticks=[], yticks=[])
-        panel.spines[:].set_visible(False)
-    return figure, panels
+    dpi, scale, size = 100, 2, 12  # size: of the text, in points
+    gap, letter, line = 2, 0.6 * size * dpi / 72, 1.35 * size * dpi / 72
+    grid = image_grid(images[:, None], len(columns), gap=gap)
+    height, width = (scale * side for side in grid.shape)
+    left, right = letter * max(map(len, rows)) + 12, 4
+    bottom = line * (bool(any(columns)) + len(caption.splitlines())) + 6
+    whole = (left + width + right, height + bottom)
+    figure = Figure(figsize=(whole[0] / dpi, whole[1] / dpi), dpi=dpi)
+    axes = figure.add_axes(
+        (left / whole[0], bottom / whole[1], width / whole[0], height / whole[1])
+    )
+    axes.imshow(grid.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+    tall, wide = (side + gap for side in images.shape[1:])
+    axes.set_xticks([gap / 2 + (i + 0.5) * wide - 0.5 for i in range(len(columns))], columns)
+    axes.set_yticks([gap / 2 + (i + 0.5) * tall - 0.5 for i in range(len(rows))], rows)
+    axes.tick_params(length=0, labelsize=size, pad=3)
+    axes.spines[:].set_visible(False)
+    if caption:
+        figure.supxlabel(caption, fontsize=size, y=2 / whole[1], va="bottom")
+    return figure
 
 
 def _subscript(dimension: int) -> str:

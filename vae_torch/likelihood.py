@@ -57,14 +57,15 @@ class _BernoulliTerms(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, logits: Tensor) -> Tensor:
         """(B, pixels) and (..., B, pixels) -> (..., B)."""
         ctx.save_for_backward(x, logits)
-        # softplus(l) = max(l, 0) + log(1 + exp(-|l|)), with one temporary of the pixels' size.
-        # A logarithm is dear and the sums of both parts are all that is wanted, so one is taken of
-        # the product of eight pixels, which lies in [1, 256]
+        # softplus(l) = max(l, 0) - log σ(|l|), with one temporary of the pixels' size. A logarithm
+        # is dear and only the sum is wanted, so one is taken of the product of eight pixels, which
+        # lies in [1/256, 1]
         size = logits.abs()
         positive = 0.5 * (logits.sum(-1) + size.sum(-1))
         groups = math.gcd(logits.shape[-1], 8)
-        rest = size.neg_().exp_().add_(1).unflatten(-1, (groups, -1)).prod(-2).log_().sum(-1)
-        terms: Tensor = torch.linalg.vecdot(x, logits) - positive - rest
+        rest = size.sigmoid_().unflatten(-1, (groups, -1)).prod(-2).log_().sum(-1)
+        # no vecdot: under autocast it would round both to bf16
+        terms: Tensor = (x * logits).sum(-1) - positive + rest
         return terms
 
     @staticmethod

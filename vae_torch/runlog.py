@@ -4,6 +4,7 @@ import ast
 import hashlib
 import json
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vae_torch.checkpoint import write_atomically
+from vae_torch.checkpoint import history_lines, write_atomically
 from vae_torch.config import Config
 from vae_torch.figures import (
+    DIGIT_COLOURS,
     growth_frame,
     interpolation_figure,
     kl_figure,
@@ -27,7 +29,7 @@ from vae_torch.figures import (
     save_gif,
     save_png,
     squares,
-    to_pixels,
+    to_png,
     traversal_figure,
 )
 from vae_torch.model import VAE
@@ -35,17 +37,32 @@ from vae_torch.prior import StandardNormal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from tensorboard.compat.proto.summary_pb2 import Summary
 
-_CURVES = ("loss", "elbo", "reconstruction", "kl")
-# where a run took place, not what it was
+_CURVES = {  # and what TensorBoard's chart of each is called
+    "elbo": "elbo: lower bound on log p(x); higher is better",
+    "reconstruction": "reconstruction: log p(x | z); higher is better",
+    "kl": "kl: what the latents cost",
+    "loss": "loss: what is minimised",
+}
+_KL_DIMS = "test_kl_per_dim"  # a group of its own: a chart for each of 40 latents
+# In TensorBoard's order, which is of the alphabet, and what is to be known of them there.
+_PICTURES = {
+    "reconstructions": "Test images over their reconstructions; under each, -log p(x | z) in nats.",
+    "samples": "Decoded draws from the prior, the same draws at every step.",
+    "latent": "Posterior means of test images by class; the two latents that vary most.",
+    "manifold": "The decoded latent plane at coordinates that cut the prior into equal masses "
+    "(Kingma and Welling, figure 4). The first latent grows to the right, the second upwards.",
+    "traversal": "One test image, decoded while one latent moves: a row for each active latent.",
+    "interpolation": "From one test image to another: straight, and on a sphere around the origin.",
+    "kl": "KL to N(0, 1) of each latent, in nats per image; left of the line the active ones.",
+}
+# where a run took place and what it wrote, not what it was
 _NO_HYPERPARAMETERS = (
-    "data.root",
-    "device",
-    "threads",
-    "train.resume",
-    "train.figure_every",
-    "train.prune_after",
+    *("data.root", "device", "threads"),
+    *("train.resume", "train.figure_every", "train.checkpoint_every", "train.prune_after"),
 )
+_GIF_FRAMES = 100  # of a long run at most: 25 s, about 8 MB
 _GRID_SCALE = 3  # a 28-pixel digit is a postage stamp on today's screens
 
 
@@ -60,12 +77,17 @@ class RunLog:
         run_dir: The folder; made if absent.
         config: Of the run.
         config_text: The resolved config as the user would read it.
-        first_epoch: Epochs already done when a run is continued; later records are dropped, so
-            that no epoch stands twice.
+        history: Of the epochs already done, when a run is continued: what its checkpoint holds.
+            `metrics.jsonl` is written anew from it, so that no epoch is there twice, or lacking.
     """
 
     def __init__(
-        self, run_dir: Path, config: Config, *, config_text: str, first_epoch: int = 0
+        self,
+        run_dir: Path,
+        config: Config,
+        *,
+        config_text: str,
+        history: dict[str, list[Any]] | None = None,
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter  # a second that only runs should pay
 
@@ -73,29 +95,41 @@ class RunLog:
         self.config = config
         (run_dir / "figures").mkdir(parents=True, exist_ok=True)
         self._metrics = run_dir / "metrics.jsonl"
-        kept = [m for m in read_metrics(run_dir) if m["epoch"] <= first_epoch]
-        text = "".join(json.dumps(m) + "\n" for m in kept)
-        write_atomically(self._metrics, text.encode())
+        lines = history_lines(history or {})
+        write_atomically(self._metrics, "".join(lines).encode())
         # of a first epoch too: a run killed in it may have left points
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_epoch + 1)
-        self._writer.add_text("config", f"```yaml\n{config_text}\n```")
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=len(lines) + 1)
         command = shlex.join(["python", *sys.orig_argv[1:]])
-        self._writer.add_text("command", f"`{command}`")
+        self._add(_text("command", _verbatim(command)), 0)
+        self._add(_text("config", _verbatim(config_text)), 0)
         # regular expressions: `kl` alone would draw kl_per_dim too
-        charts = {n: ["Multiline", [f"^train/{n}$", f"^test/{n}$"]] for n in _CURVES}
-        self._writer.add_custom_scalars({"train and test, nats per image": charts})
+        charts = {
+            title: ["Multiline", [f"^train/{name}$", f"^test/{name}$"]]
+            for name, title in _CURVES.items()
+        }
+        layout = {"train and test, nats per image": charts}
+        if config.prior == "standard":
+            each = {"a line for each latent": ["Multiline", [f"^{_KL_DIMS}/"]]}
+            layout["KL of each latent, test, nats per image"] = each
+        self._writer.add_custom_scalars(layout)
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """One epoch: a line of metrics.jsonl, and its points in TensorBoard."""
+        """One epoch: a line of metrics.jsonl, and its points in TensorBoard.
+
+        They are in their files when this returns: the checkpoint that follows counts on them.
+        """
         with self._metrics.open("a") as file:
             file.write(json.dumps(metrics) + "\n")
         epoch = metrics["epoch"]
         for name, value in metrics.items():
             if isinstance(value, list):
-                for dim, part in enumerate(value):
-                    self._writer.add_scalar(f"{name}/{dim}", part, epoch)
+                for dim, part in enumerate(value, 1):  # z₁ is the first, as in the pictures
+                    self._writer.add_scalar(f"{_KL_DIMS}/z{dim}", part, epoch)
+            elif name == "seconds":
+                self._writer.add_scalar("train/seconds_per_epoch", value, epoch)
             elif name != "epoch":
                 self._writer.add_scalar(name, value, epoch)
+        self._writer.flush()
 
     def figures(self, epoch: int, vae: VAE, x: Tensor, labels: Tensor) -> None:
         """Draw what the model does now, as PNG files and in TensorBoard.
@@ -119,15 +153,16 @@ class RunLog:
             pictures["manifold"] = manifold_grid(vae)
         if isinstance(vae.prior, StandardNormal):
             pictures["kl"] = kl_figure(vae, x)
-        for name, picture in pictures.items():
-            pixels = to_pixels(picture)
-            if isinstance(picture, Tensor):
-                scale = 2 if name == "manifold" else _GRID_SCALE
-                pixels = pixels.repeat(scale, 0).repeat(scale, 1)
-            save_png(pixels, self.run_dir / "figures" / f"{name}.png")
-            self._writer.add_image(
-                name, pixels, epoch, dataformats="HW" if pixels.ndim == 2 else "HWC"
-            )
+        for place, (name, description) in enumerate(_PICTURES.items(), 1):
+            if name in pictures:
+                picture = pictures[name]
+                scale = 1
+                if isinstance(picture, Tensor):
+                    scale = 2 if name == "manifold" else _GRID_SCALE
+                png = to_png(picture, scale=scale)
+                write_atomically(self.run_dir / "figures" / f"{name}.png", png)
+                self._add(_image(f"figures/{place}_{name}", png, description), epoch)
+        self._writer.flush()
 
     def growth(self, epoch: int, vae: VAE, x: Tensor) -> None:
         """Keep a frame of the animation that `finish` writes: `figures/growth/`.
@@ -153,7 +188,10 @@ class RunLog:
         if vae.latent_dim < 3:  # the projector's own PCA shows nothing of fewer than three
             means = torch.nn.functional.pad(means, (0, 3 - vae.latent_dim))
         names = [str(label) for label in labels.tolist()]
-        thumbnails = 1 - squares(x)[:, None]  # dark on light, as the projector's page is
+        # coloured by class on white, as the projector's page is, which itself begins without colour
+        colours = torch.tensor([list(bytes.fromhex(c[1:])) for c in DIGIT_COLOURS]) / 255
+        inks = colours[labels.cpu() % len(colours)]  # (N, 3)
+        thumbnails = 1 - squares(x)[:, None] * (1 - inks[:, :, None, None])
         self._writer.add_embedding(
             means, metadata=names, label_img=thumbnails, tag="latents",
             global_step=self.config.train.epochs,
@@ -187,8 +225,10 @@ class RunLog:
         }
         frames = sorted((self.run_dir / "figures" / "growth").glob("*.png"))
         if len(frames) > 1:
-            save_gif([read_png(path) for path in frames], self.run_dir / "figures" / "growth.gif")
-        self._write_hparams(final)
+            spread = torch.linspace(0, len(frames) - 1, min(len(frames), _GIF_FRAMES))
+            shown = [read_png(frames[i]) for i in spread.round().int()]
+            save_gif(shown, self.run_dir / "figures" / "growth.gif")
+        self._write_hparams()
         self._writer.close()
         text = json.dumps(summary, indent=2) + "\n"
         write_atomically(self.run_dir / "summary.json", text.encode())
@@ -198,8 +238,16 @@ class RunLog:
         """Close the files of a run that did not finish."""
         self._writer.close()
 
-    def _write_hparams(self, final: dict[str, Any]) -> None:
-        from torch.utils.tensorboard.summary import hparams
+    def _add(self, summary: "Summary", step: int) -> None:
+        self._writer._get_file_writer().add_summary(summary, step)
+
+    def _write_hparams(self) -> None:
+        """Only what the run was: TensorBoard then takes all its scalars for metrics.
+
+        torch's `add_hparams` would write besides which parameters and metrics there are, and
+        TensorBoard believe the first run about all of them, and not see which differ.
+        """
+        from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 
         flat: dict[str, Any] = {}
         for key, value in self.config.to_dict().items():
@@ -212,16 +260,57 @@ class RunLog:
             for k, v in flat.items()
             if isinstance(v, bool | int | float | str) and k not in _NO_HYPERPARAMETERS
         }
-        metrics = {f"final/{name}": final[f"test/{name}"] for name in _CURVES}
-        for record in hparams(known, metrics):
-            self._writer._get_file_writer().add_summary(record)
-        # after the last epoch: a run that is killed here and continued purges them, and no others
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, self.config.train.epochs + 1)
+        self._add(hparams_pb(known, trial_id=trial_name(self.run_dir)), 0)
 
 
-def add_evaluation(run_dir: Path, card: dict[str, Any], epoch: int) -> None:
-    """The evaluation card in a run's TensorBoard: its figures as points, the card as text."""
+def trial_name(run_dir: Path) -> str:
+    """Overrides first, then where: TensorBoard's table cuts a name's end off.
+
+    Of `outputs/<date>/<time>_<overrides>`: `<overrides> (outputs/<date>/<time>)`.
+    """
+    folder = run_dir.resolve()
+    time, _, overrides = folder.name.partition("_")
+    if re.fullmatch(r"\d\d-\d\d-\d\d", time):
+        return f"{overrides or 'defaults'} ({folder.with_name(time)})"
+    return f"{folder.name} ({folder.parent})"
+
+
+def _image(tag: str, png: bytes, description: str) -> "Summary":
+    """An image for TensorBoard as it lies on disk, with words that its page shows.
+
+    torch's `add_image` would encode it again, and has no words.
+    """
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.compat.proto.tensor_pb2 import TensorProto
+    from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+    from tensorboard.plugins.image.metadata import create_summary_metadata
+
+    width, height = (str(int.from_bytes(png[at : at + 4], "big")) for at in (16, 20))
+    tensor = TensorProto(
+        dtype="DT_STRING",
+        string_val=[width.encode(), height.encode(), png],
+        tensor_shape=TensorShapeProto(dim=[TensorShapeProto.Dim(size=3)]),
+    )
+    about = create_summary_metadata(display_name="", description=description)
+    return Summary(value=[Summary.Value(tag=tag, tensor=tensor, metadata=about)])
+
+
+def _text(tag: str, markdown: str) -> "Summary":
+    """A text for TensorBoard under its own name: torch's `add_text` appends `/text_summary`."""
+    from torch.utils.tensorboard.summary import text
+
+    summary = text(tag, markdown)
+    summary.value[0].tag = tag
+    return summary
+
+
+def add_evaluation(
+    run_dir: Path, card: dict[str, Any], epoch: int, log_px_map: "Figure | None" = None
+) -> None:
+    """The evaluation card in a run's TensorBoard: its figures as points, the card as text.
+
+    The map of log p(x), where there is one, goes to `figures/` as well.
+    """
     from torch.utils.tensorboard import SummaryWriter
 
     rows = ["| figure | value | standard error | unit | definition |", "|---|---|---|---|---|"]
@@ -232,7 +321,14 @@ def add_evaluation(run_dir: Path, card: dict[str, Any], epoch: int) -> None:
                 cells = (entry["value"], entry["standard_error"], entry["unit"])
                 rows.append(f"| {name} | {' | '.join(map(str, cells))} | {entry['definition']} |")
         verdict = "\n".join(f"- {sentence}" for sentence in card["verdict"])
-        writer.add_text("evaluation", "\n".join(rows) + f"\n\n{verdict}", epoch)
+        records = [_text("evaluation", "\n".join(rows) + f"\n\n{verdict}")]
+        if log_px_map is not None:
+            png = to_png(log_px_map)
+            write_atomically(run_dir / "figures" / "log_px.png", png)
+            about = "Exact log p(x) of test images where their posteriors lie, and some posteriors."
+            records.append(_image(f"figures/{len(_PICTURES) + 1}_log_px", png, about))
+        for record in records:
+            writer._get_file_writer().add_summary(record, epoch)
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -244,15 +340,23 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     path = run_dir / "metrics.jsonl"
     if not path.exists():
         return []
-    lines = path.read_text().splitlines()
+    lines = path.read_bytes().splitlines()
     epochs = []
     for number, line in enumerate(lines, 1):
         try:
             epochs.append(json.loads(line))
-        except json.JSONDecodeError:
+            if not isinstance(epochs[-1]["epoch"], int):
+                raise TypeError
+        except (ValueError, TypeError, KeyError):
+            del epochs[number - 1 :]
             if number < len(lines):
-                raise RecordError(f"{path}: line {number} is not JSON") from None
+                raise RecordError(f"{path}: line {number} is not the JSON of an epoch") from None
     return epochs
+
+
+def _verbatim(text: str) -> str:
+    """Markdown that shows any text as it is: an indented block has no end that it could contain."""
+    return "\n".join(f"    {line}" for line in text.splitlines())
 
 
 def versions() -> dict[str, str]:

@@ -10,8 +10,8 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from vae_torch.checkpoint import Checkpoints
-from vae_torch.config import ObjectiveConfig, OptimizerConfig, check_objective
+from vae_torch.checkpoint import CheckpointError, Checkpoints
+from vae_torch.config import CHOICES, ObjectiveConfig, OptimizerConfig, check_objective
 from vae_torch.data import EpochBatches, mix_seed
 from vae_torch.evaluate import Loader, bound_metrics
 from vae_torch.model import VAE
@@ -30,7 +30,7 @@ class DivergedError(ArithmeticError):
 
 
 class StoppedError(Exception):
-    """`stop` asked the loop to end; what was done so far is in the checkpoint."""
+    """`stop` or `log` asked the loop to end; what was done so far is in the checkpoint."""
 
 
 def train(
@@ -62,10 +62,12 @@ def train(
         objective: What to minimise; the ELBO when absent.
         optimizer: Adam with a learning rate of 1e-3 when absent.
         ema: Decay per step of averaged weights; they are evaluated, logged and kept in the end.
-        precision: `fp32`, or `bf16` for autocast matrix products.
-        compile: Compile the loss and its gradient with torch.compile.
+        precision: `bf16` for autocast matrix products; else tensors and products are fp32, as
+            exact as `torch.set_float32_matmul_precision` says.
+        compile: Compile the loss and its gradient with torch.compile; on CUDA as CUDA graphs.
         seed: Of the noise.
-        log: Called after every epoch with its metrics and the model they belong to.
+        log: Called after every epoch with its metrics and the model they belong to. It may raise
+            StoppedError, as `stop` does.
         checkpoints: Where to keep the state, and where to continue from. Continuing inside an epoch
             needs the loaders of `mnist_loaders`.
         stop: Asked after every step; when true, a checkpoint is written and the loop ends.
@@ -78,8 +80,10 @@ def train(
         DivergedError: The loss is NaN or infinite: says in which epoch, step and term.
         StoppedError: `stop` said so.
         ConfigError: The objective has options that it would ignore.
-        ValueError: No epoch, no image, or pixels outside [0, 1].
+        ValueError: No epoch, no image, an unknown precision, or pixels outside [0, 1].
     """
+    if precision not in CHOICES["precision"]:
+        raise ValueError(f"precision is {precision!r}; known are {', '.join(CHOICES['precision'])}")
     if epochs < 1 or not len(train_loader) or not len(test_loader):
         raise ValueError(
             f"epochs={epochs}, {len(train_loader)} batches to train on and {len(test_loader)} to "
@@ -92,11 +96,17 @@ def train(
     stepper = make_optimizer(vae, settings)
     averaged = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema else None
     evaluated: VAE = averaged.module if averaged else vae  # type: ignore[assignment]
-    terms_of = torch.compile(objective_terms, dynamic=False) if compile else objective_terms
+    terms_of = objective_terms
+    if compile:
+        graphs = "reduce-overhead" if device.type == "cuda" else None
+        terms_of = torch.compile(objective_terms, dynamic=False, mode=graphs)
 
     run = _Progress(vae, averaged, stepper, train_loader)
     if checkpoints and (state := checkpoints.load(device)):
-        run.load(state)
+        try:
+            run.load(state)
+        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+            raise CheckpointError(f"{checkpoints.folder}/last.pt: {error!r}"[:300]) from None
 
     steps = len(train_loader)
     done = run.epoch * steps + run.step
@@ -143,28 +153,28 @@ def train(
             test = bound_metrics(
                 evaluated, _until(stop, test_loader), objective, beta=beta, seed=seed
             )
+            if not math.isfinite(test["loss"]):
+                raise DivergedError(
+                    f"epoch {run.epoch + 1}: the test loss is {test['loss']} after the last step, "
+                    f"the training loss was {means['loss']:.6g}; {_ADVICE}"
+                )
+            metrics: Metrics = {
+                "epoch": run.epoch + 1,
+                **{f"train/{name}": value for name, value in means.items()},
+                **{f"test/{name}": value for name, value in test.items()},
+                "train/beta": beta,
+                "train/lr": stepper.param_groups[0]["lr"],
+                "train/images_per_second": sum(run.sizes[first:]) / seconds,
+                "seconds": time.perf_counter() - began,  # evaluation included
+            }
+            if log:  # asked to stop in it, a continued run evaluates and logs the epoch again
+                log(metrics, evaluated)
         except StoppedError:
             bar.close()
             if checkpoints:
                 checkpoints.save(run.to_dict())
             raise
-        if not math.isfinite(test["loss"]):
-            raise DivergedError(
-                f"epoch {run.epoch + 1}: the test loss is {test['loss']} after the last step, "
-                f"the training loss was {means['loss']:.6g}; {_ADVICE}"
-            )
-        metrics: Metrics = {
-            "epoch": run.epoch + 1,
-            **{f"train/{name}": value for name, value in means.items()},
-            **{f"test/{name}": value for name, value in test.items()},
-            "train/beta": beta,
-            "train/lr": stepper.param_groups[0]["lr"],
-            "train/images_per_second": sum(run.sizes[first:]) / seconds,
-            "seconds": time.perf_counter() - began,  # evaluation included
-        }
         improved = run.end_epoch(metrics)
-        if log:
-            log(metrics, evaluated)
         if checkpoints:
             checkpoints.save_epoch(run.to_dict(), best=improved, final=run.epoch == epochs)
     bar.close()
