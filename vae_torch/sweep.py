@@ -346,12 +346,12 @@ def _by_key(summary: Summary, i: int) -> "Figure":
         )  # fmt: skip
     if not numeric:
         axes.set_xticks(range(len(places)), [_text(p) for p in places], rotation=20, ha="right")
-    elif min(places) > 0 and max(places) >= 4 * min(places):
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(places, [_text(place) for place in places])
-        axes.minorticks_off()
-    elif len(places) <= 8:
-        axes.set_xticks(places, [_text(place) for place in places])
+    else:
+        if min(places) > 0 and max(places) >= 4 * min(places):
+            axes.set_xscale("log")
+        if len(places) <= 8:
+            axes.set_xticks(places, [_text(place) for place in places])
+            axes.minorticks_off()
     axes.set(xlabel=summary.keys[i], ylabel=f"{summary.metric}, mean ± sd over seeds")
     if others and len(lines) <= len(DIGIT_COLOURS):
         _legend(figure)
@@ -370,11 +370,14 @@ def _heat_map(summary: Summary) -> "Figure":
     middle = (image.norm.vmin + image.norm.vmax) / 2
     for i, line in enumerate(table):
         for j, value in enumerate(line):
+            if len(across) > 10 or math.isnan(value):  # no room, or no run
+                continue
             dark = (value < middle) == higher_is_better(summary.metric)
             colour = "white" if dark else "black"
             axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour)
-    axes.set_xticks(range(len(across)), [_text(v) for v in across])
-    axes.set_yticks(range(len(down)), [_text(v) for v in down])
+    for axis, values in ((axes.xaxis, across), (axes.yaxis, down)):
+        shown = range(0, len(values), math.ceil(len(values) / 16))
+        axis.set_ticks(shown, [_text(values[k]) for k in shown])
     axes.set(xlabel=summary.keys[1], ylabel=summary.keys[0])
     figure.colorbar(image, label=summary.metric)
     return figure
