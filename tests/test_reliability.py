@@ -279,7 +279,7 @@ def test_texts_in_tensorboard_show_what_they_are(config, tmp_path, monkeypatch):
         ("config", evil),
         ("command", "python train.py 'a=`<b>x</b>`\n\n*y*'"),
     ):
-        (text,) = events.Tensors(f"{name}/text_summary")[0].tensor_proto.string_val
+        (text,) = events.Tensors(name)[0].tensor_proto.string_val
         shown = re.fullmatch(
             r"<pre><code>(.*)</code></pre>", markdown_to_safe_html(text).strip(), re.DOTALL
         )

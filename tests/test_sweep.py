@@ -122,7 +122,7 @@ def test_what_is_no_result_is_listed_with_its_reason(three_by_two):
     assert [row.mean for row in summary.rows] == [-90.5, -102.0]
     told = {run.path.name: f"{run.state}, {run.reason}" for run in summary.left_out}
     assert told["stopped"] == "unfinished, stopped after 1 of 9 epochs"
-    assert "line 1 is not JSON" in told["torn"]
+    assert "line 1 is not the JSON of an epoch" in told["torn"]
     assert told["failed"] == "failed, loss nan"
     assert told["pruned"] == "pruned, far behind"
     assert told["empty"] == "broken, the folder is empty"
