@@ -199,7 +199,7 @@ def test_resume_auto_finds_the_newest_interrupted_run_of_these_settings(
     config, composed, tmp_path, monkeypatch
 ):
     monkeypatch.syspath_prepend(REPOSITORY / "scripts")
-    import train as script
+    import _launch as script
 
     def interrupted(name, settings, age):
         run_dir = tmp_path / "2026-01-01" / name

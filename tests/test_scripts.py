@@ -90,7 +90,7 @@ def test_a_run_leaves_everything_that_is_promised(small, tmp_path):
 
 def test_a_run_is_named_by_its_overrides(monkeypatch):
     monkeypatch.syspath_prepend(REPOSITORY / "scripts")
-    import train as script
+    import _launch as script
 
     assert script.after_time("") == ""
     assert script.after_time("experiment=strong,seed=1") == "_strong,seed=1"
