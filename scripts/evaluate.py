@@ -52,7 +52,12 @@ def evaluate_run(config: EvaluateConfig) -> None:
     """Load a run, evaluate it on its own test set, write the card."""
     import torch
 
-    from vae_torch.checkpoint import load_run, write_atomically
+    from vae_torch.checkpoint import (
+        load_checkpoint,
+        load_run,
+        refuse_other_data,
+        write_atomically,
+    )
     from vae_torch.data import data_hash, image_dataset, loaders_of
     from vae_torch.evaluate import evaluate_model, exact_log_px
     from vae_torch.figures import log_px_map
@@ -72,6 +77,10 @@ def evaluate_run(config: EvaluateConfig) -> None:
     if config.eval.limit:
         run_config.data.limit_test = config.eval.limit
     train_loader, test_loader = loaders_of(run_config, device)
+    digest = data_hash(test_loader)
+    if not config.eval.limit:
+        path = run_dir / "checkpoints" / f"{config.eval.checkpoint}.pt"
+        refuse_other_data(path, load_checkpoint(path), {"test": digest}, run_config.data.root)
     card = evaluate_model(
         vae,
         test_loader,
@@ -87,7 +96,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
         "name": run_config.data.name,
         "binarize": run_config.data.binarize,
         "split": "held-out training" if run_config.data.hold_out else "test",
-        "sha256": data_hash(test_loader),
+        "sha256": digest,
     }
     print_card(card)
     path = run_dir / "evaluation.json"

@@ -92,7 +92,7 @@ def test_a_checkpoint_that_somebody_damaged_and_sealed_loads_or_is_refused(tmp_p
                 load(tmp_path)
             except CheckpointError as error:
                 refused.append(str(error))
-    assert all(str(path) in said and "\n" not in said for said in refused)
+    assert all(said.startswith(str(path.parent)) for said in refused)
     assert files / 2 < len(refused) < 2 * files
     print(f"{len(refused)} of {2 * files} loads refused")
 

@@ -175,12 +175,8 @@ class Checkpoints:
                     f"{path}: its run had {key}={was.get(key)}, this one has {now.get(key)}; "
                     "resume with the settings that it was started with"
                 )
-        had = state.get("data_sha256")
-        if had and self.data_sha256 and had != self.data_sha256:
-            raise CheckpointError(
-                f"{path}: its run had other images or labels than lie under data.root="
-                f"{self.config.data.root} now; put those back"
-            )
+        if self.data_sha256:
+            refuse_other_data(path, state, self.data_sha256, self.config.data.root)
         if "history" not in state:  # as in older ones
             seal = state.get("history_seal")
             if not isinstance(seal, dict) or list(map(type, seal.values())) != [int, str]:
@@ -237,6 +233,26 @@ class _History:
         rows = [json.loads(line) for line in content.splitlines()]
         self._epochs, self._size = len(rows), size
         return {name: [row[name] for row in rows] for name in (rows[0] if rows else {})}
+
+
+def refuse_other_data(path: Path, state: dict[str, Any], now: dict[str, str], root: str) -> None:
+    """A run goes on with, and is evaluated on, the images and labels that it was started with.
+
+    Args:
+        path: Of the checkpoint.
+        state: What it holds.
+        now: SHA-256 by split.
+        root: Where these data are.
+
+    Raises:
+        CheckpointError: They are others.
+    """
+    had = state.get("data_sha256")
+    if isinstance(had, dict) and any(str(had.get(split)) != now[split] for split in now):
+        raise CheckpointError(
+            f"{path}: its run had other images or labels than lie under {root} now; "
+            "name a folder with those"
+        )
 
 
 def history_lines(history: dict[str, list[Any]], first: int = 0) -> list[str]:
