@@ -365,7 +365,7 @@ def test_a_killed_run_does_not_sink_joblibs_sweep(made_up_root, tmp_path):
     out, _ = process.communicate()
     assert process.returncode == 1
     assert "3 of 4 runs finished" in out
-    assert "seed=0,train.epochs=300,train.figure_every=0: failed, killed by SIGKILL" in out
+    assert f"{run_dir.name}: failed, killed by SIGKILL" in out
     assert run_script("train.py", *sweep).returncode == 0
     assert {run.state for run in read_runs(tmp_path)} == {"finished"}
 
