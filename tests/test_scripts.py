@@ -144,7 +144,7 @@ def test_evaluation_card_of_a_run(small, tmp_path):
     assert stored["log_px"]["num_samples"] == 20
     assert stored["log_px"]["num_images"] == 50
     events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
-    points = events.Scalars("test_evaluation/log_px")
+    points = events.Scalars("trained/log_px")
     assert points[-1].value == pytest.approx(stored["log_px"]["value"])
     assert (run_dir / "figures" / "log_px.png").stat().st_size > 0
     assert {"evaluation", "figures/8_log_px"} <= set(events.Tags()["tensors"])

@@ -45,7 +45,9 @@ _CURVES = {  # and what TensorBoard's chart of each is called
     "kl": "kl: what the latents cost",
     "loss": "loss: what is minimised",
 }
-_KL_DIMS = "test_kl_per_dim"  # a group of its own: a chart for each of 40 latents
+# A group of its own, a chart for each of 40 latents, and after `train/`: TensorBoard's hparams show
+# the first five metrics of the alphabet, and draw only runs that have all of them.
+_KL_DIMS = "z_test_kl"
 # In TensorBoard's order, which is of the alphabet, and what is to be known of them there.
 _PICTURES = {
     "reconstructions": "Test images over their reconstructions; under each, -log p(x | z) in nats.",
@@ -317,8 +319,8 @@ def add_evaluation(
     with SummaryWriter(str(run_dir / "tensorboard"), filename_suffix=".evaluation") as writer:
         for name, entry in card.items():
             if isinstance(entry, dict) and isinstance(entry.get("value"), int | float):
-                # not `evaluation`: its single points would stand before the curves of training
-                writer.add_scalar(f"test_evaluation/{name}", entry["value"], epoch)
+                # not `evaluation`: its points would stand before the curves, see _KL_DIMS
+                writer.add_scalar(f"trained/{name}", entry["value"], epoch)
                 cells = (entry["value"], entry["standard_error"], entry["unit"])
                 rows.append(f"| {name} | {' | '.join(map(str, cells))} | {entry['definition']} |")
         verdict = "\n".join(f"- {sentence}" for sentence in card["verdict"])
