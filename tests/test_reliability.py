@@ -101,7 +101,13 @@ def what_stays(run_dir):
         for path in folder.rglob("*")
         if path.is_file()
     }
-    events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    events = EventAccumulator(str(run_dir / "tensorboard"), {"tensors": 0}).Reload()
+    stays["pictures"] = {
+        tag: [(point.step, *point.tensor_proto.string_val) for point in events.Tensors(tag)]
+        for tag in events.Tags()["tensors"]
+        if tag.startswith("figures/")
+    }
+    assert stays["pictures"]
     stays["points"] = {
         tag: [(point.step, point.value) for point in events.Scalars(tag)]
         for tag in events.Tags()["scalars"]
@@ -193,6 +199,15 @@ def test_a_signal_ends_a_run_wherever_it_is(command_lines, made_up_root, tmp_pat
     for part, got in what_stays(tmp_path / "cut").items():
         assert got == expected[part], part
     assert not list((tmp_path / "cut").rglob(".*.part"))
+
+
+def test_a_second_ctrl_c_ends_at_once(command_lines, made_up_root, tmp_path):
+    order = command(made_up_root, tmp_path / "run", "train.epochs=1", "data.limit_train=100")
+    twice = ("step", 1, "", signal.SIGINT, signal.SIGINT)
+    ended = command_lines.run("train.py", *order[2:], killed=twice)
+    assert (ended.status, ended.error) == (130, "")
+    assert "stopped" not in ended.out
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_resume_auto_finds_the_newest_interrupted_run_of_these_settings(
