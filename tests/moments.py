@@ -17,10 +17,10 @@ from pathlib import Path
 STAGES = ("half", "before", "after")
 
 
-ending = signal.SIGKILL
+ending = (signal.SIGKILL,)
 
 
-def kill_at(what, where, name="", number=signal.SIGKILL):
+def kill_at(what, where, name="", *numbers):
     """Arrange the end.
 
     Args:
@@ -28,10 +28,10 @@ def kill_at(what, where, name="", number=signal.SIGKILL):
             TensorBoard's file), one of STAGES, or `seconds` after the first step.
         where: The how manieth; for `seconds`, how many.
         name: Of the file, for STAGES.
-        number: The signal that the process gets.
+        numbers: The signals that the process gets; SIGKILL where none is named.
     """
     global ending
-    ending = number
+    ending = numbers or ending
     count = itertools.count(1)
 
     def reached():
@@ -52,7 +52,8 @@ def kill_at(what, where, name="", number=signal.SIGKILL):
 
 
 def die():
-    os.kill(os.getpid(), ending)
+    for number in ending:
+        os.kill(os.getpid(), number)
 
 
 def die_in(seconds):
@@ -61,7 +62,7 @@ def die_in(seconds):
     if not os.fork():
         time.sleep(seconds)
         if os.getppid() == run:
-            os.kill(run, ending)
+            os.kill(run, signal.SIGKILL)
         os._exit(0)
 
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 from filelock import FileLock
 from PIL import Image
+from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.data import DataLoader
@@ -101,12 +102,16 @@ def what_stays(run_dir):
         for path in folder.rglob("*")
         if path.is_file()
     }
-    events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
-    stays["points"] = {
-        tag: [(point.step, point.value) for point in events.Scalars(tag)]
-        for tag in events.Tags()["scalars"]
+    # the reader of TensorBoard's own server: scalars and pictures are tensors to it; what has no
+    # step, as the command, is written anew by a run that goes on
+    events = plugin_event_accumulator.EventAccumulator(str(run_dir / "tensorboard"), {"tensors": 0})
+    events.Reload()
+    stays["tensorboard"] = {
+        tag: [(p.step, p.tensor_proto.SerializeToString()) for p in events.Tensors(tag) if p.step]
+        for tag in events.Tags()["tensors"]
         if "second" not in tag
     }
+    assert {"test/elbo", "figures/1_reconstructions"} < stays["tensorboard"].keys()
     return stays
 
 
@@ -193,6 +198,15 @@ def test_a_signal_ends_a_run_wherever_it_is(command_lines, made_up_root, tmp_pat
     for part, got in what_stays(tmp_path / "cut").items():
         assert got == expected[part], part
     assert not list((tmp_path / "cut").rglob(".*.part"))
+
+
+def test_a_second_ctrl_c_ends_at_once(command_lines, made_up_root, tmp_path):
+    order = command(made_up_root, tmp_path / "run", "train.epochs=1", "data.limit_train=100")
+    twice = ("step", 1, "", signal.SIGINT, signal.SIGINT)
+    ended = command_lines.run("train.py", *order[2:], killed=twice)
+    assert (ended.status, ended.error) == (130, "")
+    assert "stopped" not in ended.out
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_resume_auto_finds_the_newest_interrupted_run_of_these_settings(
