@@ -412,15 +412,16 @@ CAMPAIGN = {
             *("optimizer=adamw", "train.ema=0.5"),
         ],
         [
-            ("half", 4, "last.pt"),
+            # few writes: a quick machine takes many steps between two of them
+            ("half", 2, "last.pt"),
             ("step", 75),
-            ("before", 5, "last.pt"),
+            ("before", 3, "last.pt"),
             ("step", 20),
             ("evaluation", 1),
-            ("after", 6, "last.pt"),
-            ("half", 1, "latent.png"),
-            ("record", 60),
+            ("after", 3, "last.pt"),
             ("evaluation", 2),
+            ("record", 60),
+            ("half", 1, "latent.png"),
         ],
     ),
     "iwae, vamp, bf16, dynamic, 100 latents, every third epoch": (
