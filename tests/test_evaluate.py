@@ -22,7 +22,9 @@ from vae_torch.prior import Mixture
 PIXELS = 6
 
 
-def linear_gaussian(latent_dim: int, *, orthogonal: bool = True) -> tuple[VAE, torch.Tensor]:
+def linear_gaussian(
+    latent_dim: int, *, orthogonal: bool = True, variance: float = 0.3
+) -> tuple[VAE, torch.Tensor]:
     """p(z) = N(0, I), p(x|z) = N(W z + b, s² I), with the true posterior as encoder.
 
     With orthogonal columns of W the posterior is diagonal: mean Wᵀ(x - b) / (|w|² + s²) and
@@ -30,7 +32,6 @@ def linear_gaussian(latent_dim: int, *, orthogonal: bool = True) -> tuple[VAE, t
     """
     torch.manual_seed(0)
     vae = VAE((PIXELS,), latent_dim, 4, likelihood="gaussian").double()
-    variance = 0.3
     vae.likelihood.logvar.data.fill_(math.log(variance))
     weight, bias = torch.randn(PIXELS, latent_dim).double(), torch.randn(PIXELS).double()
     if orthogonal:
@@ -69,6 +70,24 @@ def test_integral_equals_the_closed_form(latent_dim, orthogonal):
     result = exact_log_px(vae, x)
     torch.testing.assert_close(result.log_px, vae.true_log_px, atol=1e-3, rtol=0)
     assert result.residual < 0.01
+
+
+@pytest.mark.parametrize("variance", [1e-2, 1e-4, 1e-6])
+def test_integral_finds_posteriors_however_narrow(variance):
+    """A thousandth wide in a plane of sixteen: a grid that fine would have 10^8 points."""
+    vae, x = linear_gaussian(2, variance=variance)
+    result = exact_log_px(vae, x)
+    torch.testing.assert_close(result.log_px, vae.true_log_px, atol=2e-3, rtol=0)
+    assert result.residual < 0.01
+
+
+def test_integral_finds_what_the_encoder_does_not_know_of():
+    """The encoder claims the prior for every image: only the decoder shows where the mass is."""
+    vae, x = linear_gaussian(2, variance=1e-2)
+    vae.encoder.mean.weight.data.zero_()
+    vae.encoder.mean.bias.data.zero_()
+    vae.encoder.logvar.bias.data.zero_()
+    torch.testing.assert_close(exact_log_px(vae, x).log_px, vae.true_log_px, atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize(("place", "deviation"), [(12.0, 0.3), (8.0, 0.15), (40.0, 2.0)])

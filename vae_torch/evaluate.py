@@ -28,6 +28,10 @@ Loader = DataLoader[tuple[Tensor, Tensor]]
 # Tell the random streams of one seed apart (data order and training noise have their own).
 _BOUND, _IMPORTANCE, _FIT, _AGGREGATE = 3, 4, 5, 6
 
+# Nats below an image's log p(x): a square in which even the highest point times its area is lower
+# is left as it is, though a narrow peak may stand between its points.
+_NEGLIGIBLE = 20.0
+
 
 @torch.no_grad()
 def bound_metrics(
@@ -147,21 +151,22 @@ class Quadrature(NamedTuple):
     """log p(x) by numerical integration over the latent space."""
 
     log_px: Tensor  # (N,) nats
-    residual: float  # nats by which the mean still moved in the last refinement
-    step: float  # of the grid
-    half_width: float  # the grid covers ± this in each dimension
+    residual: float  # nats by which the mean still moved in the last refinements
+    side: float  # of the smallest squares
+    half_width: float  # the squares cover ± this in each dimension
 
 
 @torch.no_grad()
 def exact_log_px(
     vae: VAE, x: Tensor, *, tolerance: float = 0.01, progress: bool = False
 ) -> Quadrature:
-    r"""Log p(x) = log ∫ p(x|z) p(z) dz on a grid over a latent space of one or two dimensions.
+    r"""Log p(x) = log ∫ p(x|z) p(z) dz over a latent space of one or two dimensions.
 
-    A log-likelihood that is affine in x turns all images at all grid points into one matrix
-    product. The grid starts as wide as all posteriors and all components of the prior, with a step
-    as narrow as the narrowest posteriors. Then the range is widened by a quarter, and the step
-    halved, until neither moves the mean by `tolerance`.
+    The plane is cut into squares, which cover all posteriors and all components of the prior and
+    are widened by a quarter until that moves no mean. Each has 8 x 8 Gauss-Legendre points, and a
+    log-likelihood that is affine in x turns many images at all of these points into one matrix
+    product. A square is quartered for the images to whose log p(x) that makes a difference, and for
+    those whose narrow posterior lies in it, so that ever smaller squares see ever fewer images.
 
     Args:
         vae: A model with latent_dim 1 or 2.
@@ -173,49 +178,155 @@ def exact_log_px(
         ValueError: latent_dim is above 2, or the integral does not settle.
     """
     _check_few_latents(vae)
-    dims = vae.latent_dim
     x = x.flatten(1)
-    bar = tqdm(desc="exact log p(x)", unit="point", disable=None if progress else True, leave=False)
+    dims, everything = vae.latent_dim, torch.arange(len(x), device=x.device)
+    narrow = _NarrowPlaces(vae, x)
+    reach = max(5.0, narrow.reach())
+    side = min(max(2.0, reach / 8), 8.0)
+    bar = tqdm(desc="exact log p(x)", unit="cell", disable=None if progress else True, leave=False)
 
-    def log_sum(points: Tensor) -> Tensor:
-        """Log Σ_g p(x|z_g) p(z_g) of every image, (N,)."""
-        total = x.new_full((len(x),), -math.inf)
-        # blocks of (N, points) and (points, pixels) floats, at most some 200 MB
-        for z in points.split(min(8192, max(64, 50_000_000 // len(x)))):
-            logits = vae.decode(z).flatten(1)
-            block = vae.likelihood.affine(x, logits) + vae.log_prior(z)
-            total = torch.logaddexp(total, block.logsumexp(1))
-            bar.update(len(z))
-        return total
-
-    reach, narrow = _extent(vae, x)
-    step = min(max(narrow, 0.05), 1.0)
-    n = math.ceil(max(5.0, reach) / step)  # points on each side of 0
-    total = log_sum(_grid(x, n, dims) * step)
+    nothing = x.new_full((len(x),), -math.inf)
+    n = math.ceil(reach / side)
+    parts = _quarter(
+        vae, x, [_Cell(c, everything, nothing) for c in _ring(x, 0, n, side, dims)], side
+    )
+    bar.update(len(parts))
+    total = _sum_of(parts, nothing)
     for _ in range(20):
         wider = math.ceil(1.25 * n)
-        widened = torch.logaddexp(total, log_sum(_grid(x, wider, dims, hole=n) * step))
-        moved = (widened - total).mean().abs().item()
-        total, n = widened, wider
+        ring = [_Cell(c, everything, nothing) for c in _ring(x, n, wider, side, dims)]
+        parts += _quarter(vae, x, ring, side)
+        before, total, n = total, _sum_of(parts, nothing), wider
+        moved = (total - before).mean().abs().item()
         if moved < tolerance / 10:
             break
     else:
-        raise ValueError(
-            f"widening the grid to ±{n * step:.0f} still moves the mean by {moved:.3f}"
-        )
-    width_residual = moved
-    for _ in range(6):
-        before = total + dims * math.log(step)
-        offsets = _grid(x, n, dims)
-        for shift in torch.cartesian_prod(*[torch.tensor([0.0, 0.5])] * dims).reshape(-1, dims)[1:]:
-            total = torch.logaddexp(total, log_sum((offsets + shift.to(x)) * step))
-        step, n = step / 2, 2 * n
-        log_px = total + dims * math.log(step)
-        moved = (log_px - before).mean().abs().item()
-        if moved < tolerance / 2:
+        raise ValueError(f"widening to ±{n * side:.0f} still moves the mean by {moved:.3f} nats")
+    width_residual, half_width = moved, n * side
+
+    settled = nothing.clone()  # log of what needs no smaller squares
+    gains = torch.zeros_like(settled)  # share of p(x) by which the last quartering of it moved it
+    for _ in range(20):
+        side /= 2
+        total = _sum_of(parts, settled)
+        cells = []
+        for centers, images, parent, values, tops in parts:
+            now = total[images]
+            gain = torch.exp(values.logsumexp(1) - now) - torch.exp(parent - now)
+            small = tops + dims * math.log(side) < (now - _NEGLIGIBLE).unsqueeze(1)
+            must = narrow.within(centers, side, images)
+            fine = (gain.abs() < tolerance / 10) & ~must.any(1)
+            done = fine.unsqueeze(1) | (small & ~must)  # (images, children)
+            more = values.masked_fill(~done, -math.inf).logsumexp(1)
+            settled[images] = torch.logaddexp(settled[images], more)
+            gains[images] += gain.masked_fill(~fine, 0.0)
+            for j, center in enumerate(centers):
+                open_ = ~done[:, j]
+                if open_.any():
+                    cells.append(_Cell(center, images[open_], values[open_, j]))
+        if not cells:
             bar.close()
-            return Quadrature(log_px.double(), moved + width_residual, step, n * step)
-    raise ValueError(f"halving the grid's step to {step} still moves the mean by {moved:.3f} nats")
+            residual = gains.mean().abs().item() + width_residual
+            return Quadrature(settled.double(), residual, side, half_width)
+        parts = _quarter(vae, x, cells, side)
+        bar.update(len(parts))
+    raise ValueError(
+        f"squares of {side:.1g} are still too large for {len(cells)} places: the likelihood is "
+        "rougher there than the arithmetic is exact"
+    )
+
+
+class _Cell(NamedTuple):
+    """A square of the plane (or an interval of the line), and those who care."""
+
+    center: Tensor  # (dims,)
+    images: Tensor  # (M,) their numbers
+    value: Tensor  # (M,) log of each one's integral over it
+
+
+class _Quartered(NamedTuple):
+    """A cell cut in `parts` = 2^dims."""
+
+    centers: Tensor  # (parts, dims)
+    images: Tensor  # (M,)
+    parent: Tensor  # (M,) what the whole cell was thought to be worth
+    values: Tensor  # (M, parts) log of the integrals
+    tops: Tensor  # (M, parts) log of the highest p(x|z) p(z) seen
+
+
+def _quarter(vae: VAE, x: Tensor, cells: list[_Cell], side: float) -> list[_Quartered]:
+    """Integrate over the halves or quarters of cells of this side."""
+    dims = vae.latent_dim
+    nodes, weights = np.polynomial.legendre.leggauss(8)
+    corners = torch.cartesian_prod(*[torch.tensor([-0.25, 0.25])] * dims).reshape(-1, dims).to(x)
+    offsets = torch.cartesian_prod(*[torch.tensor(nodes / 4)] * dims).reshape(-1, dims).to(x)
+    log_w = torch.cartesian_prod(*[torch.tensor(weights / 4).log()] * dims).reshape(-1, dims)
+    log_w = log_w.sum(1).to(x) + dims * math.log(side)  # of cells of side 1/2, times the area
+    found = []
+    points = len(corners) * len(offsets)
+    for start in range(0, len(cells), 8192 // points):  # rows of the decoder at once
+        some = cells[start : start + 8192 // points]
+        places = torch.stack([cell.center for cell in some])[:, None] + side * corners
+        z = (places.unsqueeze(2) + side * offsets).reshape(-1, dims)
+        logits, prior = vae.decode(z).flatten(1).split(points), vae.log_prior(z).split(points)
+        for cell, centers, out, log_pz in zip(some, places, logits, prior, strict=True):
+            rows = x if len(cell.images) == len(x) else x[cell.images]
+            block = (
+                torch.cat([vae.likelihood.affine(part, out) for part in rows.split(20_000)])
+                + log_pz
+            )
+            block = block.unflatten(1, (len(corners), -1))  # (M, parts, points)
+            values = (block + log_w).logsumexp(2)
+            found.append(_Quartered(centers, cell.images, cell.value, values, block.amax(2)))
+    return found
+
+
+def _sum_of(parts: list[_Quartered], settled: Tensor) -> Tensor:
+    """Log p(x) of every image as far as it is known: (N,)."""
+    total = settled.clone()
+    for part in parts:
+        total[part.images] = torch.logaddexp(total[part.images], part.values.logsumexp(1))
+    return total
+
+
+def _ring(like: Tensor, inner: int, outer: int, side: float, dims: int) -> Tensor:
+    """Centres of the cells of [-outer, outer]^dims outside [-inner, inner]^dims, in sides."""
+    ticks = torch.arange(-outer, outer, device=like.device, dtype=like.dtype) + 0.5
+    centers = torch.cartesian_prod(*[ticks] * dims).reshape(-1, dims)
+    return side * centers[centers.abs().amax(1) > inner]
+
+
+class _NarrowPlaces:
+    """Where something may be too narrow for the points of a cell: posteriors, the prior's parts."""
+
+    def __init__(self, vae: VAE, x: Tensor) -> None:
+        self.means, logvars = vae.encode(x)
+        self.deviations = torch.exp(0.5 * logvars)
+        self.parts: tuple[Tensor, Tensor] | None = None
+        if not isinstance(vae.prior, StandardNormal):
+            means, logvars, _ = vae.prior.components(vae.encoder)
+            self.parts = (means, torch.exp(0.5 * logvars))
+
+    def reach(self) -> float:
+        """How far from 0 they come."""
+        reach = (self.means.abs() + 6 * self.deviations).max()
+        if self.parts:
+            reach = torch.maximum(reach, (self.parts[0].abs() + 6 * self.parts[1]).max())
+        return reach.item()
+
+    def within(self, centers: Tensor, side: float, images: Tensor) -> Tensor:
+        """Whether an image must not settle for a cell: (P, dims) and (M,) -> (M, P)."""
+        found = _narrow(self.means[images], self.deviations[images], centers, side)
+        if self.parts:
+            found = found | _narrow(*self.parts, centers, side).any(0)
+        return found
+
+
+def _narrow(means: Tensor, deviations: Tensor, centers: Tensor, side: float) -> Tensor:
+    """Gaussians (M, dims) that are narrow beside a cell and have mass in it: (M, P)."""
+    off = (means.unsqueeze(1) - centers).abs()
+    near = (off < 0.5 * side + 3 * deviations.unsqueeze(1)).all(-1)
+    return near & (8 * deviations < side).any(-1, keepdim=True)
 
 
 def _check_few_latents(vae: VAE) -> None:
@@ -224,25 +335,6 @@ def _check_few_latents(vae: VAE) -> None:
             f"latent_dim is {vae.latent_dim}: integration over a grid is for 1 or 2; "
             "use importance sampling"
         )
-
-
-def _extent(vae: VAE, x: Tensor) -> tuple[float, float]:
-    """How far from 0 any posterior or component of the prior reaches, and a narrow one's width."""
-    means, logvars = vae.encode(x)
-    deviations = torch.exp(0.5 * logvars)
-    reach = (means.abs() + 6 * deviations).max()
-    narrow = deviations.flatten()[:1_000_000].quantile(0.05)
-    if not isinstance(vae.prior, StandardNormal):
-        means, logvars, _ = vae.prior.components(vae.encoder)
-        reach = torch.maximum(reach, (means.abs() + 6 * torch.exp(0.5 * logvars)).max())
-    return reach.item(), narrow.item()
-
-
-def _grid(like: Tensor, n: int, dims: int, *, hole: int = -1) -> Tensor:
-    """Integer points of [-n, n]^dims outside [-hole, hole]^dims: (points, dims)."""
-    ticks = torch.arange(-n, n + 1, device=like.device, dtype=like.dtype)
-    points = torch.cartesian_prod(*[ticks] * dims).reshape(-1, dims)
-    return points[points.abs().amax(1) > hole]
 
 
 def fit_posterior(
@@ -394,7 +486,7 @@ def evaluate_model(
         put(
             "log_px_exact",
             truth,
-            f"log p(x) by integration over ±{grid.half_width:g} in steps of {grid.step:g}",
+            f"log p(x) by integration over ±{grid.half_width:g}, in squares of {grid.side:.2g} and up",
             0,
             residual=grid.residual,
         )
