@@ -215,7 +215,7 @@ def exact_log_px(
             gain = torch.exp(values.logsumexp(1) - now) - torch.exp(parent - now)
             small = tops + dims * math.log(side) < (now - _NEGLIGIBLE).unsqueeze(1)
             must = narrow.within(centers, side, images)
-            fine = (gain.abs() < tolerance / 10) & ~must.any(1)
+            fine = (gain.abs() < tolerance / 2) & ~must.any(1)
             done = fine.unsqueeze(1) | (small & ~must)  # (images, children)
             more = values.masked_fill(~done, -math.inf).logsumexp(1)
             settled[images] = torch.logaddexp(settled[images], more)
@@ -326,7 +326,7 @@ def _narrow(means: Tensor, deviations: Tensor, centers: Tensor, side: float) -> 
     """Gaussians (M, dims) that are narrow beside a cell and have mass in it: (M, P)."""
     off = (means.unsqueeze(1) - centers).abs()
     near = (off < 0.5 * side + 3 * deviations.unsqueeze(1)).all(-1)
-    return near & (8 * deviations < side).any(-1, keepdim=True)
+    return near & (16 * deviations < side).any(-1, keepdim=True)
 
 
 def _check_few_latents(vae: VAE) -> None:
@@ -486,7 +486,7 @@ def evaluate_model(
         put(
             "log_px_exact",
             truth,
-            f"log p(x) by integration over ±{grid.half_width:g}, in squares of {grid.side:.2g} and up",
+            f"log p(x) by integration over ±{grid.half_width:g}, squares down to {grid.side:.2g}",
             0,
             residual=grid.residual,
         )

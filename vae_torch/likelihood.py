@@ -40,7 +40,8 @@ class Bernoulli(nn.Module):
 
     def affine(self, x: Tensor, logits: Tensor) -> Tensor:
         """Nats of each image under each output: (N, pixels) and (G, pixels) -> (N, G)."""
-        return torch.addmm(-F.softplus(logits).sum(-1), x, logits.T)
+        positive, rest = _softplus_sums(logits)
+        return torch.addmm(rest - positive, x, logits.T)
 
     def mean(self, logits: Tensor) -> Tensor:
         """Pixel probabilities, in the shape of `logits`."""
@@ -57,13 +58,7 @@ class _BernoulliTerms(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, logits: Tensor) -> Tensor:
         """(B, pixels) and (..., B, pixels) -> (..., B)."""
         ctx.save_for_backward(x, logits)
-        # softplus(l) = max(l, 0) - log σ(|l|), with one temporary of the pixels' size. A logarithm
-        # is dear and only the sum is wanted, so one is taken of the product of eight pixels, which
-        # lies in [1/256, 1]
-        size = logits.abs()
-        positive = 0.5 * (logits.sum(-1) + size.sum(-1))
-        groups = math.gcd(logits.shape[-1], 8)
-        rest = size.sigmoid_().unflatten(-1, (groups, -1)).prod(-2).log_().sum(-1)
+        positive, rest = _softplus_sums(logits)
         # no vecdot: under autocast it would round both to bf16
         terms: Tensor = (x * logits).sum(-1) - positive + rest
         return terms
@@ -80,6 +75,18 @@ class _BernoulliTerms(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_logits = (x - torch.sigmoid(logits)).mul_(grad)
         return grad_x, grad_logits
+
+
+def _softplus_sums(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The two parts of Σ_pixels softplus(l) = Σ max(l, 0) - Σ log σ(|l|): (..., pixels) -> (...).
+
+    One temporary of the pixels' size. A logarithm is dear and only the sum is wanted, so one is
+    taken of the product of eight pixels, which lies in [1/256, 1].
+    """
+    size = logits.abs()
+    positive = 0.5 * (logits.sum(-1) + size.sum(-1))
+    groups = math.gcd(logits.shape[-1], 8)
+    return positive, size.sigmoid_().unflatten(-1, (groups, -1)).prod(-2).log_().sum(-1)
 
 
 class ContinuousBernoulli(nn.Module):
