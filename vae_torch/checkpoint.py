@@ -103,8 +103,11 @@ def _locked(path: Path) -> Iterator[BinaryIO]:
     while True:
         with path.open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            # while this process waited, another may have renamed or removed it
-            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            try:  # while this process waited, another may have renamed or removed it
+                same = os.path.samestat(path.stat(), os.fstat(file.fileno()))
+            except FileNotFoundError:
+                same = False
+            if same:
                 yield file
                 return
 
