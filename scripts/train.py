@@ -193,6 +193,8 @@ def run(config: Config, run_dir: Path, config_text: str, signals: "StopSignals")
     train_loader, test_loader = data.loaders_of(config, device)
     hashes = {"train": data.data_hash(train_loader), "test": data.data_hash(test_loader)}
     vae = VAE.from_config(config).to(device)
+    if config.model.mean_bias:
+        vae.start_at(data.image_dataset(train_loader).mean())
     checkpoints = Checkpoints(
         run_dir / "checkpoints", config, every=config.train.checkpoint_every, data_sha256=hashes
     )

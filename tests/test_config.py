@@ -113,8 +113,9 @@ def test_values_out_of_range_name_key_value_and_allowed(composed, override, allo
         ["objective.free_bits=1", "prior=vamp"],
         ["objective=keras", "likelihood=gaussian"],
         ["objective=keras", "objective.beta=4.0"],
-        ["objective=iwae", "objective.beta_warmup_epochs=5.0"],
+        ["objective=keras", "objective.beta_warmup_epochs=5.0"],
         ["model=conv", "model.depth=7"],
+        ["model=conv", "model.mean_bias=true"],
     ],
 )
 def test_contradictions_name_both_keys(composed, overrides):

@@ -90,3 +90,17 @@ def test_weights_start_glorot_uniform_with_zero_biases():
 def test_callers_mistakes_name_the_value(small_vae, call, message):
     with pytest.raises(ValueError, match=message):
         call(small_vae)
+
+
+def test_start_at_draws_the_mean_image_before_any_training():
+    vae = VAE((16,), 3, 8, depth=2)
+    with torch.no_grad():
+        vae.decoder.out.weight.zero_()
+    mean = torch.linspace(0, 1, 16)
+    vae.start_at(mean)
+    drawn = torch.sigmoid(vae.decode(torch.randn(5, 3)))
+    assert torch.allclose(drawn, mean.clamp(0.001, 0.999).expand(5, 16), atol=1e-6)
+    with pytest.raises(ValueError, match="17 pixels"):
+        vae.start_at(torch.zeros(17))
+    with pytest.raises(ValueError, match="bias per pixel"):
+        VAE((16,), architecture="conv").start_at(mean)

@@ -164,24 +164,25 @@ def test_free_bits_hold_the_batch_mean_of_each_dimension(small_vae):
     torch.testing.assert_close(got, 3 * (free + high) - plain.reconstruction.mean())
 
 
-def gradient_of(vae: VAE, x, eps, objective) -> torch.Tensor:
+def gradient_of(vae: VAE, x, eps, objective, beta=1.0) -> torch.Tensor:
     vae.zero_grad()
-    objective_terms(vae, x, eps, objective).loss.backward()
+    objective_terms(vae, x, eps, objective, beta).loss.backward()
     return torch.cat([p.grad.flatten() for p in vae.parameters()])
 
 
-@pytest.mark.parametrize("prior", ["standard", "mixture", "vamp"])
-def test_dreg_and_iwae_gradients_agree_in_expectation(prior):
+@pytest.mark.parametrize(
+    ("prior", "beta"), [("standard", 1.0), ("mixture", 1.0), ("vamp", 1.0), ("vamp", 0.4)]
+)
+def test_dreg_and_iwae_gradients_agree_in_expectation(prior, beta):
     torch.manual_seed(0)
     vae = VAE((6,), 2, 5, prior=prior, prior_components=3).double()
     x = torch.rand(1, 6).double().expand(4000, 6)
     standard, dreg = [], []
     for seed in range(12):
         eps = torch.randn(4, 4000, 2, generator=torch.Generator().manual_seed(seed)).double()
-        standard.append(gradient_of(vae, x, eps, ObjectiveConfig(name="iwae", num_samples=4)))
-        dreg.append(
-            gradient_of(vae, x, eps, ObjectiveConfig(name="iwae", num_samples=4, estimator="dreg"))
-        )
+        for gradients, estimator in ((standard, "standard"), (dreg, "dreg")):
+            objective = ObjectiveConfig(name="iwae", num_samples=4, estimator=estimator)
+            gradients.append(gradient_of(vae, x, eps, objective, beta))
     standard, dreg = torch.stack(standard), torch.stack(dreg)
     error = (standard.var(0) / 12 + dreg.var(0) / 12).sqrt()
     distance = (standard.mean(0) - dreg.mean(0)).abs()
@@ -200,3 +201,17 @@ def test_images_are_averaged_once(small_vae):
         for part in (slice(5), slice(5, 10))
     ]
     torch.testing.assert_close(whole, (halves[0] + halves[1]) / 2)
+
+
+def test_warmup_weighs_the_latents_inside_the_importance_weighted_bound(small_vae):
+    x, eps = torch.rand(6, *small_vae.input_shape), torch.randn(4, 6, small_vae.latent_dim)
+    loss = objective_terms(small_vae, x, eps, ObjectiveConfig(name="iwae"), 0.3).loss
+    mean, logvar = small_vae.encode(x)
+    q = torch.distributions.Normal(mean, torch.exp(logvar / 2))
+    z = q.mean + q.stddev * eps
+    prior = torch.distributions.Normal(0.0, 1.0)
+    pixels = torch.distributions.Bernoulli(logits=small_vae.decode(z), validate_args=False)
+    latents = (prior.log_prob(z) - q.log_prob(z)).sum(-1)
+    log_w = pixels.log_prob(x).flatten(2).sum(-1) + 0.3 * latents
+    bound = log_w.double().exp().mean(0).log()
+    assert loss.item() == pytest.approx(-bound.mean().item(), rel=1e-4)

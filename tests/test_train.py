@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -312,3 +313,63 @@ def test_schedules():
 
 def test_library_default_is_the_command_lines(composed):
     assert composed().optimizer == _NOTEBOOK_ADAM
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize(
+    ("objective", "optimizer", "kind"),
+    [
+        # the decay of Adam is what inductor gets wrong where it is left to torch's own function
+        pytest.param({}, {"name": "adam", "weight_decay": 0.1}, {}, id="decay"),
+        pytest.param({"beta_warmup_epochs": 2}, {"name": "adam"}, {}, id="warmup", marks=SLOW),
+        pytest.param(
+            {},
+            {"name": "adamw", "weight_decay": 0.1},
+            {"prior": "mixture", "prior_components": 3},
+            id="mixture",
+            marks=SLOW,
+        ),
+        pytest.param(
+            {"name": "iwae", "num_samples": 3},
+            {"name": "sgd", "lr": 1e-5, "weight_decay": 0.1},
+            {},
+            id="sgd",
+            marks=SLOW,
+        ),
+        pytest.param(
+            {"name": "iwae", "num_samples": 3, "estimator": "dreg"},
+            {"name": "adam"},
+            {},
+            id="dreg",
+            marks=SLOW,
+        ),
+    ],
+)
+def test_a_compiled_step_is_the_eager_one(made_up_root, objective, optimizer, kind):
+    settings = OptimizerConfig(**{"lr": 1e-3, "eps": 1e-8, "schedule": "cosine", **optimizer})
+    models = []
+    for compiled in (False, True):
+        vae = new_vae(**kind)
+        train(
+            vae,
+            *loaders(made_up_root, limit_train=250, limit_test=10),  # batches of 100, 100 and 50
+            epochs=3,
+            objective=ObjectiveConfig(**objective),
+            optimizer=settings,
+            ema=0.5,
+            compile=compiled,
+        )
+        models.append(vae)
+    for (name, eager), graph in zip(
+        models[0].named_parameters(), models[1].parameters(), strict=True
+    ):
+        assert torch.allclose(eager, graph, rtol=0, atol=2e-5), name
+
+
+def test_an_old_torch_cannot_compile(made_up_root, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.13.0"))
+    with pytest.raises(ConfigError, match=r"2\.13\.0"):
+        train(new_vae(), *loaders(made_up_root, limit_train=100), epochs=1, compile=True)

@@ -39,6 +39,7 @@ class ModelConfig:
     intermediate_dim: int
     depth: int = 1  # hidden layers of the mlp, blocks of the residual network
     activation: str = "relu"
+    mean_bias: bool = False  # an untrained decoder draws the mean training image
 
 
 @dataclass
@@ -296,12 +297,15 @@ def check_objective(objective: ObjectiveConfig) -> None:
             f"objective.estimator=dreg with objective.name={objective.name}: the doubly "
             "reparameterised gradient is of the importance-weighted bound; use objective=iwae"
         )
-    weights = (objective.beta, objective.beta_warmup_epochs, objective.free_bits)
-    if objective.name != "elbo" and weights != (1, 0, 0):
+    if objective.name != "elbo" and (objective.beta, objective.free_bits) != (1, 0):
         raise ConfigError(
-            f"objective.beta={objective.beta}, objective.beta_warmup_epochs="
-            f"{objective.beta_warmup_epochs}, objective.free_bits={objective.free_bits} with "
+            f"objective.beta={objective.beta}, objective.free_bits={objective.free_bits} with "
             f"objective={objective.name}: only objective=elbo weights the KL; leave them out"
+        )
+    if objective.name == "keras" and objective.beta_warmup_epochs:
+        raise ConfigError(
+            f"objective.beta_warmup_epochs={objective.beta_warmup_epochs} with objective=keras: "
+            "the notebook warms up nothing; use objective=elbo or objective=iwae"
         )
 
 
@@ -351,6 +355,12 @@ def _combinations(config: Config) -> None:
     if config.model.name == "conv" and config.model.depth != 1:
         raise ConfigError(
             f"model.depth={config.model.depth} with model=conv: its depth is fixed; leave it at 1"
+        )
+    if config.model.mean_bias and (config.model.name == "conv" or config.likelihood != "bernoulli"):
+        raise ConfigError(
+            f"model.mean_bias=true with model={config.model.name}, likelihood={config.likelihood}: "
+            "needs an output bias for every pixel and its logit; use model=mlp or model=residual "
+            "and likelihood=bernoulli"
         )
     if objective.free_bits > 0 and config.prior != "standard":
         raise ConfigError(

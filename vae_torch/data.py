@@ -173,6 +173,10 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.images)
 
+    def mean(self) -> Tensor:
+        """The mean image, (pixels,) float32 in [0, 1]."""
+        return (self.images.sum(0) / (255 * len(self))).float()
+
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         x, label = self.__getitems__(torch.tensor([index]))
         return x[0], label[0]

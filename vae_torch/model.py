@@ -260,6 +260,28 @@ class VAE(nn.Module):
                 layer.bias.copy_(bias)
         return vae
 
+    @torch.no_grad()
+    def start_at(self, mean: Tensor) -> None:
+        """Let an untrained decoder draw `mean`, by its output bias: Bernoulli pixels, dense output.
+
+        As the code of Burda et al. (2016) does. Otherwise the first steps go into the mean image,
+        and latents that help little with it are shut.
+
+        Args:
+            mean: Of the training images, as many values in [0, 1] as an image has pixels.
+
+        Raises:
+            ValueError: Another number of pixels, or a decoder that ends in no linear layer.
+        """
+        if not isinstance(self.decoder.out, nn.Linear):
+            raise ValueError("the decoder has no bias per pixel; use architecture mlp or residual")
+        if mean.numel() != self.decoder.out.bias.numel():
+            raise ValueError(
+                f"mean has {mean.numel()} pixels, an image {self.decoder.out.bias.numel()}"
+            )
+        logits = torch.logit(mean.clamp(0.001, 0.999))
+        self.decoder.out.bias.copy_(logits.flatten())
+
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of q(z|x).
 

@@ -137,7 +137,8 @@ def objective_terms(
         x: (B, *shape) in [0, 1].
         eps: (K, B, latent_dim) noise; several draws are averaged (elbo) or weighted (iwae).
         objective: Which loss.
-        beta: The KL's weight at this epoch, warm-up included.
+        beta: The KL's weight at this epoch, warm-up included. For iwae, the weight of
+            log p(z) - log q(z|x) inside the bound.
     """
     x = x.reshape(-1, *vae.input_shape)
     mean, logvar = vae.encode(x)
@@ -155,10 +156,11 @@ def objective_terms(
         loss = (kl - reconstruction / x[0].numel()).mean()
     elif objective.name == "iwae" and objective.estimator == "dreg":
         log_qz = log_normal(z, mean.detach(), logvar.detach())
-        loss = -_dreg_bound(log_px_given_z + vae.log_prior(z) - log_qz, z).mean()
+        log_w = log_px_given_z + beta * (vae.log_prior(z) - log_qz)
+        loss = -_dreg_bound(log_w, z, beta).mean()
     elif objective.name == "iwae":
-        log_qz = log_normal(z, mean, logvar)
-        loss = -iwae_bound(log_px_given_z + vae.log_prior(z) - log_qz).mean()
+        log_w = log_px_given_z + beta * (vae.log_prior(z) - log_normal(z, mean, logvar))
+        loss = -iwae_bound(log_w).mean()
     elif objective.free_bits > 0:
         # Kingma et al. (2016), appendix C.8: each dimension's batch mean may cost this much free
         loss = -reconstruction.mean() + beta * kl_dims.clamp(min=objective.free_bits).sum()
@@ -174,20 +176,22 @@ def objective_terms(
     )
 
 
-def _dreg_bound(log_w: Tensor, z: Tensor) -> Tensor:
+def _dreg_bound(log_w: Tensor, z: Tensor, beta: float | Tensor) -> Tensor:
     """The value of the bound with DReG's gradient.
 
     Tucker et al., *Doubly Reparameterized Gradient Estimators* (ICLR 2019), equation 8: with q's
-    own parameters stopped in log q, the decoder's gradient is weighted by the normalised weights,
-    and what flows back through z by their square.
+    own parameters stopped in log q, the decoder's gradient is weighted by the normalised weights w,
+    and what flows back through z by w². Where beta weighs log q, their derivation (appendix A) gives
+    (1 - beta) w + beta w² instead.
 
     Args:
         log_w: (K, B), where log q saw a stopped mean and logvar.
         z: (K, B, latent_dim), the draws that `log_w` was computed at.
+        beta: The weight of log p(z) - log q(z|x) in `log_w`.
     """
     weights = log_w.detach().softmax(0)  # (K, B)
     if z.requires_grad:
-        z.register_hook(lambda gradient: gradient * weights.unsqueeze(-1))
+        z.register_hook(lambda gradient: gradient * (1 - beta + beta * weights).unsqueeze(-1))
     surrogate = (weights * log_w).sum(0)
     return iwae_bound(log_w).detach() + surrogate - surrogate.detach()
 

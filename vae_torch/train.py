@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -15,11 +16,10 @@ from vae_torch.config import CHOICES, ObjectiveConfig, OptimizerConfig, check_ob
 from vae_torch.data import EpochBatches, mix_seed
 from vae_torch.evaluate import Loader, bound_metrics
 from vae_torch.model import VAE
-from vae_torch.objective import Terms, objective_terms
+from vae_torch.step import TERMS, compiled_step, eager_step, make_optimizer
 
 Metrics = dict[str, Any]
 
-_TERMS = ("loss", "reconstruction", "kl")
 _ADVICE = "try a smaller optimizer.lr, precision=fp32, or objective.beta_warmup_epochs"
 _NOISE = 2  # tells the noise of z from the data order, which is seeded by (seed, epoch) too
 _NOTEBOOK_ADAM = OptimizerConfig(name="adam", lr=1e-3, eps=1e-8, schedule="constant")
@@ -64,7 +64,7 @@ def train(
         ema: Decay per step of averaged weights; they are evaluated, logged and kept in the end.
         precision: `bf16` for autocast matrix products; else tensors and products are fp32, as
             exact as `torch.set_float32_matmul_precision` says.
-        compile: Compile the loss and its gradient with torch.compile; on CUDA as CUDA graphs.
+        compile: Loss, gradient and optimiser as one graph (torch.compile; on CUDA a CUDA graph).
         seed: Of the noise.
         log: Called after every epoch with its metrics and the model they belong to. It may raise
             StoppedError, as `stop` does.
@@ -96,17 +96,17 @@ def train(
     stepper = make_optimizer(vae, settings)
     averaged = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema else None
     evaluated: VAE = averaged.module if averaged else vae  # type: ignore[assignment]
-    terms_of = objective_terms
-    if compile:
-        graphs = "reduce-overhead" if device.type == "cuda" else None
-        terms_of = torch.compile(objective_terms, dynamic=False, mode=graphs)
-
     run = _Progress(vae, averaged, stepper, train_loader)
     if checkpoints and (state := checkpoints.load(device)):
         try:
             run.load(state)
         except (ValueError, TypeError, KeyError, RuntimeError) as error:
             raise CheckpointError(f"{checkpoints.folder}/last.pt: {error!r}"[:300]) from None
+
+    take_step = eager_step(vae, stepper, objective, precision)
+    if compile:
+        size = getattr(train_loader.batch_sampler, "batch_size", None)
+        take_step = compiled_step(vae, stepper, objective, precision, batch_size=size)
 
     steps = len(train_loader)
     done = run.epoch * steps + run.step
@@ -126,14 +126,7 @@ def train(
                 eps = torch.randn(shape, generator=run.noise, device=device)
                 progress = (run.epoch + run.step / steps) / epochs
                 lr = settings.lr * lr_factor(settings.schedule, progress)
-                for group in stepper.param_groups:
-                    group["lr"] = lr
-
-                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                    terms = terms_of(vae, x, eps, objective, weight)
-                stepper.zero_grad(set_to_none=True)
-                terms.loss.backward()
-                stepper.step()
+                terms = take_step(x, eps, weight, lr)
                 if averaged:
                     averaged.update_parameters(vae)
 
@@ -215,10 +208,9 @@ class _Progress:
             if self.order:
                 self.order.set_epoch(self.epoch)
 
-    def count(self, images: int, terms: Terms) -> None:
-        """One step is done."""
-        parts = (terms.loss.detach(), terms.reconstruction.mean(), terms.kl.mean())
-        self.record[self.step] = torch.stack(parts)
+    def count(self, images: int, terms: Tensor) -> None:
+        """One step is done, with these means of TERMS."""
+        self.record[self.step] = terms
         self.sizes.append(images)
         self.step += 1
 
@@ -233,7 +225,7 @@ class _Progress:
         if len(bad):
             at = int(bad[0])
             now, last = (
-                ", ".join(f"{n} {v:.6g}" for n, v in zip(_TERMS, row.tolist(), strict=True))
+                ", ".join(f"{n} {v:.6g}" for n, v in zip(TERMS, row.tolist(), strict=True))
                 for row in (steps[at], steps[max(at - 1, 0)])
             )
             before = f" (the step before: {last})" if at else ""
@@ -339,16 +331,6 @@ def _check_pixels(x: torch.Tensor) -> None:
             f"x of shape {tuple(x.shape)} has values from {low:g} to {high:g}; pixels are floats "
             "in [0, 1] (divide bytes by 255)"
         )
-
-
-def make_optimizer(vae: VAE, settings: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimiser that the settings name, over all of the model's parameters."""
-    parameters = list(vae.parameters())
-    decay = settings.weight_decay
-    if settings.name == "sgd":
-        return torch.optim.SGD(parameters, settings.lr, weight_decay=decay, fused=True)
-    kind = torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW
-    return kind(parameters, settings.lr, eps=settings.eps, weight_decay=decay, fused=True)
 
 
 def beta_at(objective: ObjectiveConfig, epoch: int) -> float:

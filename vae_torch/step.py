@@ -1,0 +1,170 @@
+"""One step of training: loss, gradient and optimiser, op by op or as one compiled graph."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adam import adam
+
+from vae_torch.config import ConfigError, ObjectiveConfig, OptimizerConfig
+from vae_torch.model import VAE
+from vae_torch.objective import objective_terms
+
+TERMS = ("loss", "reconstruction", "kl")
+
+# x (B, *shape), eps (K, B, latent_dim), the KL's weight (), learning rate -> means of TERMS, (3,)
+Step = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
+
+def make_optimizer(vae: VAE, settings: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimiser that the settings name, over all of the model's parameters."""
+    parameters = list(vae.parameters())
+    decay = settings.weight_decay
+    if settings.name == "sgd":
+        return torch.optim.SGD(parameters, settings.lr, weight_decay=decay, fused=True)
+    kind = torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW
+    return kind(parameters, settings.lr, eps=settings.eps, weight_decay=decay, fused=True)
+
+
+def eager_step(
+    vae: VAE, optimizer: torch.optim.Optimizer, objective: ObjectiveConfig, precision: str
+) -> Step:
+    """The step as torch runs it, op by op."""
+
+    def step(x: Tensor, eps: Tensor, beta: Tensor, lr: float) -> Tensor:
+        _set_lr(optimizer, lr)
+        loss, means = _loss_and_means(vae, x, eps, objective, beta, precision)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return means
+
+    return step
+
+
+def compiled_step(
+    vae: VAE,
+    optimizer: torch.optim.Optimizer,
+    objective: ObjectiveConfig,
+    precision: str,
+    *,
+    batch_size: int | None,
+) -> Step:
+    """The same step as one graph, fused across the borders of forward, backward and optimiser.
+
+    Two kinds of batches go op by op: the first, which makes the optimiser's state, and those that
+    are not of `batch_size`, the last of an epoch: compiling for them would outlast them.
+
+    Raises:
+        ConfigError: This torch is too old to trace a gradient into a graph.
+    """
+    if torch.__version__ < "2.14":
+        raise ConfigError(
+            f"compile=true: a whole step needs torch 2.14, this is {torch.__version__}; install "
+            "it, or use compile=false"
+        )
+    eager = eager_step(vae, optimizer, objective, precision)
+    device = next(vae.parameters()).device
+    lr_now = torch.zeros((), device=device)  # a float would be compiled anew whenever it changes
+    graphs = "reduce-overhead" if device.type == "cuda" else None
+    graph: Callable[..., Tensor] | None = None
+
+    def make_graph() -> Callable[..., Tensor]:
+        parameters = list(vae.parameters())
+        update = _update(optimizer, parameters)
+
+        def whole(x: Tensor, eps: Tensor, beta: Tensor, lr: Tensor) -> Tensor:
+            loss, means = _loss_and_means(vae, x, eps, objective, beta, precision)
+            gradients = torch.autograd.grad(loss, parameters)
+            with torch.no_grad():
+                update(gradients, lr)
+            return means
+
+        compile_: Callable[..., Any] = torch.compile  # its stubs lack `isolate_recompiles`
+        compiled: Callable[..., Tensor] = compile_(
+            whole, dynamic=False, fullgraph=True, isolate_recompiles=True, mode=graphs
+        )
+        return compiled
+
+    def step(x: Tensor, eps: Tensor, beta: Tensor, lr: float) -> Tensor:
+        nonlocal graph
+        first = isinstance(optimizer, torch.optim.Adam) and not optimizer.state
+        if first or (batch_size and len(x) != batch_size):
+            return eager(x, eps, beta, lr)
+        graph = graph or make_graph()
+        _set_lr(optimizer, lr)  # for who reads it there
+        with torch._dynamo.config.patch(trace_autograd_ops=True):
+            return graph(x, eps, beta, lr_now.fill_(lr))
+
+    return step
+
+
+def _loss_and_means(
+    vae: VAE, x: Tensor, eps: Tensor, objective: ObjectiveConfig, beta: Tensor, precision: str
+) -> tuple[Tensor, Tensor]:
+    """What is minimised, (), and the means of TERMS."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        terms = objective_terms(vae, x, eps, objective, beta)
+    means = (terms.loss.detach(), terms.reconstruction.mean(), terms.kl.mean())
+    return terms.loss, torch.stack(means)
+
+
+def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def _update(
+    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]
+) -> Callable[[Sequence[Tensor], Tensor], None]:
+    """`optimizer.step()` for a graph, as a function of the gradients and the learning rate.
+
+    Its settings are read here, once: a graph that looked them up would depend on all of them.
+    """
+    (group,) = optimizer.param_groups
+    decay = group["weight_decay"]
+    decoupled = isinstance(optimizer, torch.optim.AdamW)
+
+    def decayed(gradients: Sequence[Tensor]) -> list[Tensor]:
+        # not left to `adam`: inductor of torch 2.14 drops the factor of its `grad.add(p, alpha=)`
+        if decoupled or not decay:
+            return list(gradients)
+        return [g + decay * p for g, p in zip(gradients, parameters, strict=True)]
+
+    if isinstance(optimizer, torch.optim.SGD):
+
+        def sgd(gradients: Sequence[Tensor], lr: Tensor) -> None:
+            for parameter, gradient in zip(parameters, decayed(gradients), strict=True):
+                parameter.sub_(lr * gradient)
+
+        return sgd
+
+    states = [optimizer.state[parameter] for parameter in parameters]
+    means, squares, steps = (
+        [state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")
+    )
+    beta1, beta2 = group["betas"]
+    eps = group["eps"]
+
+    def adam_(gradients: Sequence[Tensor], lr: Tensor) -> None:
+        adam(
+            list(parameters),
+            decayed(gradients),
+            means,
+            squares,
+            [],
+            steps,
+            foreach=False,
+            capturable=lr.device.type == "cuda",
+            decoupled_weight_decay=decoupled,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=lr,
+            weight_decay=decay if decoupled else 0.0,
+            eps=eps,
+            maximize=False,
+        )
+
+    return adam_
