@@ -181,8 +181,8 @@ def _dreg_bound(log_w: Tensor, z: Tensor, beta: float | Tensor) -> Tensor:
 
     Tucker et al., *Doubly Reparameterized Gradient Estimators* (ICLR 2019), equation 8: with q's
     own parameters stopped in log q, the decoder's gradient is weighted by the normalised weights w,
-    and what flows back through z by w². Where beta weighs log q, their derivation (appendix A) gives
-    (1 - beta) w + beta w² instead.
+    and what flows back through z by w². Where beta weighs log q, the same derivation leads to
+    (1 - beta) w + beta w².
 
     Args:
         log_w: (K, B), where log q saw a stopped mean and logvar.
