@@ -79,7 +79,7 @@ def train(
     Raises:
         DivergedError: The loss is NaN or infinite: says in which epoch, step and term.
         StoppedError: `stop` said so.
-        ConfigError: The objective has options that it would ignore.
+        ConfigError: The objective has options that it would ignore, or torch is too old to compile.
         ValueError: No epoch, no image, an unknown precision, or pixels outside [0, 1].
     """
     if precision not in CHOICES["precision"]:
