@@ -2,8 +2,9 @@
 
 import argparse
 import os
-import shutil
+import shlex
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -165,12 +166,17 @@ def cpp_compiler() -> str:
     """What torch.compile will build its CPU code with.
 
     Raises:
-        ConfigError: It is not there.
+        ConfigError: It is not there, or does not run.
     """
     name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    if shutil.which(name) is None:
+    command = [*shlex.split(name), "--version"]
+    try:
+        runs = subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except OSError:
+        runs = False
+    if not runs:
         raise ConfigError(
-            f"compile=true: no C++ compiler ({name}) on this machine; install one "
+            f"compile=true: no C++ compiler ({name}) that runs on this machine; install one "
             "(Debian: apt install g++), or use compile=false"
         )
     return name

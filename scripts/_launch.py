@@ -176,6 +176,10 @@ class RefuseBadRuns(Callback):
             device = resolve_device(checked.device)
             if checked.compile and device.type == "cpu":
                 cpp_compiler()
+            if checked.compile:
+                from vae_torch.step import check_can_compile  # torch takes a second to import
+
+                check_can_compile()
         except ConfigError as error:
             refuse(str(error))
         return checked

@@ -5,10 +5,11 @@ import shutil
 import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.data import DataLoader, TensorDataset
 
 from tests.conftest import REPOSITORY
 from vae_torch import VAE, ObjectiveConfig, mnist_loaders, train
-from vae_torch.checkpoint import Checkpoints, load_checkpoint
+from vae_torch.checkpoint import CheckpointError, Checkpoints, load_checkpoint, save_checkpoint
 from vae_torch.config import ConfigError, OptimizerConfig
 from vae_torch.train import _NOTEBOOK_ADAM, DivergedError, StoppedError, beta_at, lr_factor
 
@@ -373,3 +374,34 @@ def test_an_old_torch_cannot_compile(made_up_root, monkeypatch):
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.13.0"))
     with pytest.raises(ConfigError, match=r"2\.13\.0"):
         train(new_vae(), *loaders(made_up_root, limit_train=100), epochs=1, compile=True)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.slow
+def test_a_compiled_step_takes_any_loader_and_frozen_weights():
+    batches = [list(range(n)) for n in (8, 8, *range(1, 12), 8)]
+    images = TensorDataset(torch.rand(12, 784), torch.zeros(12))
+    models = []
+    for compiled in (False, True):
+        vae = new_vae()
+        vae.encoder.trunk.requires_grad_(False)
+        loader = DataLoader(images, batch_sampler=batches)
+        train(vae, loader, loader, epochs=2, compile=compiled)
+        models.append(vae)
+    for eager, graph in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.allclose(eager, graph, rtol=0, atol=2e-5)
+
+
+def test_a_checkpoint_from_before_a_setting_existed_goes_on_with_its_default(
+    composed, tmp_path, made_up_root
+):
+    config = composed("train.epochs=1")
+    keep = Checkpoints(tmp_path, config, every=1)
+    train(new_vae(), *loaders(made_up_root, limit_train=100), epochs=1, checkpoints=keep)
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    del state["config"]["model"]["mean_bias"]
+    save_checkpoint(tmp_path / "last.pt", state)
+    assert Checkpoints(tmp_path, config, every=1).load("cpu")["epoch"] == 1
+    config.model.mean_bias = True
+    with pytest.raises(CheckpointError, match=r"mean_bias=False, this one has True"):
+        Checkpoints(tmp_path, config, every=1).load("cpu")

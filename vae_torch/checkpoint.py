@@ -171,7 +171,11 @@ class Checkpoints:
         if not path.exists():
             return None
         state = load_checkpoint(path, device)
-        was, now = _what_matters(state["config"]), _what_matters(self.config.to_dict())
+        try:  # and back: keys that did not exist when it was written get their defaults
+            was = _what_matters(config_from_dict(state["config"]).to_dict())
+        except ConfigError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+        now = _what_matters(self.config.to_dict())
         for key in was.keys() | now.keys():
             if was.get(key) != now.get(key):
                 raise CheckpointError(

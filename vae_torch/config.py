@@ -39,7 +39,7 @@ class ModelConfig:
     intermediate_dim: int
     depth: int = 1  # hidden layers of the mlp, blocks of the residual network
     activation: str = "relu"
-    mean_bias: bool = False  # an untrained decoder draws the mean training image
+    mean_bias: bool = False  # the output bias starts at the mean training image
 
 
 @dataclass
@@ -300,7 +300,7 @@ def check_objective(objective: ObjectiveConfig) -> None:
     if objective.name != "elbo" and (objective.beta, objective.free_bits) != (1, 0):
         raise ConfigError(
             f"objective.beta={objective.beta}, objective.free_bits={objective.free_bits} with "
-            f"objective={objective.name}: only objective=elbo weights the KL; leave them out"
+            f"objective={objective.name}: both are of objective=elbo; leave them out"
         )
     if objective.name == "keras" and objective.beta_warmup_epochs:
         raise ConfigError(

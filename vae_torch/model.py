@@ -262,10 +262,10 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def start_at(self, mean: Tensor) -> None:
-        """Let an untrained decoder draw `mean`, by its output bias: Bernoulli pixels, dense output.
+        """Start an untrained decoder around `mean`, at it for z = 0; for Bernoulli pixels.
 
-        As the code of Burda et al. (2016) does. Otherwise the first steps go into the mean image,
-        and latents that help little with it are shut.
+        The output bias becomes its logit, as in the code of Burda et al. (2016). Otherwise the
+        first steps go into the mean image, and latents that help little with it are shut.
 
         Args:
             mean: Of the training images, as many values in [0, 1] as an image has pixels.

@@ -49,21 +49,18 @@ def compiled_step(
     objective: ObjectiveConfig,
     precision: str,
     *,
-    batch_size: int | None,
+    batch_size: int | None = None,
 ) -> Step:
     """The same step as one graph, fused across the borders of forward, backward and optimiser.
 
     Two kinds of batches go op by op: the first, which makes the optimiser's state, and those that
-    are not of `batch_size`, the last of an epoch: compiling for them would outlast them.
+    are not of `batch_size` (the first one's where it is None), such as the last of an epoch:
+    compiling for them would outlast them.
 
     Raises:
         ConfigError: This torch is too old to trace a gradient into a graph.
     """
-    if torch.__version__ < "2.14":
-        raise ConfigError(
-            f"compile=true: a whole step needs torch 2.14, this is {torch.__version__}; install "
-            "it, or use compile=false"
-        )
+    check_can_compile()
     eager = eager_step(vae, optimizer, objective, precision)
     device = next(vae.parameters()).device
     lr_now = torch.zeros((), device=device)  # a float would be compiled anew whenever it changes
@@ -71,7 +68,7 @@ def compiled_step(
     graph: Callable[..., Tensor] | None = None
 
     def make_graph() -> Callable[..., Tensor]:
-        parameters = list(vae.parameters())
+        parameters = [p for p in vae.parameters() if p.requires_grad]
         update = _update(optimizer, parameters)
 
         def whole(x: Tensor, eps: Tensor, beta: Tensor, lr: Tensor) -> Tensor:
@@ -88,9 +85,10 @@ def compiled_step(
         return compiled
 
     def step(x: Tensor, eps: Tensor, beta: Tensor, lr: float) -> Tensor:
-        nonlocal graph
+        nonlocal graph, batch_size
+        batch_size = batch_size or len(x)
         first = isinstance(optimizer, torch.optim.Adam) and not optimizer.state
-        if first or (batch_size and len(x) != batch_size):
+        if first or len(x) != batch_size:
             return eager(x, eps, beta, lr)
         graph = graph or make_graph()
         _set_lr(optimizer, lr)  # for who reads it there
@@ -98,6 +96,19 @@ def compiled_step(
             return graph(x, eps, beta, lr_now.fill_(lr))
 
     return step
+
+
+def check_can_compile() -> None:
+    """Refuse to compile with a torch that cannot.
+
+    Raises:
+        ConfigError: It is too old to trace a gradient into a graph.
+    """
+    if torch.__version__ < "2.14":
+        raise ConfigError(
+            f"compile=true: a whole step needs torch 2.14, this is {torch.__version__}; install "
+            "it, or use compile=false"
+        )
 
 
 def _loss_and_means(
@@ -127,7 +138,8 @@ def _update(
     decoupled = isinstance(optimizer, torch.optim.AdamW)
 
     def decayed(gradients: Sequence[Tensor]) -> list[Tensor]:
-        # not left to `adam`: inductor of torch 2.14 drops the factor of its `grad.add(p, alpha=)`
+        # not left to `adam`: where the gradient is a product, inductor of torch 2.14 makes its
+        # `grad.add(p, alpha=decay)` an addmm and loses the factor
         if decoupled or not decay:
             return list(gradients)
         return [g + decay * p for g, p in zip(gradients, parameters, strict=True)]
@@ -144,6 +156,9 @@ def _update(
     means, squares, steps = (
         [state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")
     )
+    if parameters[0].is_cuda:  # a CUDA graph may change only what stays in its place
+        for state in (*means, *squares, *steps):
+            torch._dynamo.mark_static_address(state)
     beta1, beta2 = group["betas"]
     eps = group["eps"]
 
