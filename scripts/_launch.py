@@ -174,12 +174,12 @@ class RefuseBadRuns(Callback):
             checked = typed(settings, Config)
             check(checked)
             device = resolve_device(checked.device)
-            if checked.compile and device.type == "cpu":
-                cpp_compiler()
             if checked.compile:
                 from vae_torch.step import check_can_compile  # torch takes a second to import
 
                 check_can_compile()
+                if device.type == "cpu":
+                    cpp_compiler()
         except ConfigError as error:
             refuse(str(error))
         return checked

@@ -105,6 +105,7 @@ def train(
 
     take_step = eager_step(vae, stepper, objective, precision)
     if compile:
+        # not learned from the first batch: a continued run's may be the last of an epoch
         size = getattr(train_loader.batch_sampler, "batch_size", None)
         take_step = compiled_step(vae, stepper, objective, precision, batch_size=size)
 
