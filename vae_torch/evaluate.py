@@ -143,7 +143,11 @@ def importance_log_px(
 def _log_weights(vae: VAE, x: Tensor, mean: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
     """(K, images) of log p(x, z) - log q(z|x)."""
     z = reparameterize(mean, logvar, eps=eps)
-    log_px_given_z = vae.likelihood.log_prob(x.reshape(-1, *vae.input_shape), vae.decode(z))
+    logits = vae.decode(z)
+    if len(x) == 1:  # one product instead of passes over the pixels of every sample
+        log_px_given_z = vae.likelihood.affine(x.flatten(1), logits.flatten(0, 1).flatten(1)).T
+    else:
+        log_px_given_z = vae.likelihood.log_prob(x.reshape(-1, *vae.input_shape), logits)
     return log_px_given_z + vae.log_prior(z) - log_normal(z, mean, logvar)
 
 

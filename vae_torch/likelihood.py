@@ -40,8 +40,7 @@ class Bernoulli(nn.Module):
 
     def affine(self, x: Tensor, logits: Tensor) -> Tensor:
         """Nats of each image under each output: (N, pixels) and (G, pixels) -> (N, G)."""
-        positive, rest = _softplus_sums(logits)
-        return torch.addmm(rest - positive, x, logits.T)
+        return torch.addmm(_even_part(logits), x - 0.5, logits.T)
 
     def mean(self, logits: Tensor) -> Tensor:
         """Pixel probabilities, in the shape of `logits`."""
@@ -58,9 +57,8 @@ class _BernoulliTerms(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, logits: Tensor) -> Tensor:
         """(B, pixels) and (..., B, pixels) -> (..., B)."""
         ctx.save_for_backward(x, logits)
-        positive, rest = _softplus_sums(logits)
         # no vecdot: under autocast it would round both to bf16
-        terms: Tensor = (x * logits).sum(-1) - positive + rest
+        terms: Tensor = ((x - 0.5) * logits).sum(-1) + _even_part(logits)
         return terms
 
     @staticmethod
@@ -77,16 +75,17 @@ class _BernoulliTerms(torch.autograd.Function):
         return grad_x, grad_logits
 
 
-def _softplus_sums(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The two parts of Σ_pixels softplus(l) = Σ max(l, 0) - Σ log σ(|l|): (..., pixels) -> (...).
+def _even_part(logits: Tensor) -> Tensor:
+    """Σ_pixels log σ(|l|) - |l| / 2, which with (x - 1/2) l is the whole term: (..., P) -> (...).
 
     One temporary of the pixels' size. A logarithm is dear and only the sum is wanted, so one is
     taken of the product of eight pixels, which lies in [1/256, 1].
     """
     size = logits.abs()
-    positive = 0.5 * (logits.sum(-1) + size.sum(-1))
+    linear = size.sum(-1)
     groups = math.gcd(logits.shape[-1], 8)
-    return positive, size.sigmoid_().unflatten(-1, (groups, -1)).prod(-2).log_().sum(-1)
+    logs = size.sigmoid_().unflatten(-1, (groups, -1)).prod(-2).log_()
+    return torch.add(logs.sum(-1), linear, alpha=-0.5)
 
 
 class ContinuousBernoulli(nn.Module):
