@@ -131,6 +131,7 @@ REFUSED = [
     ("train.py objective.num_samples=0", "objective.num_samples=0"),
     ("train.py objective=iwae objective.beta=2", "objective.beta=2.0.* leave them out"),
     ("train.py objective.estimator=dreg", "estimator=dreg .* use objective=iwae"),
+    ("train.py objective.resample=true", "nothing to choose from; use objective=iwae"),
     ("train.py objective=keras likelihood=gaussian", "is for likelihood=bernoulli"),
     ("train.py optimizer.name=lion", "optimizer.name=lion: must be one of adam"),
     ("train.py optimizer.lr=0", "optimizer.lr=0.0: must be a number above 0"),

@@ -164,9 +164,9 @@ def test_free_bits_hold_the_batch_mean_of_each_dimension(small_vae):
     torch.testing.assert_close(got, 3 * (free + high) - plain.reconstruction.mean())
 
 
-def gradient_of(vae: VAE, x, eps, objective, beta=1.0) -> torch.Tensor:
+def gradient_of(vae: VAE, x, eps, objective, beta=1.0, choice=None) -> torch.Tensor:
     vae.zero_grad()
-    objective_terms(vae, x, eps, objective, beta).loss.backward()
+    objective_terms(vae, x, eps, objective, beta, choice).loss.backward()
     return torch.cat([p.grad.flatten() for p in vae.parameters()])
 
 
@@ -190,6 +190,33 @@ def test_dreg_and_iwae_gradients_agree_in_expectation(prior, beta):
     if prior == "standard":  # the point of DReG: the encoder's gradient has less noise
         encoder = sum(p.numel() for p in vae.encoder.parameters())
         assert dreg[:, :encoder].var(0).sum() < standard[:, :encoder].var(0).sum()
+
+
+@pytest.mark.parametrize("estimator", ["standard", "dreg"])
+@pytest.mark.parametrize("beta", [1.0, 0.4])
+def test_one_draw_by_its_weight_has_the_gradient_of_all_in_expectation(estimator, beta):
+    """The expectation is a sum: every draw's gradient, times the chance to choose it."""
+    torch.manual_seed(0)
+    vae = VAE((6,), 2, 5, prior="mixture", prior_components=3).double()
+    x, eps = torch.rand(1, 6).double(), torch.randn(4, 1, 2).double()
+    objective = ObjectiveConfig(name="iwae", num_samples=4, estimator=estimator, resample=True)
+    everything = gradient_of(vae, x, eps, objective, beta)
+
+    mean, logvar = vae.encode(x)
+    z = mean + torch.exp(logvar / 2) * eps
+    q = torch.distributions.Normal(mean, torch.exp(logvar / 2))
+    latents = vae.log_prior(z) - q.log_prob(z).sum(-1)
+    log_w = vae.likelihood.log_prob(x, vae.decode(z)) + beta * latents
+    weights = log_w.softmax(0)[:, 0].tolist()
+    assert max(weights) < 0.9  # or else the others would not be seen
+    expected, below = torch.zeros_like(everything), 0.0
+    for weight in weights:
+        choice = torch.tensor([below + weight / 2]).double()
+        terms = objective_terms(vae, x, eps, objective, beta, choice)
+        torch.testing.assert_close(-terms.loss, iwae_bound(log_w).squeeze())
+        expected += weight * gradient_of(vae, x, eps, objective, beta, choice)
+        below += weight
+    torch.testing.assert_close(expected, everything)
 
 
 def test_images_are_averaged_once(small_vae):

@@ -387,10 +387,10 @@ CAMPAIGN = {
             ("before", 1, "growth.gif"),
         ],
     ),
-    "iwae, dreg, averaged weights, grey": (
+    "iwae, dreg, one draw chosen, averaged weights, grey": (
         [
             *("objective=iwae", "objective.num_samples=3", "objective.estimator=dreg"),
-            *("train.ema=0.9", "optimizer=adamw"),
+            *("objective.resample=true", "train.ema=0.9", "optimizer=adamw"),
         ],
         [
             ("after", 2, "metrics.jsonl"),

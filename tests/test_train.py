@@ -292,6 +292,8 @@ def test_objectives_that_would_be_ignored_are_refused(made_up_root):
         ObjectiveConfig(name="IWAE"),
         ObjectiveConfig(name="iwae", free_bits=1.0),
         ObjectiveConfig(estimator="dreg"),
+        ObjectiveConfig(resample=True),
+        ObjectiveConfig(name="iwae", resample=True),
     ):
         with pytest.raises(ConfigError, match=r"objective\."):
             train(new_vae(), *loaders(made_up_root), epochs=1, objective=objective)
@@ -345,6 +347,13 @@ SLOW = pytest.mark.slow
             {"name": "adam"},
             {},
             id="dreg",
+            marks=SLOW,
+        ),
+        pytest.param(
+            {"name": "iwae", "num_samples": 3, "estimator": "dreg", "resample": True},
+            {"name": "adam"},
+            {},
+            id="resample",
             marks=SLOW,
         ),
     ],

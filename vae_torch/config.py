@@ -67,6 +67,7 @@ class ObjectiveConfig:
     free_bits: float = 0.0  # nats per latent dimension that the KL may cost for nothing
     num_samples: int = 1  # draws of z per image
     estimator: str = "standard"
+    resample: bool = False  # the gradient goes through one of the draws, chosen by its weight
 
 
 @dataclass
@@ -296,6 +297,12 @@ def check_objective(objective: ObjectiveConfig) -> None:
         raise ConfigError(
             f"objective.estimator=dreg with objective.name={objective.name}: the doubly "
             "reparameterised gradient is of the importance-weighted bound; use objective=iwae"
+        )
+    if objective.resample and (objective.name != "iwae" or objective.num_samples < 2):
+        raise ConfigError(
+            f"objective.resample=true with objective.name={objective.name}, objective.num_samples="
+            f"{objective.num_samples}: there is nothing to choose from; use objective=iwae with "
+            "several samples"
         )
     if objective.name != "elbo" and (objective.beta, objective.free_bits) != (1, 0):
         raise ConfigError(

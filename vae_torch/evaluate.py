@@ -56,15 +56,16 @@ def bound_metrics(
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     kl_dims = torch.zeros(vae.latent_dim, dtype=torch.float64, device=device)
     images = 0
-    for x, _ in loader:
-        x = x.to(device)
-        shape = (objective.num_samples, len(x), vae.latent_dim)
-        eps = torch.randn(shape, generator=noise, device=device)
-        terms = objective_terms(vae, x, eps, objective, beta)
-        parts = (terms.loss, terms.elbo.mean(), terms.reconstruction.mean(), terms.kl.mean())
-        sums += len(x) * torch.stack(parts)
-        kl_dims += len(x) * terms.kl_per_dim
-        images += len(x)
+    at_once = math.ceil(1000 / objective.num_samples)  # images: more would not stay in a cache
+    for batch, _ in loader:
+        for x in batch.to(device).split(at_once):
+            shape = (objective.num_samples, len(x), vae.latent_dim)
+            eps = torch.randn(shape, generator=noise, device=device)
+            terms = objective_terms(vae, x, eps, objective, beta)
+            parts = (terms.loss, terms.elbo.mean(), terms.reconstruction.mean(), terms.kl.mean())
+            sums += len(x) * torch.stack(parts)
+            kl_dims += len(x) * terms.kl_per_dim
+            images += len(x)
     names = ("loss", "elbo", "reconstruction", "kl")
     metrics: dict[str, Any] = dict(zip(names, (sums / images).tolist(), strict=True))
     if isinstance(vae.prior, StandardNormal):

@@ -4,6 +4,7 @@ Every function returns one value per image, (B,): pixels and latent dimensions a
 training loop takes the mean over images, once.
 """
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -128,7 +129,12 @@ class Terms(NamedTuple):
 
 
 def objective_terms(
-    vae: VAE, x: Tensor, eps: Tensor, objective: ObjectiveConfig, beta: float | Tensor = 1.0
+    vae: VAE,
+    x: Tensor,
+    eps: Tensor,
+    objective: ObjectiveConfig,
+    beta: float | Tensor = 1.0,
+    choice: Tensor | None = None,
 ) -> Terms:
     """What `objective` minimises on one batch, with the plain bound beside it.
 
@@ -139,11 +145,15 @@ def objective_terms(
         objective: Which loss.
         beta: The KL's weight at this epoch, warm-up included. For iwae, the weight of
             log p(z) - log q(z|x) inside the bound.
+        choice: (B,) uniform noise in [0, 1), for iwae: with it the gradient goes through one draw
+            an image, chosen by its weight. Of the same expectation, at K passes forward and one
+            back: Burda et al. (2016), section 3.
     """
     x = x.reshape(-1, *vae.input_shape)
     mean, logvar = vae.encode(x)
-    z = reparameterize(mean, logvar, eps=eps)  # (K, B, latent_dim)
-    log_px_given_z = vae.likelihood.log_prob(x, vae.decode(z))  # (K, B)
+    with nullcontext() if choice is None else torch.no_grad():
+        z = reparameterize(mean, logvar, eps=eps)  # (K, B, latent_dim)
+        log_px_given_z = vae.likelihood.log_prob(x, vae.decode(z))  # (K, B)
     reconstruction = log_px_given_z.mean(0)
     kl_parts = kl_per_dim(mean, logvar)  # (B, latent_dim)
     kl_dims = kl_parts.mean(0)  # (latent_dim,)
@@ -154,13 +164,9 @@ def objective_terms(
 
     if objective.name == "keras":
         loss = (kl - reconstruction / x[0].numel()).mean()
-    elif objective.name == "iwae" and objective.estimator == "dreg":
-        log_qz = log_normal(z, mean.detach(), logvar.detach())
-        log_w = log_px_given_z + beta * (vae.log_prior(z) - log_qz)
-        loss = -_dreg_bound(log_w, z, beta).mean()
     elif objective.name == "iwae":
-        log_w = log_px_given_z + beta * (vae.log_prior(z) - log_normal(z, mean, logvar))
-        loss = -iwae_bound(log_w).mean()
+        q = (mean, logvar)
+        loss = -_weighted_bound(vae, x, q, eps, z, log_px_given_z, objective, beta, choice).mean()
     elif objective.free_bits > 0:
         # Kingma et al. (2016), appendix C.8: each dimension's batch mean may cost this much free
         loss = -reconstruction.mean() + beta * kl_dims.clamp(min=objective.free_bits).sum()
@@ -176,24 +182,47 @@ def objective_terms(
     )
 
 
-def _dreg_bound(log_w: Tensor, z: Tensor, beta: float | Tensor) -> Tensor:
-    """The value of the bound with DReG's gradient.
+def _weighted_bound(
+    vae: VAE,
+    x: Tensor,
+    q: tuple[Tensor, Tensor],
+    eps: Tensor,
+    z: Tensor,
+    log_px_given_z: Tensor,
+    objective: ObjectiveConfig,
+    beta: float | Tensor,
+    choice: Tensor | None,
+) -> Tensor:
+    """The importance-weighted bound (B,), with the gradient that the settings ask for.
 
-    Tucker et al., *Doubly Reparameterized Gradient Estimators* (ICLR 2019), equation 8: with q's
-    own parameters stopped in log q, the decoder's gradient is weighted by the normalised weights w,
-    and what flows back through z by w². Where beta weighs log q, the same derivation leads to
-    (1 - beta) w + beta w².
+    It is Σ_k w_k ∇ log w_k with the normalised weights w, or, where `choice` draws one k by w,
+    ∇ log w_k of that one: Burda et al. (2016), section 3.
 
-    Args:
-        log_w: (K, B), where log q saw a stopped mean and logvar.
-        z: (K, B, latent_dim), the draws that `log_w` was computed at.
-        beta: The weight of log p(z) - log q(z|x) in `log_w`.
+    DReG, Tucker et al., *Doubly Reparameterized Gradient Estimators* (ICLR 2019), equation 8: with
+    q's own parameters stopped in log q, what flows back through z_k counts w_k once more. Where
+    beta weighs log q, the same derivation leads to (1 - beta) + beta w_k.
+
+    `q` is a mean and a log-variance, (B, latent_dim) each; z (K, B, latent_dim) is made of them and
+    of eps, `log_px_given_z` (K, B) belongs to z; the other arguments are those of
+    `objective_terms`.
     """
-    weights = log_w.detach().softmax(0)  # (K, B)
-    if z.requires_grad:
+    dreg = objective.estimator == "dreg"
+    seen = (q[0].detach(), q[1].detach()) if dreg else q
+    log_w = log_px_given_z + beta * (vae.log_prior(z) - log_normal(z, *seen))  # (K, B)
+    bound = iwae_bound(log_w)
+    weights = log_w.detach().softmax(0)
+    shares = weights
+    if choice is not None:
+        k = (weights.cumsum(0) <= choice).sum(0, keepdim=True).clamp(max=len(eps) - 1)  # (1, B)
+        weights = weights.gather(0, k)
+        shares = torch.ones_like(weights)
+        z = reparameterize(*q, eps=eps.gather(0, k.unsqueeze(-1).expand(-1, -1, vae.latent_dim)))
+        log_px_given_z = vae.likelihood.log_prob(x, vae.decode(z))
+        log_w = log_px_given_z + beta * (vae.log_prior(z) - log_normal(z, *seen))  # (1, B)
+    if dreg and z.requires_grad:
         z.register_hook(lambda gradient: gradient * (1 - beta + beta * weights).unsqueeze(-1))
-    surrogate = (weights * log_w).sum(0)
-    return iwae_bound(log_w).detach() + surrogate - surrogate.detach()
+    surrogate = (shares * log_w).sum(0)
+    return bound.detach() + (surrogate - surrogate.detach())
 
 
 def _cross_entropy(x: Tensor, logits: Tensor, mean: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ from vae_torch.objective import objective_terms
 
 TERMS = ("loss", "reconstruction", "kl")
 
-# x (B, *shape), eps (K, B, latent_dim), the KL's weight (), learning rate -> means of TERMS, (3,)
-Step = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+# x (B, *shape), eps (K, B, latent_dim), `choice` (B,) or None, the KL's weight (), learning rate
+# -> means of TERMS, (3,)
+Step = Callable[[Tensor, Tensor, Tensor | None, Tensor, float], Tensor]
 
 
 def make_optimizer(vae: VAE, settings: OptimizerConfig) -> torch.optim.Optimizer:
@@ -32,9 +33,9 @@ def eager_step(
 ) -> Step:
     """The step as torch runs it, op by op."""
 
-    def step(x: Tensor, eps: Tensor, beta: Tensor, lr: float) -> Tensor:
+    def step(x: Tensor, eps: Tensor, choice: Tensor | None, beta: Tensor, lr: float) -> Tensor:
         _set_lr(optimizer, lr)
-        loss, means = _loss_and_means(vae, x, eps, objective, beta, precision)
+        loss, means = _loss_and_means(vae, x, eps, choice, objective, beta, precision)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -71,8 +72,10 @@ def compiled_step(
         parameters = [p for p in vae.parameters() if p.requires_grad]
         update = _update(optimizer, parameters)
 
-        def whole(x: Tensor, eps: Tensor, beta: Tensor, lr: Tensor) -> Tensor:
-            loss, means = _loss_and_means(vae, x, eps, objective, beta, precision)
+        def whole(
+            x: Tensor, eps: Tensor, choice: Tensor | None, beta: Tensor, lr: Tensor
+        ) -> Tensor:
+            loss, means = _loss_and_means(vae, x, eps, choice, objective, beta, precision)
             gradients = torch.autograd.grad(loss, parameters)
             with torch.no_grad():
                 update(gradients, lr)
@@ -84,16 +87,16 @@ def compiled_step(
         )
         return compiled
 
-    def step(x: Tensor, eps: Tensor, beta: Tensor, lr: float) -> Tensor:
+    def step(x: Tensor, eps: Tensor, choice: Tensor | None, beta: Tensor, lr: float) -> Tensor:
         nonlocal graph, batch_size
         batch_size = batch_size or len(x)
         first = isinstance(optimizer, torch.optim.Adam) and not optimizer.state
         if first or len(x) != batch_size:
-            return eager(x, eps, beta, lr)
+            return eager(x, eps, choice, beta, lr)
         graph = graph or make_graph()
         _set_lr(optimizer, lr)  # for who reads it there
         with torch._dynamo.config.patch(trace_autograd_ops=True):
-            return graph(x, eps, beta, lr_now.fill_(lr))
+            return graph(x, eps, choice, beta, lr_now.fill_(lr))
 
     return step
 
@@ -112,11 +115,17 @@ def check_can_compile() -> None:
 
 
 def _loss_and_means(
-    vae: VAE, x: Tensor, eps: Tensor, objective: ObjectiveConfig, beta: Tensor, precision: str
+    vae: VAE,
+    x: Tensor,
+    eps: Tensor,
+    choice: Tensor | None,
+    objective: ObjectiveConfig,
+    beta: Tensor,
+    precision: str,
 ) -> tuple[Tensor, Tensor]:
     """What is minimised, (), and the means of TERMS."""
     with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        terms = objective_terms(vae, x, eps, objective, beta)
+        terms = objective_terms(vae, x, eps, objective, beta, choice)
     means = (terms.loss.detach(), terms.reconstruction.mean(), terms.kl.mean())
     return terms.loss, torch.stack(means)
 

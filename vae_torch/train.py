@@ -125,9 +125,12 @@ def train(
                 x = x.to(device, non_blocking=True)
                 shape = (objective.num_samples, len(x), vae.latent_dim)
                 eps = torch.randn(shape, generator=run.noise, device=device)
+                choice = None
+                if objective.resample:
+                    choice = torch.rand(len(x), generator=run.noise, device=device)
                 progress = (run.epoch + run.step / steps) / epochs
                 lr = settings.lr * lr_factor(settings.schedule, progress)
-                terms = take_step(x, eps, weight, lr)
+                terms = take_step(x, eps, choice, weight, lr)
                 if averaged:
                     averaged.update_parameters(vae)
 
