@@ -100,6 +100,18 @@ def iwae_bound(log_w: Tensor) -> Tensor:
     return torch.logsumexp(log_w, 0) - torch.log(log_w.new_tensor(float(log_w.shape[0])))
 
 
+class _Draws(NamedTuple):
+    """What an image's posterior gives, and what the decoder makes of it."""
+
+    z: Tensor  # (K, B, latent_dim)
+    log_px_given_z: Tensor  # (K, B)
+
+
+def _draw(vae: VAE, x: Tensor, q: tuple[Tensor, Tensor], eps: Tensor) -> _Draws:
+    z = reparameterize(*q, eps=eps)
+    return _Draws(z, vae.likelihood.log_prob(x, vae.decode(z)))
+
+
 def log_weights(vae: VAE, x: Tensor, eps: Tensor) -> Tensor:
     """Log-weights log p(x|z_k) + log p(z_k) - log q(z_k|x) at z_k = mean + exp(logvar / 2) eps_k.
 
@@ -112,10 +124,9 @@ def log_weights(vae: VAE, x: Tensor, eps: Tensor) -> Tensor:
         (K, B), nats.
     """
     x = x.reshape(-1, *vae.input_shape)
-    mean, logvar = vae.encode(x)
-    z = reparameterize(mean, logvar, eps=eps)  # (K, B, latent_dim)
-    log_px_given_z = vae.likelihood.log_prob(x, vae.decode(z))
-    return log_px_given_z + vae.log_prior(z) - log_normal(z, mean, logvar)
+    q = vae.encode(x)
+    draws = _draw(vae, x, q, eps)
+    return draws.log_px_given_z + vae.log_prior(draws.z) - log_normal(draws.z, *q)
 
 
 class Terms(NamedTuple):
@@ -150,23 +161,21 @@ def objective_terms(
             back: Burda et al. (2016), section 3.
     """
     x = x.reshape(-1, *vae.input_shape)
-    mean, logvar = vae.encode(x)
+    q = mean, logvar = vae.encode(x)
     with nullcontext() if choice is None else torch.no_grad():
-        z = reparameterize(mean, logvar, eps=eps)  # (K, B, latent_dim)
-        log_px_given_z = vae.likelihood.log_prob(x, vae.decode(z))  # (K, B)
-    reconstruction = log_px_given_z.mean(0)
+        draws = _draw(vae, x, q, eps)
+    reconstruction = draws.log_px_given_z.mean(0)
     kl_parts = kl_per_dim(mean, logvar)  # (B, latent_dim)
     kl_dims = kl_parts.mean(0)  # (latent_dim,)
     if isinstance(vae.prior, StandardNormal):
         kl = kl_parts.sum(-1)
     else:  # no closed form: the draws that the decoder saw estimate it
-        kl = (log_normal(z, mean, logvar) - vae.log_prior(z)).mean(0)
+        kl = (log_normal(draws.z, *q) - vae.log_prior(draws.z)).mean(0)
 
     if objective.name == "keras":
         loss = (kl - reconstruction / x[0].numel()).mean()
     elif objective.name == "iwae":
-        q = (mean, logvar)
-        loss = -_weighted_bound(vae, x, q, eps, z, log_px_given_z, objective, beta, choice).mean()
+        loss = -_weighted_bound(vae, x, q, eps, draws, objective, beta, choice).mean()
     elif objective.free_bits > 0:
         # Kingma et al. (2016), appendix C.8: each dimension's batch mean may cost this much free
         loss = -reconstruction.mean() + beta * kl_dims.clamp(min=objective.free_bits).sum()
@@ -187,8 +196,7 @@ def _weighted_bound(
     x: Tensor,
     q: tuple[Tensor, Tensor],
     eps: Tensor,
-    z: Tensor,
-    log_px_given_z: Tensor,
+    draws: _Draws,
     objective: ObjectiveConfig,
     beta: float | Tensor,
     choice: Tensor | None,
@@ -202,13 +210,16 @@ def _weighted_bound(
     q's own parameters stopped in log q, what flows back through z_k counts w_k once more. Where
     beta weighs log q, the same derivation leads to (1 - beta) + beta w_k.
 
-    `q` is a mean and a log-variance, (B, latent_dim) each; z (K, B, latent_dim) is made of them and
-    of eps, `log_px_given_z` (K, B) belongs to z; the other arguments are those of
-    `objective_terms`.
+    `q` is a mean and a log-variance, (B, latent_dim) each, and `draws` come of them and of eps; the
+    other arguments are those of `objective_terms`.
     """
     dreg = objective.estimator == "dreg"
     seen = (q[0].detach(), q[1].detach()) if dreg else q
-    log_w = log_px_given_z + beta * (vae.log_prior(z) - log_normal(z, *seen))  # (K, B)
+
+    def weigh(draws: _Draws) -> Tensor:
+        return draws.log_px_given_z + beta * (vae.log_prior(draws.z) - log_normal(draws.z, *seen))
+
+    log_w = weigh(draws)  # (K, B)
     bound = iwae_bound(log_w)
     weights = log_w.detach().softmax(0)
     shares = weights
@@ -216,11 +227,11 @@ def _weighted_bound(
         k = (weights.cumsum(0) <= choice).sum(0, keepdim=True).clamp(max=len(eps) - 1)  # (1, B)
         weights = weights.gather(0, k)
         shares = torch.ones_like(weights)
-        z = reparameterize(*q, eps=eps.gather(0, k.unsqueeze(-1).expand(-1, -1, vae.latent_dim)))
-        log_px_given_z = vae.likelihood.log_prob(x, vae.decode(z))
-        log_w = log_px_given_z + beta * (vae.log_prior(z) - log_normal(z, *seen))  # (1, B)
-    if dreg and z.requires_grad:
-        z.register_hook(lambda gradient: gradient * (1 - beta + beta * weights).unsqueeze(-1))
+        eps = eps.gather(0, k.unsqueeze(-1).expand(-1, -1, vae.latent_dim))
+        draws = _draw(vae, x, q, eps)
+        log_w = weigh(draws)  # (1, B)
+    if dreg and draws.z.requires_grad:
+        draws.z.register_hook(lambda grad: grad * (1 - beta + beta * weights).unsqueeze(-1))
     surrogate = (shares * log_w).sum(0)
     return bound.detach() + (surrogate - surrogate.detach())
 
