@@ -1,6 +1,6 @@
 """Rerun the results table: every row, every seed, evaluated, and the table in README.md rewritten.
 
-python scripts/reproduce.py [only=[strong] seeds=[0]]
+python scripts/reproduce.py [only=[strong] seeds=[0] threads=1]
 """
 
 import json
@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from _common import quote_paths, refuse, refuse_broken_files, tell_interrupts, typed
 from vae_torch.checkpoint import write_atomically
-from vae_torch.config import ConfigError
+from vae_torch.config import Config, ConfigError
 
 BEGIN, END = "<!-- results: written by scripts/reproduce.py -->", "<!-- end of results -->"
 
@@ -42,6 +42,7 @@ class ReproduceConfig:
     out: str
     readme: str
     data_root: str
+    threads: int | None
     num_samples: int
     limit_test: int | None
     overrides: list[str]
@@ -49,6 +50,7 @@ class ReproduceConfig:
 
 
 ConfigStore.instance().store(name="schema_reproduce", node=ReproduceConfig)
+ConfigStore.instance().store(name="schema", node=Config)  # of a run, as in train.py
 
 
 def main(cfg: DictConfig) -> None:
@@ -60,6 +62,7 @@ def main(cfg: DictConfig) -> None:
         for name in chosen:
             if name not in config.rows:
                 raise ConfigError(f"only={name}: must be some of {', '.join(config.rows)}")
+        refuse_runs_of_other_settings(config)
     except ConfigError as error:
         refuse(str(error))
     for name in chosen:
@@ -80,7 +83,7 @@ def main(cfg: DictConfig) -> None:
 
 def refuse_bad_numbers(config: ReproduceConfig) -> None:
     """Before an hour of training, not after it."""
-    for key in ("num_samples", "limit_test"):
+    for key in ("num_samples", "limit_test", "threads"):
         value = getattr(config, key)
         if value is not None and value < 1:
             raise ConfigError(f"{key}={value}: must be a whole number, 1 or more")
@@ -88,6 +91,23 @@ def refuse_bad_numbers(config: ReproduceConfig) -> None:
         raise ConfigError(
             f"seeds={config.seeds}: must be one or more numbers between 0 and 4294967295"
         )
+
+
+def refuse_runs_of_other_settings(config: ReproduceConfig) -> None:
+    """What is there counts as a row only where it is what the row's command gives today."""
+    from vae_torch.checkpoint import CheckpointError, Checkpoints
+
+    for row in config.rows.values():
+        for path in folder_of(config, row, 0).parent.glob("seed=*/summary.json"):
+            seed = path.parent.name.removeprefix("seed=")
+            settings = [*settings_of(row), *config.overrides, f"seed={seed}"]
+            now = typed(hydra.compose("train", settings), Config)
+            try:
+                Checkpoints(path.parent / "checkpoints", now).load("cpu")
+            except CheckpointError as error:
+                raise ConfigError(
+                    f"{error}; or remove {path.parent}, or choose another out="
+                ) from None
 
 
 def is_trial(config: ReproduceConfig) -> bool:
@@ -101,10 +121,14 @@ def folder_of(config: ReproduceConfig, row: Row, seed: int) -> Path:
     return out / (row.experiment or "default") / f"seed={seed}"
 
 
+def settings_of(row: Row) -> list[str]:
+    """The overrides of one run of the row, but for its seed."""
+    return [*([f"experiment={row.experiment}"] if row.experiment else []), *row.overrides]
+
+
 def command_of(row: Row) -> str:
     """What a reader would type for one run of the row."""
-    settings = [f"experiment={row.experiment}"] if row.experiment else []
-    return " ".join(["train.py", *settings, *row.overrides])
+    return " ".join(["train.py", *settings_of(row)])
 
 
 def run_and_evaluate(config: ReproduceConfig, row: Row, seed: int) -> None:
@@ -112,9 +136,10 @@ def run_and_evaluate(config: ReproduceConfig, row: Row, seed: int) -> None:
     run_dir = folder_of(config, row, seed)
     scripts = Path(__file__).parent
     if not (run_dir / "summary.json").exists():
-        settings = command_of(row).split()[1:]
-        settings += [f"seed={seed}", f"data.root={config.data_root}", f"hydra.run.dir={run_dir}"]
-        settings += ["train.resume=auto", *config.overrides]
+        settings = [*settings_of(row), *config.overrides, f"seed={seed}"]
+        settings += [f"data.root={config.data_root}", f"hydra.run.dir={run_dir}"]
+        settings += ["train.resume=auto"]
+        settings += [f"threads={config.threads}"] if config.threads else []
         call([sys.executable, str(scripts / "train.py"), *settings])
     if not (run_dir / "evaluation.json").exists():
         settings = [f"run={run_dir}", f"eval.num_samples={config.num_samples}"]
@@ -179,7 +204,7 @@ def figure_of(run_dir: Path, figure: str) -> float:
 
 
 def samples_of(run_dir: Path) -> int:
-    """Importance samples of a run's log p(x); fewer make it look worse, never better."""
+    """Importance samples of a run's log p(x); fewer make it look worse, in expectation."""
     card = json.loads((run_dir / "evaluation.json").read_text())
     return int(card["log_px"]["num_samples"])
 

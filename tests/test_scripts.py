@@ -171,6 +171,13 @@ def test_a_trial_of_the_results_table_touches_no_readme(made_up_root, tmp_path):
     row = next(line for line in done.stdout.splitlines() if line.startswith("| `keras_notebook`"))
     assert f"**{sum(losses) / 2:.4f}**" in row
     assert (REPOSITORY / "README.md").read_text() == readme
+    others = run_script("reproduce.py", *trial[:-1], trial[-1].replace("dim=8", "dim=9"))
+    assert others.returncode == 2
+    assert "model.intermediate_dim=8, this one has 9" in others.stderr
+    assert others.stderr.count("\n") == 1
+    again = run_script("reproduce.py", *trial)  # what is there is not run again
+    assert row in again.stdout
+    assert "Done:" not in again.stdout
     refused = run_script("reproduce.py", "only=[nothing]")
     assert refused.returncode == 2
     assert "only=nothing" in refused.stderr
