@@ -75,13 +75,13 @@ def evaluate_run(config: EvaluateConfig) -> None:
         )
     if config.data_root:
         run_config.data.root = config.data_root
+    train_loader, test_loader = loaders_of(run_config, device)
+    path = run_dir / "checkpoints" / f"{config.eval.checkpoint}.pt"
+    hashes = {"train": data_hash(train_loader), "test": data_hash(test_loader)}
+    refuse_other_data(path, load_checkpoint(path), hashes, run_config.data.root)
     if config.eval.limit:
         run_config.data.limit_test = config.eval.limit
-    train_loader, test_loader = loaders_of(run_config, device)
-    digest = data_hash(test_loader)
-    if not config.eval.limit:
-        path = run_dir / "checkpoints" / f"{config.eval.checkpoint}.pt"
-        refuse_other_data(path, load_checkpoint(path), {"test": digest}, run_config.data.root)
+        _, test_loader = loaders_of(run_config, device)
     card = evaluate_model(
         vae,
         test_loader,
@@ -97,7 +97,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
         "name": run_config.data.name,
         "binarize": run_config.data.binarize,
         "split": "held-out training" if run_config.data.hold_out else "test",
-        "sha256": digest,
+        "sha256": data_hash(test_loader),
     }
     print_card(card)
     path = run_dir / "evaluation.json"

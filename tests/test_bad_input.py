@@ -192,6 +192,7 @@ REFUSED = [
     ("evaluate.py run=good device=tpu", "device=tpu: must be auto, cpu"),
     ("evaluate.py run=good data_root=no-images", "put t10k-images-idx3-ubyte"),
     ("evaluate.py run=others", "others/checkpoints/last.pt: .* other images .* name a folder"),
+    ("evaluate.py run=others eval.limit=9", "others/checkpoints/last.pt: .* other images .* name"),
     ("evaluate.py run=good +foo=1", "foo: no such key"),
     ("explore.py", "run is missing: name a run folder"),
     ("explore.py run=", "run=: must be a run folder"),
