@@ -112,11 +112,11 @@ def test_integral_finds_a_far_mode_of_the_prior(place, deviation):
 
 
 def test_integral_reports_how_far_it_moved():
-    """A decoder too sharp for the first grid: the residual is what the last halving changed."""
-    vae, x = linear_gaussian(1)
-    result = exact_log_px(vae, x, tolerance=1e-9)
-    assert 0 <= result.residual < 1e-9
-    assert result.half_width > 6
+    vae, x = linear_gaussian(2, variance=1e-2)
+    rough, fine = (exact_log_px(vae, x, tolerance=tolerance) for tolerance in (1.0, 1e-3))
+    assert 0 < fine.residual < 1e-3 < rough.residual < 1
+    for result in (rough, fine):  # it is no less than the error
+        assert (result.log_px.mean() - vae.true_log_px.mean()).abs() < result.residual
 
 
 def test_a_proposal_replaces_the_encoder():
@@ -202,6 +202,18 @@ def test_an_image_counts_the_same_among_others(small_vae):
     torch.testing.assert_close(alone, among, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli", "continuous_bernoulli"])
+def test_a_posterior_is_fitted_to_one_image_too(likelihood):
+    torch.manual_seed(0)
+    vae = VAE((PIXELS,), 2, 8, likelihood=likelihood).double()
+    vae.encoder.mean.bias.data += 1.0
+    x = torch.rand(3, PIXELS).double()
+    together = posterior_elbo(vae, x, *fit_posterior(vae, x))
+    for i in range(3):
+        alone = posterior_elbo(vae, x[i : i + 1], *fit_posterior(vae, x[i : i + 1]))
+        assert alone.item() == pytest.approx(together[i].item(), abs=0.05)
+
+
 def test_fitted_posterior_closes_the_gap_of_a_bad_encoder():
     vae, x = linear_gaussian(2)
     vae.encoder.mean.bias.data += 1.0
@@ -209,6 +221,24 @@ def test_fitted_posterior_closes_the_gap_of_a_bad_encoder():
     best = posterior_elbo(vae, x, *fit_posterior(vae, x, steps=400))
     assert ((vae.true_log_px - best).abs() < 0.02).all()  # the family holds the true posterior
     assert not any(p.grad is not None and p.grad.any() for p in vae.parameters())
+
+
+def test_gaps_of_a_bad_encoder_equal_their_closed_form():
+    """The true posteriors are Gaussian: all of the gap is KL(q(z|x) || p(z|x)), amortisation."""
+    vae, x = linear_gaussian(2)
+    mean, logvar = (part.detach() for part in vae.encode(x))
+    true = torch.distributions.Normal(mean, torch.exp(logvar / 2))
+    vae.encoder.mean.bias.data += 0.4
+    vae.encoder.logvar.bias.data += 0.5
+    mean, logvar = (part.detach() for part in vae.encode(x))
+    q = torch.distributions.Normal(mean, torch.exp(logvar / 2))
+    expected = torch.distributions.kl_divergence(q, true).sum(-1).mean().item()
+    loader = DataLoader(TensorDataset(x, torch.zeros(len(x))), batch_size=8)
+    card = evaluate_model(vae, loader, num_samples=2, fit_images=len(x))
+    assert card["approximation_gap"]["value"] == pytest.approx(0, abs=0.01)
+    # a draw's log-weight varies by 1.9 nats, and 40 images have a thousand each: 4 errors
+    assert card["amortisation_gap"]["value"] == pytest.approx(expected, abs=0.04)
+    assert card["gap"]["value"] == pytest.approx(expected, abs=0.04)
 
 
 def test_aggregate_kl_of_known_posteriors():
@@ -241,10 +271,7 @@ def test_card_adds_up_and_says_what_it_is(trained):
         vae, test_loader, train_loader=train_loader, num_samples=200, fit_images=20
     )
     value = {name: entry["value"] for name, entry in card.items() if name != "verdict"}
-    assert value["elbo"] == pytest.approx(value["reconstruction"] - value["kl"], abs=1e-3)
     assert sum(value["kl_per_dim"]) == pytest.approx(value["kl"], rel=1e-4)
-    parts = value["approximation_gap"] + value["amortisation_gap"]
-    assert value["gap"] == pytest.approx(parts, abs=1e-3)
     assert value["elbo"] < value["log_px"] < value["log_px_exact"] + 0.02
     assert value["reconstruction"] < value["entropy_floor"]
     x = torch.cat([x for x, _ in test_loader])

@@ -94,26 +94,12 @@ def test_iwae_bound_equals_its_definition():
     torch.testing.assert_close(shifted, iwae_bound(log_w) - 2000)
 
 
-def test_bounds_tighten_with_more_samples(small_vae):
-    x = torch.rand(64, 784)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        log_w = log_weights(small_vae, x, torch.randn(4000, 64, 2)).double()
-    bounds = []
-    for k in (1, 4, 40):
-        groups = log_w.reshape(k, -1, 64)  # k draws in each of 4000 / k groups
-        bounds.append((torch.logsumexp(groups, 0) - math.log(k)).mean().item())
-    bounds.append(iwae_bound(log_w).mean().item())
-    assert bounds == sorted(bounds)
-    assert bounds[-1] - bounds[0] > 0.01
-
-
 def test_log_weights_average_to_the_elbo(small_vae):
     x = torch.rand(8, 784)
     eps = torch.randn(20_000, 8, 2, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         terms = objective_terms(small_vae, x, eps, ObjectiveConfig())
-        log_w = log_weights(small_vae, x, eps)
+        log_w = log_weights(small_vae, x, small_vae.encode(x), eps)
     error = log_w.std(0) / math.sqrt(len(eps))
     assert ((terms.elbo - log_w.mean(0)).abs() < 5 * error).all()
 
@@ -144,15 +130,11 @@ def test_beta_and_free_bits_weight_the_kl(small_vae):
     torch.testing.assert_close(free.loss.detach(), 200 - plain.reconstruction.mean())
 
 
-def test_what_is_minimised_is_what_is_documented(small_vae):
-    x, eps = torch.rand(8, 784), torch.randn(5, 8, 2)
+def test_the_keras_objective_minimises_the_keras_loss(small_vae):
+    x, eps = torch.rand(8, 784), torch.randn(1, 8, 2)
     out = small_vae(x, eps=eps[0])
-    loss = objective_terms(small_vae, x, eps[:1], ObjectiveConfig(name="keras")).loss
+    loss = objective_terms(small_vae, x, eps, ObjectiveConfig(name="keras")).loss
     torch.testing.assert_close(loss, keras_loss(x, out.logits, out.mean, out.logvar).mean())
-    bound = iwae_bound(log_weights(small_vae, x, eps)).mean()
-    for estimator in ("standard", "dreg"):
-        objective = ObjectiveConfig(name="iwae", estimator=estimator)
-        torch.testing.assert_close(objective_terms(small_vae, x, eps, objective).loss, -bound)
 
 
 def test_free_bits_hold_the_batch_mean_of_each_dimension(small_vae):
@@ -230,15 +212,19 @@ def test_images_are_averaged_once(small_vae):
     torch.testing.assert_close(whole, (halves[0] + halves[1]) / 2)
 
 
-def test_warmup_weighs_the_latents_inside_the_importance_weighted_bound(small_vae):
+@pytest.mark.parametrize("estimator", ["standard", "dreg"])
+@pytest.mark.parametrize("beta", [1.0, 0.3])
+def test_importance_weighted_loss_equals_torch_distributions(small_vae, estimator, beta):
+    """A warm-up weighs the latents inside the bound."""
     x, eps = torch.rand(6, *small_vae.input_shape), torch.randn(4, 6, small_vae.latent_dim)
-    loss = objective_terms(small_vae, x, eps, ObjectiveConfig(name="iwae"), 0.3).loss
+    objective = ObjectiveConfig(name="iwae", estimator=estimator)
+    loss = objective_terms(small_vae, x, eps, objective, beta).loss
     mean, logvar = small_vae.encode(x)
     q = torch.distributions.Normal(mean, torch.exp(logvar / 2))
     z = q.mean + q.stddev * eps
     prior = torch.distributions.Normal(0.0, 1.0)
     pixels = torch.distributions.Bernoulli(logits=small_vae.decode(z), validate_args=False)
     latents = (prior.log_prob(z) - q.log_prob(z)).sum(-1)
-    log_w = pixels.log_prob(x).flatten(2).sum(-1) + 0.3 * latents
+    log_w = pixels.log_prob(x).flatten(2).sum(-1) + beta * latents
     bound = log_w.double().exp().mean(0).log()
     assert loss.item() == pytest.approx(-bound.mean().item(), rel=1e-4)

@@ -11,7 +11,7 @@ from tests.conftest import REPOSITORY
 from vae_torch import VAE, ObjectiveConfig, mnist_loaders, train
 from vae_torch.checkpoint import CheckpointError, Checkpoints, load_checkpoint, save_checkpoint
 from vae_torch.config import ConfigError, OptimizerConfig
-from vae_torch.train import _NOTEBOOK_ADAM, DivergedError, StoppedError, beta_at, lr_factor
+from vae_torch.train import _DEFAULT_ADAM, DivergedError, StoppedError, beta_at, lr_factor
 
 EPOCHS = 4
 
@@ -315,7 +315,7 @@ def test_schedules():
 
 
 def test_library_default_is_the_command_lines(composed):
-    assert composed().optimizer == _NOTEBOOK_ADAM
+    assert composed().optimizer == _DEFAULT_ADAM
 
 
 SLOW = pytest.mark.slow

@@ -6,7 +6,7 @@ functions that also work alone and return one value per image.
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,12 @@ from tqdm import tqdm
 from vae_torch.config import ObjectiveConfig
 from vae_torch.data import seeded_generator
 from vae_torch.model import VAE, reparameterize
-from vae_torch.objective import ACTIVE_UNIT_VARIANCE, kl_per_dim, objective_terms
+from vae_torch.objective import (
+    ACTIVE_UNIT_VARIANCE,
+    kl_per_dim,
+    log_weights,
+    objective_terms,
+)
 from vae_torch.prior import StandardNormal, log_mixture, log_normal
 
 _log = logging.getLogger("vae_torch")
@@ -131,7 +136,7 @@ def importance_log_px(
         ).to(x.dtype)  # (K, images, latent_dim)
         log_w = torch.cat(
             [
-                _log_weights(vae, x[part], mean[part], logvar[part], some)
+                log_weights(vae, x[part], (mean[part], logvar[part]), some)
                 for some in eps.split(max(1, chunk // eps.shape[1]))
             ]
         ).double()  # (K, images)
@@ -139,17 +144,6 @@ def importance_log_px(
         log_px.append(total - math.log(num_samples))
         effective.append(torch.exp(2 * total - (2 * log_w).logsumexp(0)))
     return ImportanceEstimate(torch.cat(log_px), torch.cat(effective))
-
-
-def _log_weights(vae: VAE, x: Tensor, mean: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
-    """(K, images) of log p(x, z) - log q(z|x)."""
-    z = reparameterize(mean, logvar, eps=eps)
-    logits = vae.decode(z)
-    if len(x) == 1:  # one product instead of passes over the pixels of every sample
-        log_px_given_z = vae.likelihood.affine(x.flatten(1), logits.flatten(0, 1).flatten(1)).T
-    else:
-        log_px_given_z = vae.likelihood.log_prob(x.reshape(-1, *vae.input_shape), logits)
-    return log_px_given_z + vae.log_prior(z) - log_normal(z, mean, logvar)
 
 
 class Quadrature(NamedTuple):
@@ -367,7 +361,7 @@ def fit_posterior(
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / steps)
         eps = torch.randn(shape, generator=noise, device=x.device, dtype=x.dtype)
-        loss = -_log_weights(vae, x, mean, logvar, eps).mean(0).sum()
+        loss = -log_weights(vae, x, (mean, logvar), eps).mean(0).sum()
         mean.grad, logvar.grad = torch.autograd.grad(loss, [mean, logvar])
         optimizer.step()
     return mean.detach(), logvar.detach()
@@ -384,7 +378,7 @@ def posterior_elbo(
     while done < num_samples:  # twenty at a time bound the memory
         shape = (min(20, num_samples - done), *mean.shape)
         eps = torch.randn(shape, generator=noise, device=x.device, dtype=x.dtype)
-        total += _log_weights(vae, x, mean, logvar, eps).double().sum(0)
+        total += log_weights(vae, x, (mean, logvar), eps).double().sum(0)
         done += shape[0]
     return total / num_samples
 
@@ -523,15 +517,11 @@ def _standard_error(values: Tensor) -> float:
     return values.double().std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
-def _in_batches(x: Tensor) -> Iterator[Tensor]:
-    yield from x.split(1000)
-
-
 @torch.no_grad()
 def _put_bound(put: Any, vae: VAE, x: Tensor, seed: int) -> None:
     noise = seeded_generator(x.device, seed, _BOUND)
     rows = []
-    for part in _in_batches(x):
+    for part in x.split(1000):  # bounds the decoder's memory
         eps = torch.randn((1, len(part), vae.latent_dim), generator=noise, device=x.device)
         terms = objective_terms(vae, part, eps.to(x.dtype), ObjectiveConfig())
         rows.append(torch.stack([terms.elbo, terms.reconstruction, terms.kl]))

@@ -3,7 +3,7 @@
 Each likelihood reads one decoder output per pixel (called `logits` for all of them) and offers the
 same three methods: `log_prob(x, logits)`; `mean(logits)`, the expected pixel values in [0, 1]; and
 `affine(x, logits)`, which evaluates every image under every decoder output with one matrix product:
-all three log-densities are affine in x (the Gaussian up to a term without z).
+all three log-densities are affine in x (the Gaussian up to a term without z). It has no gradient.
 """
 
 import math

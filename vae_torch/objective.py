@@ -87,7 +87,8 @@ def iwae_bound(log_w: Tensor) -> Tensor:
     Burda, Grosse and Salakhutdinov, *Importance Weighted Autoencoders* (ICLR 2016), equation 8.
 
     Args:
-        log_w: (K, B): log p(x, z_k) - log q(z_k|x) of K draws, nats. `log_weights` computes them.
+        log_w: (K, B): log p(x, z_k) - log q(z_k|x) of K draws, nats. `objective.log_weights`
+            computes them.
 
     Returns:
         (B,), nats per image.
@@ -100,33 +101,26 @@ def iwae_bound(log_w: Tensor) -> Tensor:
     return torch.logsumexp(log_w, 0) - torch.log(log_w.new_tensor(float(log_w.shape[0])))
 
 
-class _Draws(NamedTuple):
-    """What an image's posterior gives, and what the decoder makes of it."""
-
-    z: Tensor  # (K, B, latent_dim)
-    log_px_given_z: Tensor  # (K, B)
-
-
-def _draw(vae: VAE, x: Tensor, q: tuple[Tensor, Tensor], eps: Tensor) -> _Draws:
-    z = reparameterize(*q, eps=eps)
-    return _Draws(z, vae.likelihood.log_prob(x, vae.decode(z)))
-
-
-def log_weights(vae: VAE, x: Tensor, eps: Tensor) -> Tensor:
-    """Log-weights log p(x|z_k) + log p(z_k) - log q(z_k|x) at z_k = mean + exp(logvar / 2) eps_k.
+def log_weights(vae: VAE, x: Tensor, q: tuple[Tensor, Tensor], eps: Tensor) -> Tensor:
+    """Log-weights log p(x|z_k) + log p(z_k) - log q(z_k) at z_k = mean + exp(logvar / 2) eps_k.
 
     Args:
         vae: The model.
         x: (B, *shape) in [0, 1].
+        q: Mean and log-variance, (B, latent_dim) each: `vae.encode(x)`, or any other Gaussians.
         eps: (K, B, latent_dim) standard normal noise.
 
     Returns:
         (K, B), nats.
     """
-    x = x.reshape(-1, *vae.input_shape)
-    q = vae.encode(x)
-    draws = _draw(vae, x, q, eps)
-    return draws.log_px_given_z + vae.log_prior(draws.z) - log_normal(draws.z, *q)
+    z = reparameterize(*q, eps=eps)
+    logits = vae.decode(z)
+    if len(x) == 1 and not logits.requires_grad:
+        # one product instead of passes over the pixels of every draw
+        log_px_given_z = vae.likelihood.affine(x.flatten(1), logits.flatten(0, 1).flatten(1)).T
+    else:
+        log_px_given_z = vae.likelihood.log_prob(x.reshape(-1, *vae.input_shape), logits)
+    return log_px_given_z + vae.log_prior(z) - log_normal(z, *q)
 
 
 class Terms(NamedTuple):
@@ -135,7 +129,7 @@ class Terms(NamedTuple):
     loss: Tensor  # (), what is minimised
     elbo: Tensor  # (B,) the plain bound: no beta, no warm-up, no free bits
     reconstruction: Tensor  # (B,) log p(x|z), higher is better
-    kl: Tensor  # (B,) KL(q(z|x) || p(z)); a one-sample estimate unless the prior is standard
+    kl: Tensor  # (B,) KL(q(z|x) || p(z)); unless the prior is standard, estimated from the draws
     kl_per_dim: Tensor  # (latent_dim,) batch mean against the standard normal
 
 
@@ -189,6 +183,18 @@ def objective_terms(
         kl.detach(),
         kl_dims.detach(),
     )
+
+
+class _Draws(NamedTuple):
+    """What an image's posterior gives, and what the decoder makes of it."""
+
+    z: Tensor  # (K, B, latent_dim)
+    log_px_given_z: Tensor  # (K, B)
+
+
+def _draw(vae: VAE, x: Tensor, q: tuple[Tensor, Tensor], eps: Tensor) -> _Draws:
+    z = reparameterize(*q, eps=eps)
+    return _Draws(z, vae.likelihood.log_prob(x, vae.decode(z)))
 
 
 def _weighted_bound(

@@ -22,7 +22,7 @@ Metrics = dict[str, Any]
 
 _ADVICE = "try a smaller optimizer.lr, precision=fp32, or objective.beta_warmup_epochs"
 _NOISE = 2  # tells the noise of z from the data order, which is seeded by (seed, epoch) too
-_NOTEBOOK_ADAM = OptimizerConfig(name="adam", lr=1e-3, eps=1e-8, schedule="constant")
+_DEFAULT_ADAM = OptimizerConfig(name="adam", lr=1e-3, eps=1e-8, schedule="constant")
 
 
 class DivergedError(ArithmeticError):
@@ -91,7 +91,7 @@ def train(
         )
     objective = objective or ObjectiveConfig()
     check_objective(objective)
-    settings = optimizer or _NOTEBOOK_ADAM
+    settings = optimizer or _DEFAULT_ADAM
     device = next(vae.parameters()).device
     stepper = make_optimizer(vae, settings)
     averaged = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema else None
