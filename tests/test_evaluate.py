@@ -1,5 +1,6 @@
 """Contracts of the estimators, each against a value that is known another way."""
 
+import json
 import math
 
 import pytest
@@ -212,6 +213,17 @@ def test_a_posterior_is_fitted_to_one_image_too(likelihood):
     for i in range(3):
         alone = posterior_elbo(vae, x[i : i + 1], *fit_posterior(vae, x[i : i + 1]))
         assert alone.item() == pytest.approx(together[i].item(), abs=0.05)
+
+
+def test_the_card_of_one_image_claims_nothing_about_many(trained):
+    vae, _, test_loader = trained
+    x, labels = next(iter(test_loader))
+    loader = DataLoader(TensorDataset(x[:1], labels[:1]))
+    card = evaluate_model(vae, loader, num_samples=20, fit_images=1)
+    assert card["log_px"]["standard_error"] is None
+    assert "active_units" not in card
+    assert not any("collapsed" in sentence for sentence in card["verdict"])
+    json.dumps(card, allow_nan=False)
 
 
 def test_fitted_posterior_closes_the_gap_of_a_bad_encoder():

@@ -513,8 +513,8 @@ def _whole(vae: VAE, loader: Loader) -> tuple[Tensor, Tensor]:
     return x, labels
 
 
-def _standard_error(values: Tensor) -> float:
-    return values.double().std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+def _standard_error(values: Tensor) -> float | None:
+    return values.double().std().item() / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 @torch.no_grad()
@@ -535,6 +535,8 @@ def _put_bound(put: Any, vae: VAE, x: Tensor, seed: int) -> None:
     if analytic:
         per_dim = kl_per_dim(mean, logvar).mean(0)
         put("kl_per_dim", per_dim.tolist(), "the KL of each latent dimension", 0)
+    if len(x) == 1:  # nothing varies
+        return
     variance = mean.var(0)
     put(
         "active_units",
@@ -630,9 +632,10 @@ def verdict(card: dict[str, Any], num_samples: int) -> list[str]:
     """What the card's figures mean, in sentences, each with something to try."""
     value = {name: entry["value"] for name, entry in card.items()}
     said = []
-    variances = card["active_units"]["variance_per_dim"]
-    collapsed = len(variances) - value["active_units"]
-    if value["active_units"] == 0:
+    active = value.get("active_units")
+    variances = card["active_units"]["variance_per_dim"] if active is not None else []
+    collapsed = len(variances) - (active or 0)
+    if active == 0:
         said.append(
             "The posterior has collapsed: no latent dimension says anything about the image. Try "
             "objective=elbo, objective.beta_warmup_epochs or objective.free_bits."
