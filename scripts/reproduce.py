@@ -173,8 +173,8 @@ def table_of(config: ReproduceConfig) -> str:
             continue
         figures = [figure_of(run.parent, row.figure) for run in runs]
         minutes = [summary_of(run.parent)["seconds"] / 60 for run in runs]
-        spread = f" ± {statistics.stdev(figures):.2f}" if len(figures) > 1 else ""
         digits = 4 if row.figure == "loss" else 2
+        spread = f" ± {statistics.stdev(figures):.{digits}f}" if len(figures) > 1 else ""
         samples = min(samples_of(run.parent) for run in runs)
         words = {
             "elbo": "-ELBO",
