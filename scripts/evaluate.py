@@ -82,6 +82,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
     if config.eval.limit:
         run_config.data.limit_test = config.eval.limit
         _, test_loader = loaders_of(run_config, device)
+        hashes["test"] = data_hash(test_loader)
     card = evaluate_model(
         vae,
         test_loader,
@@ -97,7 +98,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
         "name": run_config.data.name,
         "binarize": run_config.data.binarize,
         "split": "held-out training" if run_config.data.hold_out else "test",
-        "sha256": data_hash(test_loader),
+        "sha256": hashes["test"],
     }
     print_card(card)
     path = run_dir / "evaluation.json"

@@ -100,8 +100,7 @@ def refuse_runs_of_other_settings(config: ReproduceConfig) -> None:
     for row in config.rows.values():
         for path in folder_of(config, row, 0).parent.glob("seed=*/summary.json"):
             seed = path.parent.name.removeprefix("seed=")
-            settings = [*settings_of(row), *config.overrides, f"seed={seed}"]
-            now = typed(hydra.compose("train", settings), Config)
+            now = typed(hydra.compose("train", settings_of(config, row, seed)), Config)
             try:
                 Checkpoints(path.parent / "checkpoints", now).load("cpu")
             except CheckpointError as error:
@@ -121,14 +120,15 @@ def folder_of(config: ReproduceConfig, row: Row, seed: int) -> Path:
     return out / (row.experiment or "default") / f"seed={seed}"
 
 
-def settings_of(row: Row) -> list[str]:
-    """The overrides of one run of the row, but for its seed."""
-    return [*([f"experiment={row.experiment}"] if row.experiment else []), *row.overrides]
-
-
 def command_of(row: Row) -> str:
     """What a reader would type for one run of the row."""
-    return " ".join(["train.py", *settings_of(row)])
+    settings = [f"experiment={row.experiment}"] if row.experiment else []
+    return " ".join(["train.py", *settings, *row.overrides])
+
+
+def settings_of(config: ReproduceConfig, row: Row, seed: int | str) -> list[str]:
+    """The overrides that make a run what it is, wherever and however fast it is made."""
+    return [*command_of(row).split()[1:], *config.overrides, f"seed={seed}"]
 
 
 def run_and_evaluate(config: ReproduceConfig, row: Row, seed: int) -> None:
@@ -136,7 +136,7 @@ def run_and_evaluate(config: ReproduceConfig, row: Row, seed: int) -> None:
     run_dir = folder_of(config, row, seed)
     scripts = Path(__file__).parent
     if not (run_dir / "summary.json").exists():
-        settings = [*settings_of(row), *config.overrides, f"seed={seed}"]
+        settings = settings_of(config, row, seed)
         settings += [f"data.root={config.data_root}", f"hydra.run.dir={run_dir}"]
         settings += ["train.resume=auto"]
         settings += [f"threads={config.threads}"] if config.threads else []

@@ -632,17 +632,16 @@ def verdict(card: dict[str, Any], num_samples: int) -> list[str]:
     """What the card's figures mean, in sentences, each with something to try."""
     value = {name: entry["value"] for name, entry in card.items()}
     said = []
-    active = value.get("active_units")
-    variances = card["active_units"]["variance_per_dim"] if active is not None else []
-    collapsed = len(variances) - (active or 0)
+    active = value.get("active_units")  # None on the card of one image
+    dims = len(card["active_units"]["variance_per_dim"]) if active is not None else 0
     if active == 0:
         said.append(
             "The posterior has collapsed: no latent dimension says anything about the image. Try "
             "objective=elbo, objective.beta_warmup_epochs or objective.free_bits."
         )
-    elif collapsed:
+    elif active is not None and active < dims:
         said.append(
-            f"{collapsed} of {len(variances)} latent dimensions are collapsed. That costs little; "
+            f"{dims - active} of {dims} latent dimensions are collapsed. That costs little; "
             "objective.free_bits or objective.beta_warmup_epochs may bring them to use."
         )
     if "train_elbo" in value:

@@ -3,7 +3,7 @@
 Each likelihood reads one decoder output per pixel (called `logits` for all of them) and offers the
 same three methods: `log_prob(x, logits)`; `mean(logits)`, the expected pixel values in [0, 1]; and
 `affine(x, logits)`, which evaluates every image under every decoder output with one matrix product:
-all three log-densities are affine in x (the Gaussian up to a term without z). It has no gradient.
+all three log-densities are affine in x (the Gaussian up to a term without z).
 """
 
 import math
@@ -84,7 +84,7 @@ def _even_part(logits: Tensor) -> Tensor:
     size = logits.abs()
     linear = size.sum(-1)
     groups = math.gcd(logits.shape[-1], 8)
-    logs = size.sigmoid_().unflatten(-1, (groups, -1)).prod(-2).log_()
+    logs = size.sigmoid_().unflatten(-1, (groups, -1)).prod(-2).log()
     return torch.add(logs.sum(-1), linear, alpha=-0.5)
 
 

@@ -115,8 +115,7 @@ def log_weights(vae: VAE, x: Tensor, q: tuple[Tensor, Tensor], eps: Tensor) -> T
     """
     z = reparameterize(*q, eps=eps)
     logits = vae.decode(z)
-    if len(x) == 1 and not logits.requires_grad:
-        # one product instead of passes over the pixels of every draw
+    if len(x) == 1:  # one product instead of passes over the pixels of every draw
         log_px_given_z = vae.likelihood.affine(x.flatten(1), logits.flatten(0, 1).flatten(1)).T
     else:
         log_px_given_z = vae.likelihood.log_prob(x.reshape(-1, *vae.input_shape), logits)
