@@ -132,6 +132,14 @@ REFUSED = [
     ("train.py objective=iwae objective.beta=2", "objective.beta=2.0.* leave them out"),
     ("train.py objective.estimator=dreg", "estimator=dreg .* use objective=iwae"),
     ("train.py objective.resample=true", "nothing to choose from; use objective=iwae"),
+    ("train.py objective=iwae objective.early_samples=0", "objective.early_samples=0"),
+    ("train.py objective=iwae objective.early_epochs=9", "set both or neither"),
+    ("train.py objective=iwae objective.early_samples=9", "set both or neither"),
+    (
+        "train.py objective=iwae objective.resample=true objective.early_samples=1 "
+        "objective.early_epochs=3",
+        "early_samples=1: there is nothing to choose from",
+    ),
     ("train.py objective=keras likelihood=gaussian", "is for likelihood=bernoulli"),
     ("train.py optimizer.name=lion", "optimizer.name=lion: must be one of adam"),
     ("train.py optimizer.lr=0", "optimizer.lr=0.0: must be a number above 0"),

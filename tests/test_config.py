@@ -112,6 +112,7 @@ def test_values_out_of_range_name_key_value_and_allowed(composed, override, allo
         ["objective=iwae", "objective.beta=2.0"],
         ["objective.resample=true"],
         ["objective=iwae", "objective.num_samples=1", "objective.resample=true"],
+        ["objective.early_samples=2", "objective.early_epochs=2"],
         ["objective.free_bits=1", "prior=vamp"],
         ["objective=keras", "likelihood=gaussian"],
         ["objective=keras", "objective.beta=4.0"],

@@ -390,6 +390,7 @@ CAMPAIGN = {
     "iwae, dreg, one draw chosen, averaged weights, grey": (
         [
             *("objective=iwae", "objective.num_samples=3", "objective.estimator=dreg"),
+            *("objective.early_samples=2", "objective.early_epochs=1"),
             *("objective.resample=true", "train.ema=0.9", "optimizer=adamw"),
         ],
         [

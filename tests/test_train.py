@@ -305,6 +305,19 @@ def test_warmup_grows_linearly_to_beta():
     assert beta_at(ObjectiveConfig(), 0) == 1.0
 
 
+def test_early_epochs_take_fewer_draws(made_up_root):
+    def losses(**settings):
+        objective = ObjectiveConfig(name="iwae", **settings)
+        history = train(new_vae(), *loaders(made_up_root), epochs=3, objective=objective)
+        return history["train/loss"], history["test/loss"]
+
+    few, many = losses(num_samples=2), losses(num_samples=5)
+    staged = losses(num_samples=5, early_samples=2, early_epochs=2)
+    for kind in (0, 1):
+        assert staged[kind][:2] == few[kind][:2] != many[kind][:2]
+        assert staged[kind][2] != few[kind][2]
+
+
 def test_schedules():
     assert lr_factor("constant", 0.9) == 1
     assert [lr_factor("cosine", p) for p in (0, 0.5, 1)] == pytest.approx([1, 0.5, 0])
@@ -354,6 +367,13 @@ SLOW = pytest.mark.slow
             {"name": "adam"},
             {},
             id="resample",
+            marks=SLOW,
+        ),
+        pytest.param(
+            {"name": "iwae", "num_samples": 3, "early_samples": 2, "early_epochs": 1},
+            {"name": "adam"},
+            {},
+            id="early",
             marks=SLOW,
         ),
     ],

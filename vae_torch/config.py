@@ -66,6 +66,8 @@ class ObjectiveConfig:
     )
     free_bits: float = 0.0  # nats per latent dimension that the KL may cost for nothing
     num_samples: int = 1  # draws of z per image
+    early_samples: int | None = None  # iwae: draws in the first epochs, where fewer do
+    early_epochs: int = 0  # how many these are
     estimator: str = "standard"
     resample: bool = False  # the gradient goes through one of the draws, chosen by its weight
 
@@ -298,11 +300,23 @@ def check_objective(objective: ObjectiveConfig) -> None:
             f"objective.estimator=dreg with objective.name={objective.name}: the doubly "
             "reparameterised gradient is of the importance-weighted bound; use objective=iwae"
         )
-    if objective.resample and (objective.name != "iwae" or objective.num_samples < 2):
+    if bool(objective.early_epochs) != (objective.early_samples is not None):
+        raise ConfigError(
+            f"objective.early_epochs={objective.early_epochs}, objective.early_samples="
+            f"{objective.early_samples}: one says nothing without the other; set both or neither"
+        )
+    if objective.early_epochs and objective.name != "iwae":
+        raise ConfigError(
+            f"objective.early_epochs={objective.early_epochs} with objective.name="
+            f"{objective.name}: more draws later tighten the importance-weighted bound only; use "
+            "objective=iwae"
+        )
+    one_draw = 1 in (objective.num_samples, objective.early_samples)
+    if objective.resample and (objective.name != "iwae" or one_draw):
         raise ConfigError(
             f"objective.resample=true with objective.name={objective.name}, objective.num_samples="
-            f"{objective.num_samples}: there is nothing to choose from; use objective=iwae with "
-            "several samples"
+            f"{objective.num_samples}, objective.early_samples={objective.early_samples}: there is "
+            "nothing to choose from; use objective=iwae with several samples"
         )
     if objective.name != "elbo" and (objective.beta, objective.free_bits) != (1, 0):
         raise ConfigError(
@@ -327,6 +341,8 @@ def _numbers(value_of: Any, need: Any) -> None:
         ("data.limit_test", 1, many),
         ("data.hold_out", 0, many),
         ("objective.num_samples", 1, 100_000),
+        ("objective.early_samples", 1, 100_000),
+        ("objective.early_epochs", 0, many),
         ("prior_components", 1, 100_000),
         ("threads", 1, 1024),
         ("train.epochs", 1, many),

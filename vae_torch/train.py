@@ -4,6 +4,7 @@ import math
 import time
 from array import array
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -115,6 +116,7 @@ def train(
     while run.epoch < epochs:
         began, first = time.perf_counter(), run.step
         beta = beta_at(objective, run.epoch)
+        now = replace(objective, num_samples=samples_at(objective, run.epoch))
         weight = torch.tensor(beta, device=device)  # a float would be compiled anew every epoch
         run.begin_epoch(seed)
 
@@ -123,7 +125,7 @@ def train(
                 if run.order is None:  # not our loader, which makes no others
                     _check_pixels(x)
                 x = x.to(device, non_blocking=True)
-                shape = (objective.num_samples, len(x), vae.latent_dim)
+                shape = (now.num_samples, len(x), vae.latent_dim)
                 eps = torch.randn(shape, generator=run.noise, device=device)
                 choice = None
                 if objective.resample:
@@ -147,9 +149,7 @@ def train(
 
             seconds = time.perf_counter() - began
             means = run.means()
-            test = bound_metrics(
-                evaluated, _until(stop, test_loader), objective, beta=beta, seed=seed
-            )
+            test = bound_metrics(evaluated, _until(stop, test_loader), now, beta=beta, seed=seed)
             if not math.isfinite(test["loss"]):
                 raise DivergedError(
                     f"epoch {run.epoch + 1}: the test loss is {test['loss']} after the last step, "
@@ -341,6 +341,12 @@ def beta_at(objective: ObjectiveConfig, epoch: int) -> float:
     """The KL's weight in this epoch (counted from 0): linear up to `beta`, then constant."""
     warmup = objective.beta_warmup_epochs
     return objective.beta * (min(1.0, (epoch + 1) / warmup) if warmup > 0 else 1.0)
+
+
+def samples_at(objective: ObjectiveConfig, epoch: int) -> int:
+    """Draws of z per image in this epoch (counted from 0)."""
+    early = objective.early_samples
+    return early if early and epoch < objective.early_epochs else objective.num_samples
 
 
 def lr_factor(schedule: str, progress: float) -> float:
