@@ -45,7 +45,7 @@ def main(cfg: DictConfig) -> None:
     except (ConfigError, CheckpointError, DataError) as error:
         refuse(str(error))
     except OSError as error:
-        refuse(f"run={cfg.run}: cannot be written ({error.strerror}); make room and run it again")
+        refuse(f"run={cfg.run}: cannot be written ({error.strerror}); run it again once it can")
 
 
 def evaluate_run(config: EvaluateConfig) -> None:
@@ -59,8 +59,9 @@ def evaluate_run(config: EvaluateConfig) -> None:
         write_atomically,
     )
     from vae_torch.data import data_hash, image_dataset, loaders_of
-    from vae_torch.evaluate import evaluate_model, exact_log_px
+    from vae_torch.evaluate import evaluate_model
     from vae_torch.figures import log_px_map
+    from vae_torch.quadrature import exact_log_px
     from vae_torch.runlog import add_evaluation
 
     tune_cpu(None)
@@ -105,8 +106,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
     write_atomically(path, (json.dumps(card, indent=2) + "\n").encode())
     picture = None
     if vae.latent_dim == 2 and config.eval.exact is not False:
-        test_set = image_dataset(test_loader)
-        x, _ = test_set.__getitems__(torch.arange(min(2000, len(test_set))))
+        x, _ = image_dataset(test_loader).first(2000)
         picture = log_px_map(vae, x, exact_log_px(vae, x).log_px)
     add_evaluation(run_dir, card, run_config.train.epochs, picture)
     print(f"\nwritten to {shown(path.resolve())}")

@@ -65,7 +65,7 @@ def explore_run(config: ExploreConfig) -> Path:
     x = labels = None
     try:
         test_set = image_dataset(loaders_of(run_config, device)[1])
-        x, labels = test_set.images.float().div_(255), test_set.labels
+        x, labels = test_set.first(len(test_set))
     except DataError as error:
         print(f"no points: {error}", file=sys.stderr)
         notes.append(

@@ -13,12 +13,12 @@ from vae_torch import VAE, ObjectiveConfig, evaluate_model, mnist_loaders, train
 from vae_torch.evaluate import (
     aggregate_kl,
     bound_metrics,
-    exact_log_px,
     fit_posterior,
     importance_log_px,
     posterior_elbo,
 )
 from vae_torch.prior import Mixture
+from vae_torch.quadrature import exact_log_px
 
 PIXELS = 6
 

@@ -71,6 +71,8 @@ _SIDE = 28
 
 _log = logging.getLogger("vae_torch")
 
+Loader = DataLoader[tuple[Tensor, Tensor]]  # of x (B, *shape) in [0, 1] and labels (B,)
+
 
 class DataError(ValueError):
     """Images cannot be had, or cannot be trusted: one line that names the file and the remedy."""
@@ -189,6 +191,10 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
             x = torch.bernoulli(x, generator=self.binarize_generator)
         return x, self.labels.index_select(0, indices)
 
+    def first(self, n: int) -> tuple[Tensor, Tensor]:
+        """The first n images, or all where there are fewer, and their labels."""
+        return self.__getitems__(torch.arange(min(n, len(self))))
+
 
 class EpochBatches(Sampler[Tensor]):
     """Batches of indices, shuffled anew by (seed, epoch) and by nothing else.
@@ -248,7 +254,7 @@ def mnist_loaders(
     hold_out: int = 0,
     seed: int = 0,
     device: torch.device | str = "cpu",
-) -> tuple[DataLoader[tuple[Tensor, Tensor]], DataLoader[tuple[Tensor, Tensor]]]:
+) -> tuple[Loader, Loader]:
     """The training loader (shuffled) and the test loader (in order), of x (B, 784) and label (B,).
 
     Args:
@@ -304,7 +310,7 @@ def mnist_loaders(
 
 def image_loader(
     dataset: ImageDataset, batch_size: int, *, shuffle: bool = False, seed: int = 0
-) -> DataLoader[tuple[Tensor, Tensor]]:
+) -> Loader:
     """A DataLoader that fetches a whole batch at once, shuffled anew every epoch by `seed`."""
     return DataLoader(
         dataset,
@@ -315,9 +321,7 @@ def image_loader(
     )
 
 
-def loaders_of(
-    config: Config, device: torch.device | str
-) -> tuple[DataLoader[tuple[Tensor, Tensor]], DataLoader[tuple[Tensor, Tensor]]]:
+def loaders_of(config: Config, device: torch.device | str) -> tuple[Loader, Loader]:
     """`mnist_loaders` as a run's config asks for them."""
     return mnist_loaders(
         config.data.root,
@@ -342,7 +346,7 @@ def binarize_images(images: Tensor, *, salt: int = 0) -> Tensor:
     return drawn.mul_(255).to(torch.uint8)
 
 
-def data_hash(loader: DataLoader[tuple[Tensor, Tensor]]) -> str:
+def data_hash(loader: Loader) -> str:
     """SHA-256 of a loader's images and labels, as they are after limits and binarisation."""
     dataset = image_dataset(loader)
     digest = hashlib.sha256(dataset.images.cpu().numpy().tobytes())
@@ -350,7 +354,7 @@ def data_hash(loader: DataLoader[tuple[Tensor, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def image_dataset(loader: DataLoader[tuple[Tensor, Tensor]]) -> ImageDataset:
+def image_dataset(loader: Loader) -> ImageDataset:
     """The data set behind one of `mnist_loaders`' loaders."""
     assert isinstance(loader.dataset, ImageDataset)
     return loader.dataset

@@ -25,13 +25,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vae_torch.config import Config
+from vae_torch.config import Config, ObjectiveConfig
 from vae_torch.data import seeded_generator
 from vae_torch.figures import DIGIT_COLOURS, squares, to_pixels
 from vae_torch.likelihood import ContinuousBernoulli, Gaussian
-from vae_torch.model import VAE, Decoder, reparameterize
-from vae_torch.objective import ACTIVE_UNIT_VARIANCE, kl_per_dim
-from vae_torch.prior import StandardNormal, log_normal
+from vae_torch.model import VAE, Decoder
+from vae_torch.objective import ACTIVE_UNIT_VARIANCE, objective_terms
 
 MAX_BYTES = 8_000_000
 
@@ -318,23 +317,15 @@ def _posterior_and_terms(
     """
     device = next(vae.parameters()).device
     generator = seeded_generator(device, 0)
-    means, logvars, reconstructions, kls = [], [], [], []
+    posteriors, terms = [], []
     for some in x.to(device).split(250):
-        mean, logvar = vae.encode(some)
-        eps = torch.randn(draws, *mean.shape, generator=generator, device=device)
-        z = reparameterize(mean, logvar, eps=eps)  # (draws, B, latent_dim)
-        images = some.reshape(-1, *vae.input_shape)
-        reconstructions.append(vae.likelihood.log_prob(images, vae.decode(z)).mean(0))
-        if isinstance(vae.prior, StandardNormal):
-            kls.append(kl_per_dim(mean, logvar).sum(-1))
-        else:
-            kls.append((log_normal(z, mean, logvar) - vae.log_prior(z)).mean(0))
-        means.append(mean)
-        logvars.append(logvar)
-    mean, logvar, reconstruction, kl = (
-        torch.cat(part).float().cpu() for part in (means, logvars, reconstructions, kls)
-    )
-    return mean, logvar, {"elbo": reconstruction - kl, "reconstruction": reconstruction, "kl": kl}
+        posteriors.append(vae.encode(some))
+        eps = torch.randn(draws, len(some), vae.latent_dim, generator=generator, device=device)
+        terms.append(objective_terms(vae, some, eps, ObjectiveConfig()))
+    mean, logvar = (torch.cat(part).float().cpu() for part in zip(*posteriors, strict=True))
+    names = ("elbo", "reconstruction", "kl")
+    whole = {name: torch.cat([getattr(t, name) for t in terms]).float().cpu() for name in names}
+    return mean, logvar, whole
 
 
 def _principal_components(means: Tensor) -> dict[str, Any]:

@@ -1,0 +1,212 @@
+"""Exact log p(x) by numerical integration over one or two latents. Nats per image.
+
+The truth that importance sampling is checked against: `exact_log_px`.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vae_torch.model import VAE
+from vae_torch.prior import StandardNormal
+
+# Nats below an image's log p(x): a square in which even the highest point times its area is lower
+# is left as it is, though a narrow peak may stand between its points.
+_NEGLIGIBLE = 20.0
+
+
+class Quadrature(NamedTuple):
+    """log p(x) by numerical integration over the latent space."""
+
+    log_px: Tensor  # (N,) nats
+    residual: float  # nats by which the mean still moved in the last refinements
+    side: float  # of the smallest squares
+    half_width: float  # the squares cover ± this in each dimension
+
+
+@torch.no_grad()
+def exact_log_px(
+    vae: VAE, x: Tensor, *, tolerance: float = 0.01, progress: bool = False
+) -> Quadrature:
+    r"""Log p(x) = log ∫ p(x|z) p(z) dz over a latent space of one or two dimensions.
+
+    The plane is cut into squares, which cover all posteriors and all components of the prior and
+    are widened by a quarter until that moves no mean. Each has 8 x 8 Gauss-Legendre points, and a
+    log-likelihood that is affine in x turns many images at all of these points into one matrix
+    product. A square is quartered for the images to whose log p(x) that makes a difference, and for
+    those whose narrow posterior lies in it, so that ever smaller squares see ever fewer images.
+
+    Args:
+        vae: A model with latent_dim 1 or 2.
+        x: (N, *shape) in [0, 1].
+        tolerance: Nats. A square is small enough for an image once quartering it moves log p(x) by
+            less than half of this; what all of these together moved the mean is the residual.
+        progress: Show a bar on a terminal.
+
+    Raises:
+        ValueError: latent_dim is above 2, or the integral does not settle.
+    """
+    check_few_latents(vae)
+    x = x.flatten(1)
+    dims, everything = vae.latent_dim, torch.arange(len(x), device=x.device)
+    narrow = _NarrowPlaces(vae, x)
+    reach = max(5.0, narrow.reach())
+    side = min(max(2.0, reach / 8), 8.0)
+    bar = tqdm(desc="exact log p(x)", unit="cell", disable=None if progress else True, leave=False)
+
+    nothing = x.new_full((len(x),), -math.inf)
+    n = math.ceil(reach / side)
+    quartered = _quarter(
+        vae, x, [_Cell(c, everything, nothing) for c in _ring(x, 0, n, side, dims)], side
+    )
+    bar.update(len(quartered))
+    total = _sum_of(quartered, nothing)
+    for _ in range(20):
+        wider = math.ceil(1.25 * n)
+        ring = [_Cell(c, everything, nothing) for c in _ring(x, n, wider, side, dims)]
+        quartered += _quarter(vae, x, ring, side)
+        before, total, n = total, _sum_of(quartered, nothing), wider
+        moved = (total - before).mean().abs().item()
+        if moved < tolerance / 10:
+            break
+    else:
+        raise ValueError(f"widening to ±{n * side:.0f} still moves the mean by {moved:.3f} nats")
+    width_residual, half_width = moved, n * side
+
+    settled = nothing.clone()  # log of what needs no smaller squares
+    gains = torch.zeros_like(settled)  # share of p(x) by which the last quartering of it moved it
+    for _ in range(20):
+        side /= 2
+        total = _sum_of(quartered, settled)
+        cells = []
+        for centers, images, parent, values, tops in quartered:
+            now = total[images]
+            gain = torch.exp(values.logsumexp(1) - now) - torch.exp(parent - now)
+            small = tops + dims * math.log(side) < (now - _NEGLIGIBLE).unsqueeze(1)
+            must = narrow.within(centers, side, images)
+            fine = (gain.abs() < tolerance / 2) & ~must.any(1)
+            done = fine.unsqueeze(1) | (small & ~must)  # (images, children)
+            more = values.masked_fill(~done, -math.inf).logsumexp(1)
+            settled[images] = torch.logaddexp(settled[images], more)
+            gains[images] += gain.masked_fill(~fine, 0.0)
+            for j, center in enumerate(centers):
+                open_ = ~done[:, j]
+                if open_.any():
+                    cells.append(_Cell(center, images[open_], values[open_, j]))
+        if not cells:
+            bar.close()
+            residual = gains.mean().abs().item() + width_residual
+            return Quadrature(settled.double(), residual, side, half_width)
+        quartered = _quarter(vae, x, cells, side)
+        bar.update(len(quartered))
+    raise ValueError(
+        f"squares of {side:.1g} are still too large for {len(cells)} places: the likelihood is "
+        "rougher there than the arithmetic is exact"
+    )
+
+
+class _Cell(NamedTuple):
+    """A square of the plane (or an interval of the line), and those who care."""
+
+    center: Tensor  # (dims,)
+    images: Tensor  # (M,) their numbers
+    value: Tensor  # (M,) log of each one's integral over it
+
+
+class _Quartered(NamedTuple):
+    """A cell and its `children`, the 2^dims that it was cut in."""
+
+    centers: Tensor  # (children, dims)
+    images: Tensor  # (M,)
+    parent: Tensor  # (M,) what the whole cell was thought to be worth
+    values: Tensor  # (M, children) log of the integrals
+    tops: Tensor  # (M, children) log of the highest p(x|z) p(z) seen
+
+
+def _quarter(vae: VAE, x: Tensor, cells: list[_Cell], side: float) -> list[_Quartered]:
+    """Integrate over the halves or quarters of cells of this side."""
+    dims = vae.latent_dim
+    nodes, weights = np.polynomial.legendre.leggauss(8)
+    corners = torch.cartesian_prod(*[torch.tensor([-0.25, 0.25])] * dims).reshape(-1, dims).to(x)
+    offsets = torch.cartesian_prod(*[torch.tensor(nodes / 4)] * dims).reshape(-1, dims).to(x)
+    log_w = torch.cartesian_prod(*[torch.tensor(weights / 4).log()] * dims).reshape(-1, dims)
+    log_w = log_w.sum(1).to(x) + dims * math.log(side)  # of cells of side 1/2, times the area
+    found = []
+    points = len(corners) * len(offsets)
+    for start in range(0, len(cells), 8192 // points):  # rows of the decoder at once
+        some = cells[start : start + 8192 // points]
+        places = torch.stack([cell.center for cell in some])[:, None] + side * corners
+        z = (places.unsqueeze(2) + side * offsets).reshape(-1, dims)
+        logits, prior = vae.decode(z).flatten(1).split(points), vae.log_prior(z).split(points)
+        for cell, centers, out, log_pz in zip(some, places, logits, prior, strict=True):
+            rows = x if len(cell.images) == len(x) else x[cell.images]
+            block = vae.likelihood.affine(rows, out) + log_pz
+            block = block.unflatten(1, (len(corners), -1))  # (M, children, points)
+            values = (block + log_w).logsumexp(2)
+            found.append(_Quartered(centers, cell.images, cell.value, values, block.amax(2)))
+    return found
+
+
+def _sum_of(quartered: list[_Quartered], settled: Tensor) -> Tensor:
+    """Log p(x) of every image as far as it is known: (N,)."""
+    total = settled.clone()
+    for cell in quartered:
+        total[cell.images] = torch.logaddexp(total[cell.images], cell.values.logsumexp(1))
+    return total
+
+
+def _ring(like: Tensor, inner: int, outer: int, side: float, dims: int) -> Tensor:
+    """Centres of the cells of [-outer, outer]^dims but not [-inner, inner]^dims, times side."""
+    ticks = torch.arange(-outer, outer, device=like.device, dtype=like.dtype) + 0.5
+    centers = torch.cartesian_prod(*[ticks] * dims).reshape(-1, dims)
+    return side * centers[centers.abs().amax(1) > inner]
+
+
+class _NarrowPlaces:
+    """Where posteriors or the prior's components may be too narrow for the points of a cell."""
+
+    def __init__(self, vae: VAE, x: Tensor) -> None:
+        self.means, logvars = vae.encode(x)
+        self.deviations = torch.exp(0.5 * logvars)
+        self.components: tuple[Tensor, Tensor] | None = None
+        if not isinstance(vae.prior, StandardNormal):
+            means, logvars, _ = vae.prior.components(vae.encoder)
+            self.components = (means, torch.exp(0.5 * logvars))
+
+    def reach(self) -> float:
+        """How far from 0 they come."""
+        reach = (self.means.abs() + 6 * self.deviations).max()
+        if self.components:
+            reach = torch.maximum(reach, (self.components[0].abs() + 6 * self.components[1]).max())
+        return reach.item()
+
+    def within(self, centers: Tensor, side: float, images: Tensor) -> Tensor:
+        """Whether an image must not settle for a cell: (C, dims) and (M,) -> (M, C)."""
+        found = _narrow(self.means[images], self.deviations[images], centers, side)
+        if self.components:
+            found = found | _narrow(*self.components, centers, side).any(0)
+        return found
+
+
+def _narrow(means: Tensor, deviations: Tensor, centers: Tensor, side: float) -> Tensor:
+    """Gaussians (M, dims) that are narrow beside a cell and have mass in it: (M, C)."""
+    off = (means.unsqueeze(1) - centers).abs()
+    near = (off < 0.5 * side + 3 * deviations.unsqueeze(1)).all(-1)
+    return near & (16 * deviations < side).any(-1, keepdim=True)
+
+
+def check_few_latents(vae: VAE) -> None:
+    """Refuse a model whose latents are too many to integrate over.
+
+    Raises:
+        ValueError: latent_dim is above 2.
+    """
+    if vae.latent_dim > 2:
+        raise ValueError(
+            f"latent_dim is {vae.latent_dim}: integration over the latents is for 1 or 2; "
+            "use importance sampling"
+        )
