@@ -2,9 +2,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.conftest import REPOSITORY
-from vae_torch.config import CHOICES, ConfigError, check, config_from_dict
+from vae_torch.config import (
+    CHOICES,
+    INCIDENTAL,
+    ConfigError,
+    OptimizerConfig,
+    check,
+    check_optimizer,
+    config_from_dict,
+)
 
 GROUP_FILES = sorted(p for p in (REPOSITORY / "conf").glob("*/*.yaml"))
 
@@ -23,6 +32,11 @@ def test_every_allowed_name_has_its_file():
     for group in ("model", "data", "objective"):
         files = {p.stem for p in GROUP_FILES if p.parent.name == group}
         assert files == set(CHOICES[f"{group}.name"])
+
+
+def test_a_runs_name_leaves_out_what_is_incidental():
+    hydra = yaml.safe_load((REPOSITORY / "conf" / "train.yaml").read_text())["hydra"]
+    assert set(hydra["job"]["config"]["override_dirname"]["exclude_keys"]) == set(INCIDENTAL)
 
 
 def test_defaults_are_the_notebooks(config):
@@ -144,3 +158,19 @@ def test_evaluate_settings_compose():
         bad = replace(config, eval=replace(config.eval, **{key: value}))
         with pytest.raises(ConfigError, match=f"eval.{key}={value}"):
             check_evaluate(bad)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"name": "Adam"}, "optimizer.name=Adam: must be one of adam, adamw, sgd"),
+        ({"schedule": "cos"}, "optimizer.schedule=cos: must be one of constant, cosine"),
+        ({"lr": 0.0}, "optimizer.lr=0.0: must be a number above 0"),
+        ({"weight_decay": -1.0}, "optimizer.weight_decay=-1.0"),
+    ],
+)
+def test_an_optimizer_that_means_nothing_is_refused(change, words):
+    good = OptimizerConfig("adam", 1e-3, 1e-8, "constant")
+    check_optimizer(good)
+    with pytest.raises(ConfigError, match=words):
+        check_optimizer(replace(good, **change))

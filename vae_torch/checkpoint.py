@@ -21,22 +21,18 @@ from typing import Any, BinaryIO, cast
 
 import torch
 
-from vae_torch.config import Config, ConfigError, checkpoint_interval, config_from_dict
+from vae_torch.config import (
+    INCIDENTAL,
+    Config,
+    ConfigError,
+    checkpoint_interval,
+    config_from_dict,
+    flatten,
+)
 from vae_torch.model import VAE
 
 _MAGIC = b"VAETORCH"
 _SEAL = len(_MAGIC) + 32
-
-# What a continued run may set anew without becoming another run.
-_MAY_CHANGE = (
-    "train.resume",
-    "train.figure_every",
-    "train.checkpoint_every",
-    "train.prune_after",
-    "data.root",
-    "device",
-    "threads",
-)
 
 
 class CheckpointError(ValueError):
@@ -65,9 +61,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
         raise CheckpointError(f"{path}: {error.strerror}") from None
     content, magic, digest = sealed[:-_SEAL], sealed[-_SEAL:-32], sealed[-32:]
     if magic != _MAGIC or hashlib.sha256(content).digest() != digest:
-        raise CheckpointError(
-            f"{path}: damaged, or no checkpoint of vae_torch; resume from another checkpoint"
-        )
+        raise CheckpointError(f"{path}: damaged, or no checkpoint of vae_torch; use another one")
     try:
         state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
@@ -257,7 +251,7 @@ def refuse_other_data(path: Path, state: dict[str, Any], now: dict[str, str], ro
     had = state.get("data_sha256")
     if isinstance(had, dict) and any(str(had.get(split)) != now[split] for split in now):
         raise CheckpointError(
-            f"{path}: its run had other images or labels than lie under {root} now; "
+            f"{path}: its run had other images or labels than lie under data root {root} now; "
             "name a folder with those"
         )
 
@@ -305,13 +299,10 @@ def _line(error: Exception) -> str:
     return (" ".join(str(error).split()) or type(error).__name__)[:200]
 
 
-def _what_matters(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _what_matters(config: dict[str, Any]) -> dict[str, Any]:
     """Flat keys whose change would make the continued run another one."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict):
-            flat |= _what_matters(value, f"{name}.")
-        elif name not in _MAY_CHANGE:
-            flat[name] = value if isinstance(value, int | float | str | None) else repr(value)
-    return flat
+    return {
+        key: value if isinstance(value, int | float | str | None) else repr(value)
+        for key, value in flatten(config).items()
+        if key not in INCIDENTAL
+    }

@@ -22,8 +22,20 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "objective.name": ("elbo", "iwae", "keras"),
     "objective.estimator": ("standard", "dreg"),
     "optimizer.name": ("adam", "adamw", "sgd"),
-    "optimizer.schedule": ("constant", "cosine", "burda"),
+    "optimizer.schedule": ("constant", "cosine"),
 }
+
+# Keys that say where and how a run is made, not what it is: it may go on with others, and they are
+# no part of its name. (`conf/train.yaml` has to list them again.)
+INCIDENTAL = (
+    "data.root",
+    "device",
+    "threads",
+    "train.resume",
+    "train.figure_every",
+    "train.checkpoint_every",
+    "train.prune_after",
+)
 
 
 class ConfigError(ValueError):
@@ -200,7 +212,8 @@ def config_from_dict(values: dict[str, Any]) -> Config:
         for name, value in values.items():
             kind = known[name].type
             if not (isinstance(kind, type) and is_dataclass(kind)) and not _is_a(value, kind):
-                raise ConfigError(f"{prefix}{name}={value!r}: is of another type")
+                kind = getattr(kind, "__name__", kind)
+                raise ConfigError(f"{prefix}{name}={value!r}: must be of type {kind}")
         built = {
             name: build(f.type, values[name], f"{prefix}{name}.")
             if isinstance(f.type, type) and is_dataclass(f.type)
@@ -216,6 +229,17 @@ def config_from_dict(values: dict[str, Any]) -> Config:
     config: Config = build(Config, values, "")
     check(config)
     return config
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted keys: `{"model": {"depth": 1}}` -> `{"model.depth": 1}`."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def _is_a(value: Any, kind: Any) -> bool:
@@ -330,6 +354,27 @@ def check_objective(objective: ObjectiveConfig) -> None:
         )
 
 
+def check_optimizer(optimizer: OptimizerConfig) -> None:
+    """Refuse settings that mean nothing.
+
+    Raises:
+        ConfigError: One line with the key, its value and what is allowed.
+    """
+
+    def need(key: str, ok: bool, allowed: str) -> None:
+        if not ok:
+            raise ConfigError(f"optimizer.{key}={getattr(optimizer, key)}: must be {allowed}")
+
+    for key in ("name", "schedule"):
+        words = CHOICES[f"optimizer.{key}"]
+        need(key, getattr(optimizer, key) in words, "one of " + ", ".join(words))
+    for key in ("lr", "eps"):
+        value = getattr(optimizer, key)
+        need(key, math.isfinite(value) and value > 0, "a number above 0")
+    decay = optimizer.weight_decay
+    need("weight_decay", math.isfinite(decay) and decay >= 0, "a number, 0 or more")
+
+
 def _numbers(value_of: Any, need: Any) -> None:
     many = 2**31 - 1
     ranges: Sequence[tuple[str, int, int]] = (
@@ -355,14 +400,7 @@ def _numbers(value_of: Any, need: Any) -> None:
         words = f"a whole number, {low} or more" + (f" and at most {high}" if limited else "")
         need(key, value is None or low <= value <= high, words)
     need("data.root", bool(value_of("data.root")), "the name of a folder")
-    for key in ("optimizer.lr", "optimizer.eps"):
-        need(key, math.isfinite(value_of(key)) and value_of(key) > 0, "a number above 0")
-    for key in (
-        "objective.beta",
-        "objective.beta_warmup_epochs",
-        "objective.free_bits",
-        "optimizer.weight_decay",
-    ):
+    for key in ("objective.beta", "objective.beta_warmup_epochs", "objective.free_bits"):
         need(key, math.isfinite(value_of(key)) and value_of(key) >= 0, "a number, 0 or more")
 
 
@@ -375,6 +413,7 @@ def _combinations(config: Config) -> None:
             "density; use likelihood=bernoulli, or data.binarize=none"
         )
     check_objective(objective)
+    check_optimizer(config.optimizer)
     if config.model.name == "conv" and config.model.depth != 1:
         raise ConfigError(
             f"model.depth={config.model.depth} with model=conv: its depth is fixed; leave it at 1"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vae_torch.checkpoint import history_lines, write_atomically
-from vae_torch.config import Config
+from vae_torch.config import INCIDENTAL, Config, flatten
 from vae_torch.figures import (
     DIGIT_COLOURS,
     growth_frame,
@@ -59,10 +59,9 @@ _PICTURES = {
     "interpolation": "From one test image to another: straight, and on a sphere around the origin.",
     "kl": "KL to N(0, 1) of each latent, in nats per image; left of the line the active ones.",
 }
-# where a run took place and what it wrote, not what it was
-_NO_HYPERPARAMETERS = (
-    *("data.root", "device", "threads"),
-    *("train.resume", "train.figure_every", "train.checkpoint_every", "train.prune_after"),
+_DECIDES_NUMBERS = (
+    *("data", "model", "likelihood", "prior", "objective"),
+    *("step", "train", "evaluate", "quadrature"),
 )
 _GIF_FRAMES = 100  # of a long run at most: 25 s, about 8 MB
 _GRID_SCALE = 3  # a 28-pixel digit is a postage stamp on today's screens
@@ -251,16 +250,10 @@ class RunLog:
         """
         from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 
-        flat: dict[str, Any] = {}
-        for key, value in self.config.to_dict().items():
-            if isinstance(value, dict):
-                flat |= {f"{key}.{inner}": v for inner, v in value.items()}
-            else:
-                flat[key] = value
         known = {
-            k: v
-            for k, v in flat.items()
-            if isinstance(v, bool | int | float | str) and k not in _NO_HYPERPARAMETERS
+            key: value
+            for key, value in flatten(self.config.to_dict()).items()
+            if isinstance(value, bool | int | float | str) and key not in INCIDENTAL
         }
         self._add(hparams_pb(known, trial_id=trial_name(self.run_dir)), 0)
 
@@ -381,11 +374,15 @@ def versions() -> dict[str, str]:
 
 
 def code_hash() -> str:
-    """SHA-256 of the modules that a run's numbers come from, without comments and spaces."""
+    """SHA-256 of the modules that a run's numbers come from, without comments and docstrings."""
     digest = hashlib.sha256()
-    for name in ("model", "likelihood", "prior", "objective", "data", "train", "evaluate"):
-        source = (Path(__file__).parent / f"{name}.py").read_text()
-        digest.update(ast.dump(ast.parse(source)).encode())
+    for name in _DECIDES_NUMBERS:
+        tree = ast.parse((Path(__file__).parent / f"{name}.py").read_text())
+        for node in ast.walk(tree):
+            kinds = ast.Module | ast.ClassDef | ast.FunctionDef
+            if isinstance(node, kinds) and ast.get_docstring(node) is not None:
+                del node.body[0]
+        digest.update(ast.dump(tree).encode())
     return digest.hexdigest()
 
 

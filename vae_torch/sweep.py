@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from filelock import FileLock, Timeout
 
+from vae_torch.config import INCIDENTAL, flatten
 from vae_torch.figures import DIGIT_COLOURS
 from vae_torch.runlog import RecordError, read_metrics
 
@@ -26,18 +27,8 @@ LOCK = ".lock"  # held by the process that writes it
 FAILED = "failed.json"  # why a sweep's job failed
 PRUNED = "pruned.json"  # why it was stopped early, and its figure until then
 
-# Where and how a run was made, not what it was; and the seed, over which settings are averaged.
-_NO_SETTINGS = (
-    "seed",
-    "device",
-    "threads",
-    "data.root",
-    "train.resume",
-    "train.figure_every",
-    "train.checkpoint_every",
-    "train.prune_after",
-)
-_LOWER_IS_BETTER = ("loss", "kl", "nll", "seconds", "gap")
+_NO_SETTINGS = ("seed", *INCIDENTAL)  # settings are averaged over the seed
+_LOWER_IS_BETTER = ("loss", "kl", "seconds", "gap")
 
 Key = tuple[Any, ...]
 
@@ -55,7 +46,7 @@ class Run:
     reason: str = ""  # of every state but finished
     seed: int = 0
     settings: dict[str, Any] = field(default_factory=dict)  # flat: model.latent_dim -> 2
-    figures: dict[str, float] = field(default_factory=dict)  # final test/elbo, ..., log_px
+    metrics: dict[str, float] = field(default_factory=dict)  # final test/elbo, ..., log_px
     epochs: list[dict[str, Any]] = field(default_factory=list)  # of metrics.jsonl
 
 
@@ -142,19 +133,19 @@ def read_run(path: Path) -> Run:
         stored = summary["config"] if summary else _yaml(path / ".hydra" / "config.yaml")
         if stored is None:
             return Run(path, "broken", "has neither summary.json nor .hydra/config.yaml")
-        flat = _flatten(stored)
+        flat = flatten(stored)
         run.seed = int(flat.get("seed", 0))
         run.settings = {k: v for k, v in flat.items() if k not in _NO_SETTINGS}
         run.epochs = read_metrics(path)
         failed, pruned = _json(path / FAILED), _json(path / PRUNED)
         if summary and not failed:  # with both, a later attempt found the run damaged
             run.state = "finished"
-            run.figures = {k: v for k, v in summary["final"].items() if _is_number(v)}
-            run.figures["seconds"] = summary["seconds"]
+            run.metrics = {k: v for k, v in summary["final"].items() if _is_number(v)}
+            run.metrics["seconds"] = summary["seconds"]
             card = _json(path / "evaluation.json") or {}
             for name, entry in card.items():
                 if isinstance(entry, dict) and _is_number(entry.get("value")):
-                    run.figures[name] = entry["value"]
+                    run.metrics[name] = entry["value"]
             if bad := [k for k, v in summary["final"].items() if v != v]:
                 run.state, run.reason = "failed", f"{bad[0]} is NaN"
             return run
@@ -233,7 +224,9 @@ def summarize(
     for condition in where:
         key, given, value = condition.partition("=")
         if not given or key not in (*known, "seed"):
-            raise SweepError(f"--where {condition}: must be key=value with a key of the runs")
+            raise SweepError(
+                f"--where {condition}: must be key=value; the runs have seed, {', '.join(known)}"
+            )
         wanted.append((key, value))
     for key in group_by:
         if key not in known:
@@ -243,7 +236,7 @@ def summarize(
         raise SweepError(f"--where {' '.join(where)}: no run is left of {len(runs)}")
 
     finished = [run for run in chosen if run.state == "finished"]
-    names = sorted({name for run in finished for name in run.figures})
+    names = sorted({name for run in finished for name in run.metrics})
     if finished and metric not in names:
         raise SweepError(f"--metric {metric}: no run has it; they have {', '.join(names)}")
     left_out = [run for run in chosen if run.state != "finished"]
@@ -253,7 +246,7 @@ def summarize(
     seen: dict[Key, Path] = {}
     for run in finished:
         whole = (run.seed, *(_at(run, key) for key in known))
-        if metric not in run.figures:
+        if metric not in run.metrics:
             left_out.append(Run(run.path, "left out", f"has no {metric}"))
         elif whole in seen:  # the same bits again, no second opinion
             left_out.append(Run(run.path, "duplicate", f"same settings and seed as {seen[whole]}"))
@@ -262,9 +255,9 @@ def summarize(
             groups.setdefault(tuple(_at(run, key) for key in keys), []).append(run)
     rows = []
     for values, members in groups.items():
-        figures = [run.figures[metric] for run in members]
-        sd = statistics.stdev(figures) if len(figures) > 1 else math.nan
-        rows.append(Row(values, members, statistics.fmean(figures), sd))
+        found = [run.metrics[metric] for run in members]
+        sd = statistics.stdev(found) if len(found) > 1 else math.nan
+        rows.append(Row(values, members, statistics.fmean(found), sd))
     rows.sort(key=lambda row: row.mean, reverse=higher_is_better(metric))
     return Summary(metric, keys, rows, left_out)
 
@@ -281,7 +274,7 @@ def to_csv(summary: Summary) -> str:
     writer.writerow([*summary.keys, summary.metric, "sd", "n", "seeds", "seconds"])
     for row in summary.rows:
         seeds = " ".join(str(run.seed) for run in row.runs)
-        seconds = statistics.fmean(run.figures["seconds"] for run in row.runs)
+        seconds = statistics.fmean(run.metrics["seconds"] for run in row.runs)
         figures = (row.mean, "" if math.isnan(row.sd) else row.sd, len(row.runs), seeds, seconds)
         writer.writerow([*(_text(v) for v in row.values), *figures])
     return file.getvalue()
@@ -295,7 +288,7 @@ def to_markdown(summary: Summary, root: Path) -> str:
     ]
     for row in summary.rows:
         spread = "" if math.isnan(row.sd) else f" ± {row.sd:.2f}"
-        minutes = statistics.fmean(run.figures["seconds"] for run in row.runs) / 60
+        minutes = statistics.fmean(run.metrics["seconds"] for run in row.runs) / 60
         cells = (f"{row.mean:.2f}{spread}", str(len(row.runs)), f"{minutes:.1f}")
         lines.append("| " + " | ".join([*(_text(v) for v in row.values), *cells]) + " |")
     lines += ["", summary.verdict()]
@@ -319,7 +312,7 @@ def plots(summary: Summary) -> "dict[str, Figure]":
     if len(summary.keys) == 2:
         pictures["heat_map"] = _heat_map(summary)
     runs = [run for row in summary.rows for run in row.runs]
-    if all({"test/kl", "test/reconstruction"} <= run.figures.keys() for run in runs):
+    if all({"test/kl", "test/reconstruction"} <= run.metrics.keys() for run in runs):
         pictures["rate_distortion"] = _rate_distortion(summary)
     if any(summary.metric in epoch for run in runs for epoch in run.epochs):
         pictures["learning_curves"] = _learning_curves(summary)
@@ -390,8 +383,8 @@ def _rate_distortion(summary: Summary) -> "Figure":
     """
     figure, axes = _axes()
     for row, colour, label in _coloured(summary):
-        kl = [run.figures["test/kl"] for run in row.runs]
-        distortion = [-run.figures["test/reconstruction"] for run in row.runs]
+        kl = [run.metrics["test/kl"] for run in row.runs]
+        distortion = [-run.metrics["test/reconstruction"] for run in row.runs]
         axes.scatter(kl, distortion, s=30, color=colour, label=label, zorder=3)
     axes.margins(0.15)
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
@@ -500,16 +493,6 @@ def _order(value: Any) -> Any:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _json(path: Path) -> Any:
