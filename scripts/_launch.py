@@ -48,7 +48,7 @@ def prepare_launcher() -> None:
             continue
         module, extra = PLUGINS[name]
         if not is_installed(module):
-            refuse(f"{argument}: not installed; pip install 'vae-torch[{extra}]'")
+            refuse(f"{argument}: not installed; pip install -e '.[{extra}]'")
         added = []  # next to it: argparse takes the overrides from one place only
         if key != "experiment":
             added.append(f"+{key}/settings@{key.replace('/', '.')}={name}")

@@ -27,7 +27,7 @@ class Row:
     """One line of the table."""
 
     experiment: str | None
-    figure: str  # of evaluation.json, or `loss`
+    metric: str  # of evaluation.json, or `loss`
     published: str
     source: str
     overrides: list[str] = field(default_factory=list)
@@ -171,10 +171,10 @@ def table_of(config: ReproduceConfig) -> str:
         runs = sorted(folder_of(config, row, 0).parent.glob("seed=*/evaluation.json"))
         if not runs:
             continue
-        figures = [figure_of(run.parent, row.figure) for run in runs]
+        values = [value_of(run.parent, row.metric) for run in runs]
         minutes = [summary_of(run.parent)["seconds"] / 60 for run in runs]
-        digits = 4 if row.figure == "loss" else 2
-        spread = f" ± {statistics.stdev(figures):.{digits}f}" if len(figures) > 1 else ""
+        digits = 4 if row.metric == "loss" else 2
+        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
         samples = min(samples_of(run.parent) for run in runs)
         words = {
             "elbo": "-ELBO",
@@ -183,8 +183,8 @@ def table_of(config: ReproduceConfig) -> str:
         }
         cells = (
             f"`{name}`",
-            words.get(row.figure, row.figure),
-            f"**{statistics.mean(figures):.{digits}f}**{spread}",
+            words.get(row.metric, row.metric),
+            f"**{statistics.mean(values):.{digits}f}**{spread}",
             str(len(runs)),
             row.published,
             row.source,
@@ -195,12 +195,12 @@ def table_of(config: ReproduceConfig) -> str:
     return "\n".join(lines)
 
 
-def figure_of(run_dir: Path, figure: str) -> float:
-    """The row's figure of one run, as a loss: lower is better."""
-    if figure == "loss":
+def value_of(run_dir: Path, metric: str) -> float:
+    """The row's metric of one run, as a loss: lower is better."""
+    if metric == "loss":
         return float(summary_of(run_dir)["final"]["test/loss"])
     card = json.loads((run_dir / "evaluation.json").read_text())
-    return -float(card[figure]["value"])
+    return -float(card[metric]["value"])
 
 
 def samples_of(run_dir: Path) -> int:

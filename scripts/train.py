@@ -194,7 +194,7 @@ def run(config: Config, run_dir: Path, config_text: str, signals: "StopSignals")
     hashes = {"train": data.data_hash(train_loader), "test": data.data_hash(test_loader)}
     vae = VAE.from_config(config).to(device)
     if config.model.mean_bias:
-        vae.start_at(data.image_dataset(train_loader).mean())
+        vae.init_output_bias(data.image_dataset(train_loader).mean())
     checkpoints = Checkpoints(
         run_dir / "checkpoints", config, every=config.train.checkpoint_every, data_sha256=hashes
     )
@@ -204,7 +204,7 @@ def run(config: Config, run_dir: Path, config_text: str, signals: "StopSignals")
     train_set, test_set = (data.image_dataset(loader) for loader in (train_loader, test_loader))
     # of jobs that run side by side each writes one line, at its end
     say = log.debug if "TQDM_DISABLE" in os.environ else log.info
-    x, labels = test_set.__getitems__(torch.arange(min(5000, len(test_set))))  # for the pictures
+    x, labels = test_set.first(5000)  # for the pictures
     behind: dict[str, Any] = {}  # why the run is not worth going on with
 
     def record(metrics: dict[str, Any], model: VAE) -> None:

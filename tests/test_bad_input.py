@@ -158,7 +158,7 @@ REFUSED = [
     ("train.py train.resume=interrupted seed=3", "had seed=0, this one has 3"),
     (
         "train.py train.resume=others",
-        "others/checkpoints/last.pt: .* other images .* name a folder with those",
+        "others/checkpoints/last.pt: .* other images .* data root .* name a folder with those",
     ),
     ("train.py train.resume=no-yaml", "no-yaml/.hydra/overrides.yaml: line 2: no YAML"),
     ("train.py train.resume=no-list", "no-list/.hydra/overrides.yaml: holds no list"),

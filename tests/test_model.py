@@ -97,10 +97,10 @@ def test_start_at_draws_the_mean_image_before_any_training():
     with torch.no_grad():
         vae.decoder.out.weight.zero_()
     mean = torch.linspace(0, 1, 16)
-    vae.start_at(mean)
+    vae.init_output_bias(mean)
     drawn = torch.sigmoid(vae.decode(torch.randn(5, 3)))
     assert torch.allclose(drawn, mean.clamp(0.001, 0.999).expand(5, 16), atol=1e-6)
     with pytest.raises(ValueError, match="17 pixels"):
-        vae.start_at(torch.zeros(17))
+        vae.init_output_bias(torch.zeros(17))
     with pytest.raises(ValueError, match="bias per pixel"):
-        VAE((16,), architecture="conv").start_at(mean)
+        VAE((16,), architecture="conv").init_output_bias(mean)

@@ -1,7 +1,7 @@
 """A Variational Autoencoder whose numbers can be trusted: nats per image, everywhere."""
 
 from vae_torch.checkpoint import load_run
-from vae_torch.config import ConfigError, ObjectiveConfig
+from vae_torch.config import ConfigError, ObjectiveConfig, OptimizerConfig
 from vae_torch.data import load_images, mnist_loaders
 from vae_torch.evaluate import evaluate_model
 from vae_torch.model import VAE, Decoder, Encoder, reparameterize
@@ -16,6 +16,7 @@ __all__ = [
     "Decoder",
     "Encoder",
     "ObjectiveConfig",
+    "OptimizerConfig",
     "elbo",
     "evaluate_model",
     "iwae_bound",

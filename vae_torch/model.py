@@ -189,15 +189,15 @@ class VAE(nn.Module):
         for argument, size in sizes.items():
             if size < 1 or size != int(size):
                 raise ValueError(f"{argument} is {size}; it must be a whole number, 1 or more")
-        names = {
-            "model.name": architecture,
-            "model.activation": activation,
-            "likelihood": likelihood,
-            "prior": prior,
+        words = {
+            "architecture": (architecture, "model.name"),
+            "activation": (activation, "model.activation"),
+            "likelihood": (likelihood, "likelihood"),
+            "prior": (prior, "prior"),
         }
-        for key, word in names.items():
+        for argument, (word, key) in words.items():
             if word not in CHOICES[key]:
-                raise ValueError(f"{key} is {word!r}; known are {', '.join(CHOICES[key])}")
+                raise ValueError(f"{argument} is {word!r}; known are {', '.join(CHOICES[key])}")
 
         shape: dict[str, Any] = {"name": architecture, "depth": depth, "activation": activation}
         self.encoder = Encoder(self.input_shape, latent_dim, intermediate_dim, **shape)
@@ -261,25 +261,24 @@ class VAE(nn.Module):
         return vae
 
     @torch.no_grad()
-    def start_at(self, mean: Tensor) -> None:
-        """Start an untrained decoder around `mean`, at it for z = 0; for Bernoulli pixels.
+    def init_output_bias(self, mean_image: Tensor) -> None:
+        """Start an untrained decoder at the mean image; for Bernoulli pixels.
 
-        The output bias becomes its logit, as in the code of Burda et al. (2016). Otherwise the
-        first steps go into the mean image, and latents that help little with it are shut.
+        The output bias becomes that image's logit, as in the code of Burda et al. (2016). Otherwise
+        the first steps go into the mean image, and latents that help little with it are shut.
 
         Args:
-            mean: Of the training images, as many values in [0, 1] as an image has pixels.
+            mean_image: Of the training images: as many values in [0, 1] as an image has pixels.
 
         Raises:
             ValueError: Another number of pixels, or a decoder that ends in no linear layer.
         """
         if not isinstance(self.decoder.out, nn.Linear):
             raise ValueError("the decoder has no bias per pixel; use architecture mlp or residual")
-        if mean.numel() != self.decoder.out.bias.numel():
-            raise ValueError(
-                f"mean has {mean.numel()} pixels, an image {self.decoder.out.bias.numel()}"
-            )
-        logits = torch.logit(mean.clamp(0.001, 0.999))
+        pixels = self.decoder.out.bias.numel()
+        if mean_image.numel() != pixels:
+            raise ValueError(f"mean_image has {mean_image.numel()} pixels, an image {pixels}")
+        logits = torch.logit(mean_image.clamp(0.001, 0.999))
         self.decoder.out.bias.copy_(logits.flatten())
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:

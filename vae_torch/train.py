@@ -13,9 +13,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from vae_torch.checkpoint import CheckpointError, Checkpoints
-from vae_torch.config import CHOICES, ObjectiveConfig, OptimizerConfig, check_objective
-from vae_torch.data import EpochBatches, mix_seed
-from vae_torch.evaluate import Loader, bound_metrics
+from vae_torch.config import (
+    CHOICES,
+    ObjectiveConfig,
+    OptimizerConfig,
+    check_objective,
+    check_optimizer,
+)
+from vae_torch.data import EpochBatches, Loader, mix_seed
+from vae_torch.evaluate import bound_metrics
 from vae_torch.model import VAE
 from vae_torch.step import TERMS, compiled_step, eager_step, make_optimizer
 
@@ -64,7 +70,8 @@ def train(
         optimizer: Adam with a learning rate of 1e-3 when absent.
         ema: Decay per step of averaged weights; they are evaluated, logged and kept in the end.
         precision: `bf16` for autocast matrix products; else tensors and products are fp32, as
-            exact as `torch.set_float32_matmul_precision` says.
+            exact as `torch.set_float32_matmul_precision` says. (`medium` is what a run of
+            `scripts/train.py` calls it with "medium" for; here it is `fp32`.)
         compile: Loss, gradient and optimiser as one graph (torch.compile; on CUDA a CUDA graph).
         seed: Of the noise.
         log: Called after every epoch with its metrics and the model they belong to. It may raise
@@ -80,7 +87,9 @@ def train(
     Raises:
         DivergedError: The loss is NaN or infinite: says in which epoch, step and term.
         StoppedError: `stop` said so.
-        ConfigError: The objective has options that it would ignore, or torch is too old to compile.
+        CheckpointError: What `checkpoints` holds is damaged, or of another run.
+        ConfigError: The objective has options that it would ignore, the optimiser has some that
+            mean nothing, or torch is too old to compile.
         ValueError: No epoch, no image, an unknown precision, or pixels outside [0, 1].
     """
     if precision not in CHOICES["precision"]:
@@ -93,22 +102,23 @@ def train(
     objective = objective or ObjectiveConfig()
     check_objective(objective)
     settings = optimizer or _DEFAULT_ADAM
+    check_optimizer(settings)
     device = next(vae.parameters()).device
-    stepper = make_optimizer(vae, settings)
+    opt = make_optimizer(vae, settings)
     averaged = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema else None
     evaluated: VAE = averaged.module if averaged else vae  # type: ignore[assignment]
-    run = _Progress(vae, averaged, stepper, train_loader)
+    run = _Progress(vae, averaged, opt, train_loader)
     if checkpoints and (state := checkpoints.load(device)):
         try:
             run.load(state)
         except (ValueError, TypeError, KeyError, RuntimeError) as error:
             raise CheckpointError(f"{checkpoints.folder}/last.pt: {error!r}"[:300]) from None
 
-    take_step = eager_step(vae, stepper, objective, precision)
+    take_step = eager_step(vae, opt, objective, precision)
     if compile:
         # not learned from the first batch: a continued run's may be the last of an epoch
         size = getattr(train_loader.batch_sampler, "batch_size", None)
-        take_step = compiled_step(vae, stepper, objective, precision, batch_size=size)
+        take_step = compiled_step(vae, opt, objective, precision, batch_size=size)
 
     steps = len(train_loader)
     done = run.epoch * steps + run.step
@@ -116,8 +126,8 @@ def train(
     while run.epoch < epochs:
         began, first = time.perf_counter(), run.step
         beta = beta_at(objective, run.epoch)
-        now = replace(objective, num_samples=samples_at(objective, run.epoch))
-        weight = torch.tensor(beta, device=device)  # a float would be compiled anew every epoch
+        epoch_objective = replace(objective, num_samples=samples_at(objective, run.epoch))
+        beta_tensor = torch.tensor(beta, device=device)  # a float would be compiled every epoch
         run.begin_epoch(seed)
 
         try:
@@ -125,14 +135,14 @@ def train(
                 if run.order is None:  # not our loader, which makes no others
                     _check_pixels(x)
                 x = x.to(device, non_blocking=True)
-                shape = (now.num_samples, len(x), vae.latent_dim)
+                shape = (epoch_objective.num_samples, len(x), vae.latent_dim)
                 eps = torch.randn(shape, generator=run.noise, device=device)
                 choice = None
                 if objective.resample:
                     choice = torch.rand(len(x), generator=run.noise, device=device)
                 progress = (run.epoch + run.step / steps) / epochs
                 lr = settings.lr * lr_factor(settings.schedule, progress)
-                terms = take_step(x, eps, choice, weight, lr)
+                terms = take_step(x, eps, choice, beta_tensor, lr)
                 if averaged:
                     averaged.update_parameters(vae)
 
@@ -149,7 +159,9 @@ def train(
 
             seconds = time.perf_counter() - began
             means = run.means()
-            test = bound_metrics(evaluated, _until(stop, test_loader), now, beta=beta, seed=seed)
+            test = bound_metrics(
+                evaluated, _until(stop, test_loader), epoch_objective, beta=beta, seed=seed
+            )
             if not math.isfinite(test["loss"]):
                 raise DivergedError(
                     f"epoch {run.epoch + 1}: the test loss is {test['loss']} after the last step, "
@@ -160,7 +172,7 @@ def train(
                 **{f"train/{name}": value for name, value in means.items()},
                 **{f"test/{name}": value for name, value in test.items()},
                 "train/beta": beta,
-                "train/lr": stepper.param_groups[0]["lr"],
+                "train/lr": opt.param_groups[0]["lr"],
                 "train/images_per_second": sum(run.sizes[first:]) / seconds,
                 "seconds": time.perf_counter() - began,  # evaluation included
             }
@@ -187,11 +199,11 @@ class _Progress:
         self,
         vae: VAE,
         averaged: AveragedModel | None,
-        stepper: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer,
         loader: Loader,
     ) -> None:
         device = next(vae.parameters()).device
-        self.vae, self.averaged, self.stepper = vae, averaged, stepper
+        self.vae, self.averaged, self.optimizer = vae, averaged, optimizer
         self.order = (
             loader.batch_sampler if isinstance(loader.batch_sampler, EpochBatches) else None
         )
@@ -265,7 +277,7 @@ class _Progress:
             "best": self.best,
             "history": self.history,
             "model": evaluated.state_dict(),
-            "optimizer": self.stepper.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
         }
         if self.averaged:
             state["training"] = self.vae.state_dict()
@@ -293,7 +305,7 @@ class _Progress:
         self.best = state["best"]
         self.history = {n: [_compact(v) for v in values] for n, values in state["history"].items()}
         self.vae.load_state_dict(state["training"] if self.averaged else state["model"])
-        self.stepper.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(state["optimizer"])
         if self.averaged:
             self.averaged.module.load_state_dict(state["model"])
             self.averaged.n_averaged.fill_(state["averaged_steps"])
@@ -352,12 +364,8 @@ def samples_at(objective: ObjectiveConfig, epoch: int) -> int:
 def lr_factor(schedule: str, progress: float) -> float:
     """What the learning rate is multiplied by after this fraction of the run, 0 <= progress < 1.
 
-    `cosine` falls to 0 (Loshchilov and Hutter, 2017). `burda` is the staircase of Burda et al.
-    (2016), section 5: 10^(-i/7) for 3^i of 3,280 epochs, i = 0..7, stretched to the run's length.
+    `cosine` falls to 0 (Loshchilov and Hutter, 2017).
     """
     if schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * progress))
-    if schedule == "burda":
-        stair = next(i for i in range(8) if progress * 3280 < (3 ** (i + 1) - 1) / 2 or i == 7)
-        return float(10 ** (-stair / 7))
     return 1.0
