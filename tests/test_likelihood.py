@@ -76,6 +76,17 @@ def test_affine_is_log_prob_of_every_pair(name):
     torch.testing.assert_close(likelihood.affine(x, logits), pairs)
 
 
+def test_affine_gaussian_keeps_its_digits_where_it_is_narrow():
+    likelihood = LIKELIHOODS["gaussian"]()
+    likelihood.logvar.data.fill_(-12.0)
+    x = torch.rand(1, 784)
+    logits = x + math.exp(-6) * torch.randn(20, 784)
+    expected = Normal(logits.double(), math.exp(-6)).log_prob(x.double()).sum(-1)
+    torch.testing.assert_close(
+        likelihood.affine(x, logits)[0].double(), expected, rtol=0, atol=0.01
+    )
+
+
 @pytest.mark.parametrize("name", LIKELIHOODS)
 def test_means_are_images_and_shapes_are_checked(name):
     likelihood = LIKELIHOODS[name]()

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
@@ -47,6 +49,19 @@ def test_autocast_leaves_the_mixture_alone():
     with torch.autocast("cpu", torch.bfloat16):
         cast = vae.log_prior(z)
     torch.testing.assert_close(cast, vae.log_prior(z))
+
+
+def test_mixture_keeps_its_digits_where_components_are_narrow():
+    vae = VAE((20,), 2, 8, prior="mixture", prior_components=50)
+    vae.prior.means.data *= 4
+    vae.prior.logvars.data.fill_(2 * math.log(0.003))
+    z = (vae.prior.means + 0.003 * torch.randn(50, 2)).detach()
+    means, deviations = vae.prior.means.double(), torch.exp(0.5 * vae.prior.logvars.double())
+    parts = Independent(Normal(means, deviations), 1)
+    reference = MixtureSameFamily(Categorical(logits=torch.zeros(50).double()), parts)
+    log_pz = vae.log_prior(z)
+    assert log_pz.dtype == torch.float32
+    torch.testing.assert_close(log_pz.double(), reference.log_prob(z.double()), rtol=0, atol=1e-4)
 
 
 def test_mixture_keeps_its_digits_far_from_zero_in_float32():

@@ -22,6 +22,8 @@ class Bernoulli(nn.Module):
     nats, but no normalised density of grey images (see `ContinuousBernoulli`).
     """
 
+    name = "bernoulli"
+
     def log_prob(self, x: Tensor, logits: Tensor) -> Tensor:
         """Nats per image.
 
@@ -96,6 +98,8 @@ class ContinuousBernoulli(nn.Module):
     is smooth at l = 0 where the paper's form divides 0 by 0.
     """
 
+    name = "continuous_bernoulli"
+
     def log_prob(self, x: Tensor, logits: Tensor) -> Tensor:
         """Nats per image: (B, *shape) and (..., B, *shape) -> (..., B)."""
         _check_shapes(x, logits)
@@ -116,6 +120,8 @@ class ContinuousBernoulli(nn.Module):
 class Gaussian(nn.Module):
     """N(x; l, σ²) with one learned log-variance for all pixels; nats of density, not of mass."""
 
+    name = "gaussian"
+
     def __init__(self) -> None:
         super().__init__()
         self.logvar = nn.Parameter(torch.zeros(()))
@@ -128,6 +134,8 @@ class Gaussian(nn.Module):
 
     def affine(self, x: Tensor, logits: Tensor) -> Tensor:
         """Nats of each image under each output: (N, pixels) and (G, pixels) -> (N, G)."""
+        center = x.mean(0)  # or else the squares cancel where σ is small
+        x, logits = x - center, logits - center
         scale = torch.exp(-self.logvar)
         normalizer = 0.5 * x.shape[-1] * (self.logvar + math.log(2 * math.pi))
         offset = -0.5 * scale * (logits**2).sum(-1) - normalizer
@@ -139,9 +147,7 @@ class Gaussian(nn.Module):
 
 
 LIKELIHOODS: dict[str, type[Bernoulli | ContinuousBernoulli | Gaussian]] = {
-    "bernoulli": Bernoulli,
-    "continuous_bernoulli": ContinuousBernoulli,
-    "gaussian": Gaussian,
+    kind.name: kind for kind in (Bernoulli, ContinuousBernoulli, Gaussian)
 }
 
 

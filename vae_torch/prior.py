@@ -22,6 +22,8 @@ def log_normal(z: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
 class StandardNormal(nn.Module):
     """p(z) = N(0, I): nothing to learn, and a KL in closed form."""
 
+    name = "standard"
+
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
         self.latent_dim = latent_dim
@@ -39,6 +41,8 @@ class StandardNormal(nn.Module):
 
 class Mixture(nn.Module):
     """p(z) = Σ_k w_k N(z; m_k, exp(v_k)) with learned weights, means and log-variances."""
+
+    name = "mixture"
 
     def __init__(self, latent_dim: int, components: int) -> None:
         super().__init__()
@@ -66,6 +70,8 @@ class VampPrior(nn.Module):
     through a sigmoid, so they are images.
     """
 
+    name = "vamp"
+
     def __init__(self, input_shape: tuple[int, ...], components: int) -> None:
         super().__init__()
         # starts dim and noisy, like the average of many digits
@@ -88,17 +94,16 @@ class VampPrior(nn.Module):
 def log_mixture(z: Tensor, means: Tensor, logvars: Tensor, log_weights: Tensor) -> Tensor:
     """Log-density of a diagonal Gaussian mixture, without a (..., K, latent_dim) array.
 
-    Σ_d (z_d - m_kd)² / s_kd² is expanded into two matrix products. The mean of the component means
-    is taken off first, which keeps the three terms small and their difference exact.
+    Σ_d (z_d - m_kd)² / s_kd² is expanded into two matrix products. Its three terms cancel, the more
+    the narrower a component is, so they are computed in double.
     """
-    center = means.mean(0)
-    z, means = z - center, means - center
-    precision = torch.exp(-logvars)  # (K, latent_dim)
-    # terms that cancel: bf16 products would leave nats of noise
-    with torch.autocast(z.device.type, enabled=False):
-        square = (
-            (z**2) @ precision.T - 2 * z @ (means * precision).T + (means**2 * precision).sum(-1)
-        )  # (..., K)
+    precision = torch.exp(-logvars).double()  # (K, latent_dim)
+    wide, centers = z.double(), means.double()
+    square = (
+        (wide**2) @ precision.T
+        - 2 * wide @ (centers * precision).T
+        + (centers**2 * precision).sum(-1)
+    ).to(z.dtype)  # (..., K)
     constant = logvars.sum(-1) + math.log(2 * math.pi) * means.shape[-1]
     return torch.logsumexp(log_weights - 0.5 * (square + constant), -1)
 
