@@ -188,6 +188,8 @@ def run(config: Config, run_dir: Path, config_text: str, signals: "StopSignals")
     set_products(config.precision)
     if config.precision == "bf16" and (warning := slow_bf16(device)):
         log.warning(warning)
+    if config.train.epochs <= (early := config.objective.early_epochs):
+        log.warning("objective.early_epochs=%d: the run has no epoch of more draws", early)
     torch.manual_seed(config.seed)  # of the initial weights; the rest has generators of its own
 
     train_loader, test_loader = data.loaders_of(config, device)

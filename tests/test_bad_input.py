@@ -134,7 +134,11 @@ REFUSED = [
     ("train.py objective.resample=true", "nothing to choose from; use objective=iwae"),
     ("train.py objective=iwae objective.early_samples=0", "objective.early_samples=0"),
     ("train.py objective=iwae objective.early_epochs=9", "set both or neither"),
-    ("train.py objective=iwae objective.early_samples=9", "set both or neither"),
+    ("train.py objective=iwae objective.early_samples=2", "set both or neither"),
+    (
+        "train.py objective=iwae objective.early_samples=5 objective.early_epochs=2",
+        "num_samples=5: must be 1 or more, and fewer than come later",
+    ),
     (
         "train.py objective=iwae objective.resample=true objective.early_samples=1 "
         "objective.early_epochs=3",

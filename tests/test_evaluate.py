@@ -316,6 +316,24 @@ def test_images_weigh_the_same_in_batches_of_any_size(trained):
     assert sum(metrics[0]["kl_per_dim"]) == pytest.approx(metrics[1]["kl"], rel=1e-6)
 
 
+@pytest.mark.parametrize("collapsed", [False, True])
+def test_a_learned_priors_scale_is_no_collapse(collapsed):
+    """Latents in units so small that Burda's 0.01 would call all of them inactive."""
+    vae, x = linear_gaussian(2)
+    vae.prior = Mixture(2, 1).double()
+    with torch.no_grad():
+        vae.prior.means.zero_()
+        vae.prior.logvars.fill_(2 * math.log(0.05))
+        vae.decoder.out.weight /= 0.05
+        vae.encoder.mean.weight *= 0 if collapsed else 0.05
+        vae.encoder.mean.bias *= 0 if collapsed else 0.05
+        vae.encoder.logvar.bias += 2 * math.log(0.05)
+    loader = DataLoader(TensorDataset(x, torch.zeros(len(x))), batch_size=len(x))
+    card = evaluate_model(vae, loader, num_samples=100, fit_images=2)
+    assert card["active_units"]["value"] == 0
+    assert any("has collapsed" in sentence for sentence in card["verdict"]) == collapsed
+
+
 def test_verdict_names_a_collapse():
     torch.manual_seed(0)
     vae = VAE((PIXELS,), 2, 4)

@@ -11,7 +11,14 @@ from tests.conftest import REPOSITORY
 from vae_torch import VAE, ObjectiveConfig, mnist_loaders, train
 from vae_torch.checkpoint import CheckpointError, Checkpoints, load_checkpoint, save_checkpoint
 from vae_torch.config import ConfigError, OptimizerConfig
-from vae_torch.train import _DEFAULT_ADAM, DivergedError, StoppedError, beta_at, lr_factor
+from vae_torch.train import (
+    _DEFAULT_ADAM,
+    DivergedError,
+    StoppedError,
+    beta_at,
+    lr_factor,
+    samples_at,
+)
 
 EPOCHS = 4
 
@@ -297,6 +304,12 @@ def test_objectives_that_would_be_ignored_are_refused(made_up_root):
     ):
         with pytest.raises(ConfigError, match=r"objective\."):
             train(new_vae(), *loaders(made_up_root), epochs=1, objective=objective)
+    for objective, kind in (
+        (ObjectiveConfig(free_bits=0.1), {"prior": "mixture"}),
+        (ObjectiveConfig(name="keras"), {"likelihood": "gaussian"}),
+    ):
+        with pytest.raises(ConfigError, match="prior="):
+            train(new_vae(**kind), *loaders(made_up_root), epochs=1, objective=objective)
     unknown = OptimizerConfig("adam", 1e-3, 1e-8, "cos")
     with pytest.raises(ConfigError, match=r"optimizer\.schedule=cos"):
         train(new_vae(), *loaders(made_up_root), epochs=1, optimizer=unknown)
@@ -319,6 +332,8 @@ def test_early_epochs_take_fewer_draws(made_up_root):
     for kind in (0, 1):
         assert staged[kind][:2] == few[kind][:2] != many[kind][:2]
         assert staged[kind][2] != few[kind][2]
+    objective = ObjectiveConfig("iwae", num_samples=5, early_samples=2, early_epochs=2)
+    assert [samples_at(objective, epoch) for epoch in range(4)] == [2, 2, 5, 5]
 
 
 def test_schedules():

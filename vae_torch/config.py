@@ -307,8 +307,8 @@ def checkpoint_interval(every: int | str) -> tuple[int, float]:
     )
 
 
-def check_objective(objective: ObjectiveConfig) -> None:
-    """Refuse options that the chosen objective would ignore.
+def check_objective(objective: ObjectiveConfig, *, likelihood: str, prior: str) -> None:
+    """Refuse options that the chosen objective would ignore, or that do not go with the model.
 
     Raises:
         ConfigError: One line with the key, its value and what is allowed.
@@ -335,6 +335,13 @@ def check_objective(objective: ObjectiveConfig) -> None:
             f"{objective.name}: more draws later tighten the importance-weighted bound only; use "
             "objective=iwae"
         )
+    if objective.early_samples is not None and not (
+        1 <= objective.early_samples < objective.num_samples
+    ):
+        raise ConfigError(
+            f"objective.early_samples={objective.early_samples} with objective.num_samples="
+            f"{objective.num_samples}: must be 1 or more, and fewer than come later"
+        )
     one_draw = 1 in (objective.num_samples, objective.early_samples)
     if objective.resample and (objective.name != "iwae" or one_draw):
         raise ConfigError(
@@ -351,6 +358,16 @@ def check_objective(objective: ObjectiveConfig) -> None:
         raise ConfigError(
             f"objective.beta_warmup_epochs={objective.beta_warmup_epochs} with objective=keras: "
             "the notebook warms up nothing; use objective=elbo or objective=iwae"
+        )
+    if objective.free_bits > 0 and prior != "standard":
+        raise ConfigError(
+            f"objective.free_bits={objective.free_bits} with prior={prior}: a KL per latent "
+            "dimension needs prior=standard"
+        )
+    if objective.name == "keras" and (likelihood, prior) != ("bernoulli", "standard"):
+        raise ConfigError(
+            f"objective=keras with likelihood={likelihood}, prior={prior}: the "
+            "notebook's loss is for likelihood=bernoulli and prior=standard"
         )
 
 
@@ -412,7 +429,7 @@ def _combinations(config: Config) -> None:
             f"likelihood={config.likelihood} with data.binarize={binarize}: binary pixels have no "
             "density; use likelihood=bernoulli, or data.binarize=none"
         )
-    check_objective(objective)
+    check_objective(objective, likelihood=config.likelihood, prior=config.prior)
     check_optimizer(config.optimizer)
     if config.model.name == "conv" and config.model.depth != 1:
         raise ConfigError(
@@ -423,14 +440,4 @@ def _combinations(config: Config) -> None:
             f"model.mean_bias=true with model={config.model.name}, likelihood={config.likelihood}: "
             "needs an output bias for every pixel and its logit; use model=mlp or model=residual "
             "and likelihood=bernoulli"
-        )
-    if objective.free_bits > 0 and config.prior != "standard":
-        raise ConfigError(
-            f"objective.free_bits={objective.free_bits} with prior={config.prior}: a KL per latent "
-            "dimension needs prior=standard"
-        )
-    if objective.name == "keras" and (config.likelihood, config.prior) != ("bernoulli", "standard"):
-        raise ConfigError(
-            f"objective=keras with likelihood={config.likelihood}, prior={config.prior}: the "
-            "notebook's loss is for likelihood=bernoulli and prior=standard"
         )

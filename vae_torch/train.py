@@ -88,8 +88,8 @@ def train(
         DivergedError: The loss is NaN or infinite: says in which epoch, step and term.
         StoppedError: `stop` said so.
         CheckpointError: What `checkpoints` holds is damaged, or of another run.
-        ConfigError: The objective has options that it would ignore, the optimiser has some that
-            mean nothing, or torch is too old to compile.
+        ConfigError: The objective has options that it would ignore or that do not go with the
+            model, the optimiser has some that mean nothing, or torch is too old to compile.
         ValueError: No epoch, no image, an unknown precision, or pixels outside [0, 1].
     """
     if precision not in CHOICES["precision"]:
@@ -100,7 +100,7 @@ def train(
             "test on: each must be 1 or more"
         )
     objective = objective or ObjectiveConfig()
-    check_objective(objective)
+    check_objective(objective, likelihood=vae.likelihood.name, prior=vae.prior.name)
     settings = optimizer or _DEFAULT_ADAM
     check_optimizer(settings)
     device = next(vae.parameters()).device
