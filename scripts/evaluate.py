@@ -3,6 +3,7 @@
 python scripts/evaluate.py run=DIR [eval.num_samples=5000 ...]
 """
 
+import hashlib
 import json
 import threading
 from pathlib import Path
@@ -27,7 +28,7 @@ from vae_torch.config import ConfigError, EvaluateConfig, check_evaluate
 
 ConfigStore.instance().store(name="schema_evaluate", node=EvaluateConfig)
 
-_NOT_PRINTED = ("kl_per_dim", "verdict")
+_NOT_PRINTED = ("kl_per_dim", "verdict", "data", "checkpoint")
 
 
 def main(cfg: DictConfig) -> None:
@@ -53,6 +54,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
     import torch
 
     from vae_torch.checkpoint import (
+        CheckpointError,
         load_checkpoint,
         load_run,
         refuse_other_data,
@@ -79,7 +81,11 @@ def evaluate_run(config: EvaluateConfig) -> None:
     train_loader, test_loader = loaders_of(run_config, device)
     path = run_dir / "checkpoints" / f"{config.eval.checkpoint}.pt"
     hashes = {"train": data_hash(train_loader), "test": data_hash(test_loader)}
-    refuse_other_data(path, load_checkpoint(path), hashes, run_config.data.root)
+    state = load_checkpoint(path)
+    epoch = state.get("epoch")
+    if not isinstance(epoch, int):
+        raise CheckpointError(f"{path}: does not say of which epoch it is")
+    refuse_other_data(path, state, hashes, run_config.data.root)
     if config.eval.limit:
         run_config.data.limit_test = config.eval.limit
         _, test_loader = loaders_of(run_config, device)
@@ -99,17 +105,23 @@ def evaluate_run(config: EvaluateConfig) -> None:
         "name": run_config.data.name,
         "binarize": run_config.data.binarize,
         "split": "held-out training" if run_config.data.hold_out else "test",
+        "limit": config.eval.limit,
         "sha256": hashes["test"],
     }
+    card["checkpoint"] = {
+        "name": config.eval.checkpoint,
+        "epoch": epoch,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }
     print_card(card)
-    path = run_dir / "evaluation.json"
-    write_atomically(path, (json.dumps(card, indent=2) + "\n").encode())
+    written = run_dir / "evaluation.json"
+    write_atomically(written, (json.dumps(card, indent=2) + "\n").encode())
     picture = None
     if vae.latent_dim == 2 and config.eval.exact is not False:
         x, _ = image_dataset(test_loader).first(2000)
         picture = log_px_map(vae, x, exact_log_px(vae, x).log_px)
-    add_evaluation(run_dir, card, run_config.train.epochs, picture)
-    print(f"\nwritten to {shown(path.resolve())}")
+    add_evaluation(run_dir, card, epoch, picture)
+    print(f"\nwritten to {shown(written.resolve())}")
 
 
 def print_card(card: dict[str, Any]) -> None:
@@ -117,7 +129,7 @@ def print_card(card: dict[str, Any]) -> None:
     data = card["data"]
     print(f"{data['name']}, {data['split']} images, binarize={data['binarize']}\n")
     for name, entry in card.items():
-        if name in (*_NOT_PRINTED, "data"):
+        if name in _NOT_PRINTED:
             continue
         error = entry["standard_error"]
         value = f"{entry['value']:10.3f}" if isinstance(entry["value"], float) else entry["value"]

@@ -3,6 +3,7 @@
 python scripts/reproduce.py [only=[strong] seeds=[0] threads=1]
 """
 
+import hashlib
 import json
 import statistics
 import subprocess
@@ -141,11 +142,25 @@ def run_and_evaluate(config: ReproduceConfig, row: Row, seed: int) -> None:
         settings += ["train.resume=auto"]
         settings += [f"threads={config.threads}"] if config.threads else []
         call([sys.executable, str(scripts / "train.py"), *settings])
-    if not (run_dir / "evaluation.json").exists():
+    if not is_current(config, run_dir) or samples_of(run_dir) < config.num_samples:
         settings = [f"run={run_dir}", f"eval.num_samples={config.num_samples}"]
         settings += [f"data_root={config.data_root}"]
         settings += [f"eval.limit={config.limit_test}"] if config.limit_test else []
         call([sys.executable, str(scripts / "evaluate.py"), *settings])
+
+
+def is_current(config: ReproduceConfig, run_dir: Path) -> bool:
+    """Whether the run is finished and its card of its last checkpoint and of all test images."""
+    try:
+        card = json.loads((run_dir / "evaluation.json").read_text())
+        last = (run_dir / "checkpoints" / "last.pt").read_bytes()
+        return (
+            (run_dir / "summary.json").exists()
+            and card["checkpoint"]["sha256"] == hashlib.sha256(last).hexdigest()
+            and card["data"]["limit"] == config.limit_test
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def call(command: list[str]) -> None:
@@ -168,14 +183,15 @@ def table_of(config: ReproduceConfig) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in config.rows.items():
-        runs = sorted(folder_of(config, row, 0).parent.glob("seed=*/evaluation.json"))
+        folders = sorted(folder_of(config, row, 0).parent.glob("seed=*"))
+        runs = [folder for folder in folders if is_current(config, folder)]
         if not runs:
             continue
-        values = [value_of(run.parent, row.metric) for run in runs]
-        minutes = [summary_of(run.parent)["seconds"] / 60 for run in runs]
+        values = [value_of(run, row.metric) for run in runs]
+        minutes = [summary_of(run)["seconds"] / 60 for run in runs]
         digits = 4 if row.metric == "loss" else 2
         spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-        samples = min(samples_of(run.parent) for run in runs)
+        samples = min(samples_of(run) for run in runs)
         words = {
             "elbo": "-ELBO",
             "log_px": f"-log p(x), {samples} samples",

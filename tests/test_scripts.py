@@ -178,6 +178,11 @@ def test_a_trial_of_the_results_table_touches_no_readme(made_up_root, tmp_path):
     again = run_script("reproduce.py", *trial)  # what is there is not run again
     assert row in again.stdout
     assert "Done:" not in again.stdout
+    card_file = tmp_path / "results-trial" / "keras_notebook" / "seed=0" / "evaluation.json"
+    card = json.loads(card_file.read_text())
+    card_file.write_text(json.dumps({**card, "checkpoint": {"sha256": "of another"}}))
+    assert "elbo" in run_script("reproduce.py", *trial).stdout  # is evaluated again
+    assert json.loads(card_file.read_text()) == card
     refused = run_script("reproduce.py", "only=[nothing]")
     assert refused.returncode == 2
     assert "only=nothing" in refused.stderr
