@@ -29,7 +29,7 @@ class Row:
 
     experiment: str | None
     metric: str  # of evaluation.json, or `loss`
-    published: str
+    reference: str  # the figure to compare with
     source: str
     overrides: list[str] = field(default_factory=list)
 
@@ -178,8 +178,8 @@ def call(command: list[str]) -> None:
 def table_of(config: ReproduceConfig) -> str:
     """The Markdown table of all rows that have runs, whatever was run this time."""
     lines = [
-        "| row | figure (nats; lower is better) | ours: mean ± sd | seeds | published | source "
-        "| command | minutes |",
+        "| row | figure (nats; lower is better) | ours: mean ± sd | seeds | reference | source "
+        "| command | minutes of training |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in config.rows.items():
@@ -202,7 +202,7 @@ def table_of(config: ReproduceConfig) -> str:
             words.get(row.metric, row.metric),
             f"**{statistics.mean(values):.{digits}f}**{spread}",
             str(len(runs)),
-            row.published,
+            row.reference,
             row.source,
             f"`{command_of(row)}`",
             f"{statistics.mean(minutes):.0f}",
