@@ -77,7 +77,7 @@ class Encoder(nn.Module):
         input_shape: Shape of one image.
         latent_dim: Dimensions of z.
         intermediate_dim: Units of a hidden layer.
-        name: `mlp`, `residual` or `conv`.
+        architecture: `mlp`, `residual` or `conv`.
         depth: Hidden layers (mlp) or blocks (residual).
         activation: `relu`, `tanh`, `silu` or `gelu`.
     """
@@ -88,16 +88,16 @@ class Encoder(nn.Module):
         latent_dim: int = 2,
         intermediate_dim: int = 512,
         *,
-        name: str = "mlp",
+        architecture: str = "mlp",
         depth: int = 1,
         activation: str = "relu",
     ) -> None:
         super().__init__()
         pixels = math.prod(input_shape)
-        if name == "conv":
+        if architecture == "conv":
             self.trunk: nn.Module = _conv_encoder(pixels, intermediate_dim, activation)
         else:
-            self.trunk = _dense_trunk(name, pixels, intermediate_dim, depth, activation)
+            self.trunk = _dense_trunk(architecture, pixels, intermediate_dim, depth, activation)
         self.mean = nn.Linear(intermediate_dim, latent_dim)
         self.logvar = nn.Linear(intermediate_dim, latent_dim)
 
@@ -117,18 +117,18 @@ class Decoder(nn.Module):
         latent_dim: int = 2,
         intermediate_dim: int = 512,
         *,
-        name: str = "mlp",
+        architecture: str = "mlp",
         depth: int = 1,
         activation: str = "relu",
     ) -> None:
         super().__init__()
         self.output_shape = tuple(output_shape)
         pixels = math.prod(output_shape)
-        if name == "conv":
+        if architecture == "conv":
             self.trunk: nn.Module = nn.Identity()
             self.out: nn.Module = _conv_decoder(pixels, latent_dim, intermediate_dim, activation)
         else:
-            self.trunk = _dense_trunk(name, latent_dim, intermediate_dim, depth, activation)
+            self.trunk = _dense_trunk(architecture, latent_dim, intermediate_dim, depth, activation)
             self.out = nn.Linear(intermediate_dim, pixels)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -199,7 +199,11 @@ class VAE(nn.Module):
             if word not in CHOICES[key]:
                 raise ValueError(f"{argument} is {word!r}; known are {', '.join(CHOICES[key])}")
 
-        shape: dict[str, Any] = {"name": architecture, "depth": depth, "activation": activation}
+        shape: dict[str, Any] = {
+            "architecture": architecture,
+            "depth": depth,
+            "activation": activation,
+        }
         self.encoder = Encoder(self.input_shape, latent_dim, intermediate_dim, **shape)
         self.decoder = Decoder(self.input_shape, latent_dim, intermediate_dim, **shape)
         self.likelihood = LIKELIHOODS[likelihood]()
@@ -373,8 +377,10 @@ class _ResidualBlock(nn.Module):
         return x + self.body(x)  # type: ignore[no-any-return]
 
 
-def _dense_trunk(name: str, inputs: int, width: int, depth: int, activation: str) -> nn.Sequential:
-    if name == "residual":
+def _dense_trunk(
+    architecture: str, inputs: int, width: int, depth: int, activation: str
+) -> nn.Sequential:
+    if architecture == "residual":
         blocks = [_ResidualBlock(width, activation) for _ in range(depth)]
         return nn.Sequential(nn.Linear(inputs, width), *blocks, nn.LayerNorm(width))
     layers: list[nn.Module] = []
@@ -387,7 +393,7 @@ def _conv_side(pixels: int) -> int:
     side = math.isqrt(pixels)
     if side * side != pixels or side % 4:
         raise ValueError(
-            f"model.name is 'conv' and an image has {pixels} pixels; it needs square grey images "
+            f"architecture is 'conv' and an image has {pixels} pixels; it needs square grey images "
             "with a side that 4 divides"
         )
     return side
