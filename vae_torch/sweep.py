@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -225,12 +226,13 @@ def summarize(
         key, given, value = condition.partition("=")
         if not given or key not in (*known, "seed"):
             raise SweepError(
-                f"--where {condition}: must be key=value; the runs have seed, {', '.join(known)}"
+                f"--where {condition}: must be key=value; the runs have "
+                + _near(key, ["seed", *known])
             )
         wanted.append((key, value))
     for key in group_by:
         if key not in known:
-            raise SweepError(f"--group-by {key}: no run has it; they have {', '.join(known)}")
+            raise SweepError(f"--group-by {key}: no run has it; they have {_near(key, known)}")
     chosen = [run for run in runs if all(_matches(run, *pair) for pair in wanted)]
     if not chosen:
         raise SweepError(f"--where {' '.join(where)}: no run is left of {len(runs)}")
@@ -238,7 +240,7 @@ def summarize(
     finished = [run for run in chosen if run.state == "finished"]
     names = sorted({name for run in finished for name in run.metrics})
     if finished and metric not in names:
-        raise SweepError(f"--metric {metric}: no run has it; they have {', '.join(names)}")
+        raise SweepError(f"--metric {metric}: no run has it; they have {_near(metric, names)}")
     left_out = [run for run in chosen if run.state != "finished"]
     keys = list(group_by) or [k for k in known if len({_at(run, k) for run in finished}) > 1]
 
@@ -461,6 +463,11 @@ def _axes() -> "tuple[Figure, Any]":
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def _near(word: str, known: Sequence[str]) -> str:
+    """Those that may have been meant, or all of them."""
+    return ", ".join(get_close_matches(word, known) or known)
 
 
 def _matches(run: Run, key: str, value: str) -> bool:
