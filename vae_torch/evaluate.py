@@ -146,7 +146,8 @@ def fit_posterior(
 ) -> tuple[Tensor, Tensor]:
     """The best Gaussian posterior of each image, found by ascent on its ELBO from the encoder's.
 
-    Cremer, Li and Duvenaud, *Inference Suboptimality in VAEs* (ICML 2018), section 4.1: q*.
+    Cremer, Li and Duvenaud, *Inference Suboptimality in Variational Autoencoders* (ICML 2018),
+    table 1: q*.
 
     Args:
         vae: The model; its weights stay as they are.
