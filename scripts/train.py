@@ -29,6 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 from _child import KilledError, in_a_child
 from _common import (
     EndedError,
+    bf16_factor,
     device_name,
     leave_disk_errors_to_main,
     quote_paths,
@@ -186,8 +187,8 @@ def run(config: Config, run_dir: Path, config_text: str, signals: "StopSignals")
     device = resolve_device(config.device)
     tune_cpu(config.threads)
     set_products(config.precision)
-    if config.precision == "bf16" and (warning := slow_bf16(device)):
-        log.warning(warning)
+    if config.precision == "bf16" and device.type == "cpu" and (factor := bf16_factor()) > 1:
+        log.warning(slow_bf16(factor))
     if config.train.epochs <= (early := config.objective.early_epochs):
         log.warning("objective.early_epochs=%d: the run has no epoch of more draws", early)
     torch.manual_seed(config.seed)  # of the initial weights; the rest has generators of its own
