@@ -69,7 +69,7 @@ def test_an_experiment_has_the_last_word(composed):
     assert strong.train.ema > 0
     assert strong.train.epochs != composed().train.epochs
     assert composed("experiment=strong", "train.epochs=3").train.epochs == 3
-    assert composed("experiment=static_vae").optimizer.schedule == "cosine"  # by way of burda_vae
+    assert composed("experiment=burda_static").optimizer.schedule == "cosine"  # by way of burda_vae
 
 
 def test_dict_round_trip(config):
