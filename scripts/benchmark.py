@@ -464,7 +464,8 @@ def plot(report: dict[str, Any], path: Path) -> None:
         [rows[n]["median"] - rows[n]["low"] for n in names],
         [rows[n]["high"] - rows[n]["median"] for n in names],
     ]
-    colours = {"ours": "#0072b2", "prod": "#999999", "Adam": "#999999"}
+    limits = dict.fromkeys(("prod", "Adam", "a st"), "#999999")
+    colours = {"ours": "#0072b2", **limits}
     figure, axes = plt.subplots(figsize=(7, 0.45 * len(names) + 1.2), layout="constrained")
     axes.barh(names, medians, xerr=spread, color=[colours.get(n[:4], "#e69f00") for n in names])
     axes.set_xlabel("seconds per epoch of 60,000 images: median and range")
