@@ -19,6 +19,7 @@ from _common import (
     refuse,
     refuse_broken_files,
     resolve_device,
+    set_products,
     shown,
     tell_interrupts,
     tune_cpu,
@@ -68,6 +69,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
 
     tune_cpu(None)
     device = resolve_device(config.device)
+    set_products("fp32", device)
     run_dir = Path(config.run)
     vae, run_config = load_run(run_dir, checkpoint=config.eval.checkpoint, device=device)
     vae = vae.to(memory_format=torch.channels_last)  # convolutions decode a third faster

@@ -186,7 +186,7 @@ def run(config: Config, run_dir: Path, config_text: str, signals: "StopSignals")
         raise ConfigError(f"{run_dir}: holds a run already; two jobs of a sweep need two names")
     device = resolve_device(config.device)
     tune_cpu(config.threads)
-    set_products(config.precision)
+    set_products(config.precision, device)
     if config.precision == "bf16" and device.type == "cpu" and (factor := bf16_factor()) > 1:
         log.warning(slow_bf16(factor))
     if config.train.epochs <= (early := config.objective.early_epochs):
