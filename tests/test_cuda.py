@@ -1,0 +1,158 @@
+"""What only a machine with CUDA can show; elsewhere these are skipped."""
+
+import json
+import warnings
+
+import pytest
+import torch
+
+from tests.test_scripts import run_script
+from vae_torch import VAE, ObjectiveConfig, mnist_loaders, train
+from vae_torch.checkpoint import Checkpoints
+from vae_torch.config import ConfigError, OptimizerConfig
+from vae_torch.evaluate import importance_log_px
+from vae_torch.objective import objective_terms
+from vae_torch.step import check_can_compile
+from vae_torch.train import StoppedError
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+KINDS = [
+    pytest.param({}, {}, id="elbo"),
+    pytest.param({}, {"prior": "mixture", "prior_components": 3}, id="mixture"),
+    pytest.param({"name": "iwae", "num_samples": 5, "estimator": "dreg"}, {}, id="dreg"),
+    pytest.param({"name": "iwae", "num_samples": 5, "resample": True}, {}, id="resample"),
+]
+
+
+def new_vae(**kind) -> VAE:
+    torch.manual_seed(0)  # of the weights, which are made on the CPU
+    return VAE((784,), 2, 32, **kind).to("cuda")
+
+
+def loaders(root, **options):
+    options = {"batch_size": 100, "device": "cuda", **options}
+    return mnist_loaders(root, name="fashion_mnist", **options)
+
+
+def can_compile() -> bool:
+    try:
+        check_can_compile()
+    except ConfigError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(("objective", "kind"), KINDS)
+def test_a_gradient_is_that_of_the_cpu(made_up_root, objective, kind):
+    x = next(iter(loaders(made_up_root)[0]))[0]
+    settings = ObjectiveConfig(**objective)
+    eps = torch.randn(settings.num_samples, len(x), 2)
+    choice = torch.rand(len(x)) if settings.resample else None
+    found = []
+    for device in ("cpu", "cuda"):
+        vae = new_vae(**kind).to(device)
+        there = None if choice is None else choice.to(device)
+        objective_terms(vae, x.to(device), eps.to(device), settings, 0.5, there).loss.backward()
+        found.append([parameter.grad.cpu() for parameter in vae.parameters()])
+    for cpu, cuda in zip(*found, strict=True):
+        assert torch.allclose(cpu, cuda, rtol=1e-3, atol=1e-3 * float(cpu.abs().max()))
+
+
+def test_log_px_is_that_of_the_cpu(made_up_root):
+    x = next(iter(loaders(made_up_root)[1]))[0][:8]
+    on_cuda, on_cpu = (
+        importance_log_px(new_vae().to(device), x.to(device), num_samples=20_000)
+        for device in ("cuda", "cpu")
+    )
+    assert torch.allclose(on_cuda.log_px.cpu(), on_cpu.log_px, atol=0.2)  # other noise
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_stopped_run_goes_on_with_the_same_bits(made_up_root, tmp_path, config, ema):
+    def run(folder, stop=None):
+        vae = new_vae()
+        history = train(
+            vae,
+            *loaders(made_up_root, binarize="dynamic"),
+            epochs=4,
+            ema=ema,
+            checkpoints=Checkpoints(tmp_path / folder, config),
+            stop=stop,
+        )
+        return history["test/elbo"], vae.state_dict()
+
+    asked = iter(range(1000))
+    with pytest.raises(StoppedError):
+        run("cut", stop=lambda: next(asked) == 9)
+    (elbo, weights), (expected, expected_weights) = run("cut"), run("whole")
+    assert elbo == expected
+    assert all(torch.equal(weights[name], w) for name, w in expected_weights.items())
+
+
+@pytest.mark.filterwarnings("always")
+@pytest.mark.parametrize(("objective", "kind"), KINDS)
+def test_no_step_waits_for_the_device(made_up_root, objective, kind):
+    """The waits of an epoch are as many with 40 steps as with 20."""
+
+    def waits(batch_size: int) -> int:
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                train(
+                    new_vae(**kind),
+                    *loaders(made_up_root, batch_size=batch_size, binarize="dynamic"),
+                    epochs=1,
+                    objective=ObjectiveConfig(**objective),
+                    precision="bf16",
+                )
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return sum("synchroniz" in str(warning.message) for warning in caught)
+
+    waits(30)  # what happens once
+    assert waits(30) == waits(15) > 0
+
+
+@pytest.mark.skipif(not can_compile(), reason="torch is too old to compile a step")
+@pytest.mark.parametrize(("objective", "kind"), KINDS)
+def test_a_compiled_step_is_the_eager_one(made_up_root, objective, kind):
+    models = []
+    for compiled in (False, True):
+        vae = new_vae(**kind)
+        train(
+            vae,
+            *loaders(made_up_root, limit_train=250, limit_test=10),  # batches of 100, 100 and 50
+            epochs=3,
+            objective=ObjectiveConfig(**objective),
+            optimizer=OptimizerConfig(name="adam", lr=1e-3, eps=1e-8, schedule="cosine"),
+            ema=0.5,
+            compile=compiled,
+        )
+        models.append(vae)
+    for (name, eager), graph in zip(
+        models[0].named_parameters(), models[1].parameters(), strict=True
+    ):
+        assert torch.allclose(eager, graph, rtol=0, atol=1e-4), name
+
+
+def test_the_scripts_run_on_it(made_up_root, tmp_path):
+    run = tmp_path / "run"
+    small = ("data=fashion_mnist", f"data.root={made_up_root}", "train.epochs=2")
+    trained = run_script("train.py", *small, "device=cuda", f"hydra.run.dir={run}")
+    assert trained.returncode == 0, trained.stderr
+    assert "on cuda" in trained.stdout
+    cards = []
+    for device in ("cuda", "cpu"):
+        done = run_script(
+            "evaluate.py",
+            f"run={run}",
+            f"device={device}",
+            "eval.num_samples=2000",
+            "eval.limit=50",
+        )
+        assert done.returncode == 0, done.stderr
+        cards.append(json.loads((run / "evaluation.json").read_text()))
+    for name, tolerance in (("log_px_exact", 1e-3), ("log_px", 0.2), ("elbo", 1.0)):
+        values = [card[name]["value"] for card in cards]  # the last two of other noise
+        assert values[0] == pytest.approx(values[1], abs=tolerance), name
