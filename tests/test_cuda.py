@@ -20,6 +20,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 KINDS = [
     pytest.param({}, {}, id="elbo"),
     pytest.param({}, {"prior": "mixture", "prior_components": 3}, id="mixture"),
+    pytest.param({}, {"prior": "vamp", "prior_components": 3}, id="vamp"),
+    pytest.param({}, {"architecture": "conv"}, id="conv"),
     pytest.param({"name": "iwae", "num_samples": 5, "estimator": "dreg"}, {}, id="dreg"),
     pytest.param({"name": "iwae", "num_samples": 5, "resample": True}, {}, id="resample"),
 ]
@@ -68,10 +70,12 @@ def test_log_px_is_that_of_the_cpu(made_up_root):
     assert torch.allclose(on_cuda.log_px.cpu(), on_cpu.log_px, atol=0.2)  # other noise
 
 
-@pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_a_stopped_run_goes_on_with_the_same_bits(made_up_root, tmp_path, config, ema):
+@pytest.mark.parametrize(
+    ("kind", "ema"), [({}, 0.0), ({}, 0.9), ({"architecture": "conv"}, 0.0)], ids=str
+)
+def test_a_stopped_run_goes_on_with_the_same_bits(made_up_root, tmp_path, config, kind, ema):
     def run(folder, stop=None):
-        vae = new_vae()
+        vae = new_vae(**kind)
         history = train(
             vae,
             *loaders(made_up_root, binarize="dynamic"),
@@ -114,6 +118,7 @@ def test_no_step_waits_for_the_device(made_up_root, objective, kind):
     assert waits(30) == waits(15) > 0
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32")  # fp32 is what the test is about
 @pytest.mark.skipif(not can_compile(), reason="torch is too old to compile a step")
 @pytest.mark.parametrize(("objective", "kind"), KINDS)
 def test_a_compiled_step_is_the_eager_one(made_up_root, objective, kind):
@@ -153,6 +158,8 @@ def test_the_scripts_run_on_it(made_up_root, tmp_path):
         )
         assert done.returncode == 0, done.stderr
         cards.append(json.loads((run / "evaluation.json").read_text()))
+    page = run_script("explore.py", f"run={run}", "device=cuda")
+    assert page.returncode == 0, page.stderr
     for name, tolerance in (("log_px_exact", 1e-3), ("log_px", 0.2), ("elbo", 1.0)):
         values = [card[name]["value"] for card in cards]  # the last two of other noise
         assert values[0] == pytest.approx(values[1], abs=tolerance), name

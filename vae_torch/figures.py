@@ -309,11 +309,12 @@ def log_px_map(vae: VAE, x: Tensor, log_px: Tensor, *, ellipses: int = 12) -> "F
         raise ValueError(f"latent_dim is {vae.latent_dim}; the map needs 2")
     means, logvars = _posterior(vae, x)
     figure, axes = _figure(7.5, 6)
+    log_px = log_px.cpu()
     order = log_px.argsort(descending=True)  # the badly explained ones on top
-    low, high = np.quantile(log_px.cpu().numpy(), [0.01, 0.99])
+    low, high = np.quantile(log_px.numpy(), [0.01, 0.99])
     across, up = means[order].T.numpy()
     points = axes.scatter(
-        across, up, s=6, c=log_px[order].cpu().numpy(), linewidths=0,
+        across, up, s=6, c=log_px[order].numpy(), linewidths=0,
         cmap="viridis", vmin=low, vmax=high,
     )  # fmt: skip
     deviations = torch.exp(0.5 * logvars)

@@ -4,6 +4,7 @@ Every function returns one value per image, (B,): pixels and latent dimensions a
 training loop takes the mean over images, once.
 """
 
+import math
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -98,7 +99,7 @@ def iwae_bound(log_w: Tensor) -> Tensor:
     """
     if log_w.ndim != 2 or len(log_w) == 0:
         raise ValueError(f"log_w has shape {tuple(log_w.shape)}; it must be (K, B) with K >= 1")
-    return torch.logsumexp(log_w, 0) - torch.log(log_w.new_tensor(float(log_w.shape[0])))
+    return torch.logsumexp(log_w, 0) - math.log(len(log_w))
 
 
 def log_weights(vae: VAE, x: Tensor, q: tuple[Tensor, Tensor], eps: Tensor) -> Tensor:
