@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from torch._inductor.exc import InductorError
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -411,6 +412,23 @@ def test_a_compiled_step_is_the_eager_one(made_up_root, objective, optimizer, ki
         models[0].named_parameters(), models[1].parameters(), strict=True
     ):
         assert torch.allclose(eager, graph, rtol=0, atol=2e-5), name
+
+
+def test_a_step_that_torch_fails_to_compile_goes_op_by_op(made_up_root, monkeypatch, caplog):
+    def fails(*_, **__):
+        raise InductorError(KeyError("buf64"), None)
+
+    def trained(compiled):
+        vae = new_vae()
+        train(vae, *loaders(made_up_root), epochs=1, compile=compiled)
+        return vae.state_dict()
+
+    expected = trained(False)
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: fails)
+    got = trained(True)
+    assert [r.levelname for r in caplog.records] == ["WARNING"]  # once, not at every step
+    assert "buf64" in caplog.text
+    assert all(torch.equal(got[name], weights) for name, weights in expected.items())
 
 
 def test_an_old_torch_cannot_compile(made_up_root, monkeypatch):

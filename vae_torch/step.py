@@ -1,5 +1,6 @@
 """One step of training: loss, gradient and optimiser, op by op or as one compiled graph."""
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch.optim.adam import adam
 from vae_torch.config import ConfigError, ObjectiveConfig, OptimizerConfig
 from vae_torch.model import VAE
 from vae_torch.objective import objective_terms
+
+_log = logging.getLogger("vae_torch")
 
 TERMS = ("loss", "reconstruction", "kl")
 
@@ -56,7 +59,8 @@ def compiled_step(
 
     Two kinds of batches go op by op: the first, which makes the optimiser's state, and those that
     are not of `batch_size` (the first one's where it is None), such as the last of an epoch:
-    compiling for them would outlast them.
+    compiling for them would outlast them. So do all, after a warning, where torch fails to compile:
+    torch 2.14 does for a mixture prior on some processors (its issue 196570).
 
     Raises:
         ConfigError: This torch is too old to trace a gradient into a graph.
@@ -65,8 +69,15 @@ def compiled_step(
     eager = eager_step(vae, optimizer, objective, precision)
     device = next(vae.parameters()).device
     lr_now = torch.zeros((), device=device)  # a float would be compiled anew whenever it changes
-    graphs = "reduce-overhead" if device.type == "cuda" else None
+    # Nothing that a graph was made of changes while it lives but shapes, so only they are compared
+    # before each step: 4% of it. Each graph has its own cache (`isolate_recompiles`): without the
+    # comparisons it would else serve another model.
+    options = {
+        "guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe,
+        "triton.cudagraphs": device.type == "cuda",
+    }
     graph: Callable[..., Tensor] | None = None
+    failed = False
 
     def make_graph() -> Callable[..., Tensor]:
         parameters = [p for p in vae.parameters() if p.requires_grad]
@@ -83,20 +94,26 @@ def compiled_step(
 
         compile_: Callable[..., Any] = torch.compile  # its stubs lack `isolate_recompiles`
         compiled: Callable[..., Tensor] = compile_(
-            whole, dynamic=False, fullgraph=True, isolate_recompiles=True, mode=graphs
+            whole, dynamic=False, fullgraph=True, isolate_recompiles=True, options=options
         )
         return compiled
 
     def step(x: Tensor, eps: Tensor, choice: Tensor | None, beta: Tensor, lr: float) -> Tensor:
-        nonlocal graph, batch_size
+        nonlocal graph, failed, batch_size
         batch_size = batch_size or len(x)
         first = isinstance(optimizer, torch.optim.Adam) and not optimizer.state
-        if first or len(x) != batch_size:
+        if failed or first or len(x) != batch_size:
             return eager(x, eps, choice, beta, lr)
         graph = graph or make_graph()
         _set_lr(optimizer, lr)  # for who reads it there
-        with torch._dynamo.config.patch(trace_autograd_ops=True):
-            return graph(x, eps, choice, beta, lr_now.fill_(lr))
+        try:
+            with torch._dynamo.config.patch(trace_autograd_ops=True):
+                return graph(x, eps, choice, beta, lr_now.fill_(lr))
+        except torch._dynamo.exc.BackendCompilerFailed as error:  # nothing has been changed by then
+            failed = True
+            reason = str(error).strip().partition("\n")[0]
+            _log.warning("compile=true: torch cannot compile this step (%s), so it goes op by op", reason)
+            return eager(x, eps, choice, beta, lr)
 
     return step
 
