@@ -111,8 +111,8 @@ def compiled_step(
                 return graph(x, eps, choice, beta, lr_now.fill_(lr))
         except torch._dynamo.exc.BackendCompilerFailed as error:  # nothing has been changed by then
             failed = True
-            reason = str(error).strip().partition("\n")[0]
-            _log.warning("compile=true: torch cannot compile this step (%s), so it goes op by op", reason)
+            why = str(error).strip().partition("\n")[0]
+            _log.warning("compile=true: torch cannot compile this step; op by op instead: %s", why)
             return eager(x, eps, choice, beta, lr)
 
     return step
