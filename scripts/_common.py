@@ -152,15 +152,17 @@ def tune_cpu(threads: int | None) -> None:
 
 
 def set_products(precision: str, device: Any) -> None:
-    """Who makes fp32 matrix products, and how exact they are. Of the whole process.
+    """Who makes fp32 products and convolutions, and how exact they are. Of the whole process.
 
     `medium` lets them be quicker: TF32 on CUDA; on a CPU oneDNN takes them over from MKL, with bf16
     inside where the processor has matrix units for it. Where it has none, oneDNN's are as exact
     as MKL's, and far quicker on AMD's processors, whose AVX-512 MKL leaves alone: so there
-    fp32 takes oneDNN too.
+    fp32 takes oneDNN too. On CUDA convolutions give the same bits every time.
     """
     import torch
 
+    torch.backends.cudnn.allow_tf32 = precision == "medium"  # torch's default is True
+    torch.backends.cudnn.deterministic = True
     torch.set_float32_matmul_precision("medium")
     if precision != "medium" and (device.type != "cpu" or not _products_are_fp32()):
         torch.set_float32_matmul_precision("highest")

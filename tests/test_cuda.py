@@ -1,11 +1,13 @@
 """What only a machine with CUDA can show; elsewhere these are skipped."""
 
 import json
+import sys
 import warnings
 
 import pytest
 import torch
 
+from tests.conftest import REPOSITORY
 from tests.test_scripts import run_script
 from vae_torch import VAE, ObjectiveConfig, mnist_loaders, train
 from vae_torch.checkpoint import Checkpoints
@@ -14,6 +16,9 @@ from vae_torch.evaluate import importance_log_px
 from vae_torch.objective import objective_terms
 from vae_torch.step import check_can_compile
 from vae_torch.train import StoppedError
+
+sys.path.insert(0, str(REPOSITORY / "scripts"))
+from _common import set_products
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -25,6 +30,11 @@ KINDS = [
     pytest.param({"name": "iwae", "num_samples": 5, "estimator": "dreg"}, {}, id="dreg"),
     pytest.param({"name": "iwae", "num_samples": 5, "resample": True}, {}, id="resample"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def as_the_scripts():
+    set_products("fp32", torch.device("cuda"))
 
 
 def new_vae(**kind) -> VAE:
@@ -119,6 +129,7 @@ def test_no_step_waits_for_the_device(made_up_root, objective, kind):
 
 
 @pytest.mark.filterwarnings("ignore:TensorFloat32")  # fp32 is what the test is about
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # torch's own first capture
 @pytest.mark.skipif(not can_compile(), reason="torch is too old to compile a step")
 @pytest.mark.parametrize(("objective", "kind"), KINDS)
 def test_a_compiled_step_is_the_eager_one(made_up_root, objective, kind):

@@ -70,8 +70,9 @@ def train(
         optimizer: Adam with a learning rate of 1e-3 when absent.
         ema: Decay per step of averaged weights; they are evaluated, logged and kept in the end.
         precision: `bf16` for autocast matrix products; else tensors and products are fp32, as
-            exact as `torch.set_float32_matmul_precision` says: `medium` does nothing here unless
-            the caller has asked that function for it, as `scripts/train.py` does.
+            exact as `torch.set_float32_matmul_precision` says (convolutions on CUDA:
+            `torch.backends.cudnn`): `medium` does nothing here unless the caller has asked torch
+            for it, as `scripts/train.py` does.
         compile: Loss, gradient and optimiser as one graph (torch.compile; on CUDA a CUDA graph).
         seed: Of the noise.
         log: Called after every epoch with its metrics and the model they belong to. It may raise
