@@ -4,7 +4,7 @@ import random
 import pytest
 import torch
 
-from vae_torch import VAE, load_run
+from vae_torch import VAE, checkpoint, load_run
 from vae_torch.checkpoint import (
     CheckpointError,
     Checkpoints,
@@ -156,6 +156,6 @@ def test_the_best_checkpoint_is_written_before_the_one_that_is_gone_on_from(
 ):
     """Or else a run killed between the two would go on without its best."""
     written = []
-    monkeypatch.setattr(Checkpoints, "_write", lambda _, name, __: written.append(name))
+    monkeypatch.setattr(checkpoint, "write_atomically", lambda path, _: written.append(path.name))
     Checkpoints(tmp_path, config).save_epoch(epochs(1), best=True, final=True)
     assert written == ["best.pt", "last.pt"]

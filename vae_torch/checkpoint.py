@@ -41,10 +41,14 @@ class CheckpointError(ValueError):
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write `state` to `path`; a reader sees the old file or the new, no part of either."""
+    write_atomically(path, _sealed(state))
+
+
+def _sealed(state: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getvalue()
-    write_atomically(path, content + _MAGIC + hashlib.sha256(content).digest())
+    return content + _MAGIC + hashlib.sha256(content).digest()
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -138,22 +142,26 @@ class Checkpoints:
 
     def save(self, state: dict[str, Any]) -> None:
         """Keep a state as `last.pt`."""
-        self._write("last.pt", state)
-        self._saved = time.monotonic()
+        self._write(["last.pt"], state)
 
     def save_epoch(self, state: dict[str, Any], *, best: bool, final: bool) -> None:
         """Keep the state of a finished epoch, where it is due or the best so far."""
-        if best:  # first: a run killed between the two does the epoch again, and keeps it again
-            self._write("best.pt", state)
+        names = ["best.pt"] if best else []
         if final or (self.epochs and state["epoch"] % self.epochs == 0) or self.due():
-            self.save(state)
+            names.append("last.pt")  # last: a run killed between the two does the epoch again
+        if names:
+            self._write(names, state)
 
-    def _write(self, name: str, state: dict[str, Any]) -> None:
+    def _write(self, names: list[str], state: dict[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         rest = {key: value for key, value in state.items() if key != "history"}
         sealed = self._history.write(state.get("history", {}))
         about = {"config": self.config.to_dict(), "data_sha256": self.data_sha256}
-        save_checkpoint(self.folder / name, {**about, **rest, "history_seal": sealed})
+        content = _sealed({**about, **rest, "history_seal": sealed})
+        for name in names:
+            write_atomically(self.folder / name, content)
+        if "last.pt" in names:
+            self._saved = time.monotonic()
 
     def load(self, device: torch.device | str) -> dict[str, Any] | None:
         """The last state with its history, or None where the run has none yet.
