@@ -152,12 +152,12 @@ def tune_cpu(threads: int | None) -> None:
 
 
 def set_products(precision: str, device: Any) -> None:
-    """Who makes fp32 products and convolutions, and how exact they are. Of the whole process.
+    """How exact fp32 products and convolutions are, and who makes the products; process-wide.
 
-    `medium` lets them be quicker: TF32 on CUDA; on a CPU oneDNN takes them over from MKL, with bf16
-    inside where the processor has matrix units for it. Where it has none, oneDNN's are as exact
-    as MKL's, and far quicker on AMD's processors, whose AVX-512 MKL leaves alone: so there
-    fp32 takes oneDNN too. On CUDA convolutions give the same bits every time.
+    `medium` lets them be quicker: TF32 on CUDA; on a CPU with AVX-512 oneDNN takes products over
+    from MKL, with bf16 inside where there are matrix units for it. Where there are none, oneDNN's
+    are as exact as MKL's, and far quicker on AMD's processors, whose AVX-512 MKL leaves alone: so
+    there fp32 takes oneDNN too. On CUDA convolutions give the same bits every time.
     """
     import torch
 

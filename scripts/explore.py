@@ -16,6 +16,7 @@ from _common import (
     refuse,
     refuse_broken_files,
     resolve_device,
+    set_products,
     shown,
     tell_interrupts,
     tune_cpu,
@@ -57,6 +58,7 @@ def explore_run(config: ExploreConfig) -> Path:
 
     tune_cpu(None)
     device = resolve_device(config.device)
+    set_products("fp32", device)
     run_dir = Path(config.run).resolve()
     vae, run_config = load_run(config.run, checkpoint=config.checkpoint, device=device)
     notes, epochs = run_notes(run_dir, run_config)

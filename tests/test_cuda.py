@@ -33,7 +33,9 @@ KINDS = [
 
 
 @pytest.fixture(autouse=True)
-def as_the_scripts():
+def as_the_scripts(monkeypatch):
+    for flag in ("allow_tf32", "deterministic"):
+        monkeypatch.setattr(torch.backends.cudnn, flag, getattr(torch.backends.cudnn, flag))
     set_products("fp32", torch.device("cuda"))
 
 

@@ -15,7 +15,9 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.fixture(autouse=True)
-def torchs_default():
+def as_before(monkeypatch):
+    for flag in ("allow_tf32", "deterministic"):
+        monkeypatch.setattr(torch.backends.cudnn, flag, getattr(torch.backends.cudnn, flag))
     yield
     torch.set_float32_matmul_precision("highest")
 
@@ -42,10 +44,13 @@ def test_quick_products_that_are_not_fp32_are_not_taken(monkeypatch):
 
     monkeypatch.setattr(_common, "_products_are_fp32", quick_is_fp32)
     set_products("fp32", CPU)
+    assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.deterministic
     assert seen == ["medium"]  # the quick ones are what was looked at
     assert torch.get_float32_matmul_precision() == "highest"
     set_products("medium", CPU)
     assert torch.get_float32_matmul_precision() == "medium"
+    assert torch.backends.cudnn.allow_tf32
     monkeypatch.setattr(_common, "_products_are_fp32", lambda: True)
     set_products("bf16", CPU)
     assert torch.get_float32_matmul_precision() == "medium"

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from torch._inductor.exc import InductorError
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -414,21 +414,34 @@ def test_a_compiled_step_is_the_eager_one(made_up_root, objective, optimizer, ki
         assert torch.allclose(eager, graph, rtol=0, atol=2e-5), name
 
 
-def test_a_step_that_torch_fails_to_compile_goes_op_by_op(made_up_root, monkeypatch, caplog):
-    def fails(*_, **__):
-        raise InductorError(KeyError("buf64"), None)
+def compiler_that_fails(error):
+    def graph(*_):
+        raise BackendCompilerFailed("inductor", error, None)
 
+    return lambda *_, **__: graph
+
+
+@pytest.mark.skipif(torch.__version__ < "2.14", reason="compile=true needs torch 2.14")
+def test_a_step_that_torch_has_a_fault_with_goes_op_by_op(made_up_root, monkeypatch, caplog):
     def trained(compiled):
         vae = new_vae()
         train(vae, *loaders(made_up_root), epochs=1, compile=compiled)
         return vae.state_dict()
 
     expected = trained(False)
-    monkeypatch.setattr(torch, "compile", lambda *_, **__: fails)
+    monkeypatch.setattr(torch, "compile", compiler_that_fails(KeyError("buf64")))
     got = trained(True)
     assert [r.levelname for r in caplog.records] == ["WARNING"]  # once, not at every step
     assert "buf64" in caplog.text
     assert all(torch.equal(got[name], weights) for name, weights in expected.items())
+
+
+@pytest.mark.skipif(torch.__version__ < "2.14", reason="compile=true needs torch 2.14")
+def test_a_compiler_that_the_machine_fails_ends_the_run(made_up_root, monkeypatch):
+    """Another day it would compile: a run that went on op by op could not be resumed to the bit."""
+    monkeypatch.setattr(torch, "compile", compiler_that_fails(OSError("No space left on device")))
+    with pytest.raises(BackendCompilerFailed, match="No space left"):
+        train(new_vae(), *loaders(made_up_root), epochs=1, compile=True)
 
 
 def test_an_old_torch_cannot_compile(made_up_root, monkeypatch):

@@ -59,8 +59,8 @@ def compiled_step(
 
     Two kinds of batches go op by op: the first, which makes the optimiser's state, and those that
     are not of `batch_size` (the first one's where it is None), such as the last of an epoch:
-    compiling for them would outlast them. So do all, after a warning, where torch fails to compile:
-    torch 2.14 does for a mixture prior on some processors (its issue 196570).
+    compiling for them would outlast them. So do all, after a warning, where a fault of torch 2.14
+    (its issue 196570) meets the step: on some processors it does with a mixture prior.
 
     Raises:
         ConfigError: This torch is too old to trace a gradient into a graph.
@@ -69,13 +69,6 @@ def compiled_step(
     eager = eager_step(vae, optimizer, objective, precision)
     device = next(vae.parameters()).device
     lr_now = torch.zeros((), device=device)  # a float would be compiled anew whenever it changes
-    # Nothing that a graph was made of changes while it lives but shapes, so only they are compared
-    # before each step: 4% of it. Each graph has its own cache (`isolate_recompiles`): without the
-    # comparisons it would else serve another model.
-    options = {
-        "guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe,
-        "triton.cudagraphs": device.type == "cuda",
-    }
     graph: Callable[..., Tensor] | None = None
     failed = False
 
@@ -92,6 +85,13 @@ def compiled_step(
                 update(gradients, lr)
             return means
 
+        # What a graph was made of stays as it is while the graph lives, so only the tensors that
+        # are no parameters are checked before a step: 4% of it. Each graph has a cache of its own
+        # (`isolate_recompiles`): without the other checks it would else serve another model.
+        options = {
+            "guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe,
+            "triton.cudagraphs": device.type == "cuda",
+        }
         compile_: Callable[..., Any] = torch.compile  # its stubs lack `isolate_recompiles`
         compiled: Callable[..., Tensor] = compile_(
             whole, dynamic=False, fullgraph=True, isolate_recompiles=True, options=options
@@ -110,9 +110,14 @@ def compiled_step(
             with torch._dynamo.config.patch(trace_autograd_ops=True):
                 return graph(x, eps, choice, beta, lr_now.fill_(lr))
         except torch._dynamo.exc.BackendCompilerFailed as error:  # nothing has been changed by then
+            if not isinstance(error.inner_exception, KeyError):  # a full disk, say
+                raise
             failed = True
-            why = str(error).strip().partition("\n")[0]
-            _log.warning("compile=true: torch cannot compile this step; op by op instead: %s", why)
+            _log.warning(
+                "compile=true: a fault of torch keeps it from compiling this step (KeyError: %s); "
+                "op by op instead",
+                error.inner_exception,
+            )
             return eager(x, eps, choice, beta, lr)
 
     return step
