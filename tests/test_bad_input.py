@@ -50,13 +50,13 @@ def place(made_up_root, tmp_path_factory, command_lines):
     other = spoilt_run("other")
     state = load_checkpoint(other)
     state["config"]["model"]["name"] = "residual"
-    save_checkpoint(other, state)
+    save_checkpoint(state, other)
     spoilt_run("interrupted")
     for name, text in (("no-yaml", "- 'seed=0\n"), ("no-list", ""), ("no-text", "\0")):
         (spoilt_run(name).parent.parent / ".hydra" / "overrides.yaml").write_text(text)
     others = spoilt_run("others")
     state = load_checkpoint(others)
-    save_checkpoint(others, {**state, "data_sha256": {"train": "0", "test": "0"}})
+    save_checkpoint({**state, "data_sha256": {"train": "0", "test": "0"}}, others)
     (spoilt_run("no-history").parent / "history.jsonl").write_text("{}\n")
 
     for name, file, array in (

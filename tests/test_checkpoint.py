@@ -37,7 +37,7 @@ def test_torch_opens_a_checkpoint_without_us(run_dir):
 
 def test_any_damage_is_refused(tmp_path):
     path = tmp_path / "a.pt"
-    save_checkpoint(path, {"config": {}, "model": {"w": torch.randn(30)}})
+    save_checkpoint({"config": {}, "model": {"w": torch.randn(30)}}, path)
     good = path.read_bytes()
     dice = random.Random(0)
     for _ in range(200):
@@ -58,7 +58,7 @@ class Payload:
 
 def test_code_in_a_checkpoint_is_refused_not_run(tmp_path):
     path = tmp_path / "evil.pt"
-    save_checkpoint(path, {"config": Payload(), "model": {}})
+    save_checkpoint({"config": Payload(), "model": {}}, path)
     with pytest.raises(CheckpointError, match=r"evil\.pt: refused"):
         load_checkpoint(path)
     path.write_bytes(pickle.dumps(Payload()))
@@ -88,7 +88,7 @@ def test_folders_that_are_no_run_are_named(tmp_path, run_dir):
         load_run(tmp_path / "empty")
     state = load_checkpoint(run_dir / "checkpoints" / "last.pt")
     state["config"]["model"]["latent_dim"] = 3
-    save_checkpoint(run_dir / "checkpoints" / "last.pt", state)
+    save_checkpoint(state, run_dir / "checkpoints" / "last.pt")
     with pytest.raises(CheckpointError, match=r"last\.pt: does not fit"):
         load_run(run_dir)
 
@@ -131,7 +131,7 @@ def test_a_run_begun_anew_begins_its_history_anew(tmp_path, config):
 
 def test_a_checkpoint_that_holds_its_history_is_read(tmp_path, config):
     """As those of earlier versions do."""
-    save_checkpoint(tmp_path / "last.pt", {"config": config.to_dict(), **epochs(3)})
+    save_checkpoint({"config": config.to_dict(), **epochs(3)}, tmp_path / "last.pt")
     checkpoints = Checkpoints(tmp_path, config)
     assert checkpoints.load("cpu")["history"] == epochs(3)["history"]
     checkpoints.save(epochs(4))

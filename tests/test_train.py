@@ -474,7 +474,7 @@ def test_a_checkpoint_from_before_a_setting_existed_goes_on_with_its_default(
     train(new_vae(), *loaders(made_up_root, limit_train=100), epochs=1, checkpoints=keep)
     state = torch.load(tmp_path / "last.pt", weights_only=True)
     del state["config"]["model"]["mean_bias"]
-    save_checkpoint(tmp_path / "last.pt", state)
+    save_checkpoint(state, tmp_path / "last.pt")
     assert Checkpoints(tmp_path, config, every=1).load("cpu")["epoch"] == 1
     config.model.mean_bias = True
     with pytest.raises(CheckpointError, match=r"mean_bias=False, this one has True"):

@@ -125,7 +125,7 @@ def test_a_sealed_checkpoint_with_odd_values_loads_or_is_refused(tmp_path, confi
             for name in above:
                 branch = branch[name]
             branch[key] = value
-            save_checkpoint(path, state)
+            save_checkpoint(state, path)
             for load in (load_run, lambda _: checkpoints.load("cpu")):
                 loads += 1
                 try:

@@ -39,16 +39,14 @@ class CheckpointError(ValueError):
     """A checkpoint is absent, damaged, or of another model: one line that names the file."""
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` to `path`; a reader sees the old file or the new, no part of either."""
-    write_atomically(path, _sealed(state))
-
-
-def _sealed(state: dict[str, Any]) -> bytes:
+def save_checkpoint(state: dict[str, Any], *paths: Path) -> None:
+    """Write `state` to each path; a reader sees the old file or the new, no part of either."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getvalue()
-    return content + _MAGIC + hashlib.sha256(content).digest()
+    sealed = content + _MAGIC + hashlib.sha256(content).digest()
+    for path in paths:
+        write_atomically(path, sealed)
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -157,9 +155,8 @@ class Checkpoints:
         rest = {key: value for key, value in state.items() if key != "history"}
         sealed = self._history.write(state.get("history", {}))
         about = {"config": self.config.to_dict(), "data_sha256": self.data_sha256}
-        content = _sealed({**about, **rest, "history_seal": sealed})
-        for name in names:
-            write_atomically(self.folder / name, content)
+        paths = [self.folder / name for name in names]
+        save_checkpoint({**about, **rest, "history_seal": sealed}, *paths)
         if "last.pt" in names:
             self._saved = time.monotonic()
 
