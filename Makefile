@@ -5,7 +5,12 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 ARGS   ?=
 
-.PHONY: help install train test test-all lint format clean
+# `make train model.latent_dim=8` works: what is no variable of this file is a setting.
+SETTINGS = $(filter-out PYTHON=% VENV=% ARGS=% RUN=%,$(MAKEOVERRIDES)) $(ARGS)
+# The run to look at: the newest finished one, or RUN=DIR.
+RUN = $(patsubst %/summary.json,%,$(firstword $(shell ls -t outputs/*/*/summary.json 2>/dev/null)))
+
+.PHONY: help install train evaluate explore test test-all lint format clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -19,8 +24,16 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	@touch $@
 
-train: $(READY)  ## one run: make train ARGS="train.epochs=2"
-	$(BIN)/python scripts/train.py $(ARGS)
+train: $(READY)  ## one run: make train train.epochs=2
+	$(BIN)/python scripts/train.py $(SETTINGS)
+
+evaluate: $(READY) ## what the newest run is worth; RUN=DIR: another one
+	@test -n "$(RUN)" || { echo "no finished run under outputs/: make train, or name one with RUN=DIR" >&2; exit 2; }
+	$(BIN)/python scripts/evaluate.py $(RUN) $(SETTINGS)
+
+explore: $(READY) ## a page to walk through the newest run's latent space; RUN=DIR: another one
+	@test -n "$(RUN)" || { echo "no finished run under outputs/: make train, or name one with RUN=DIR" >&2; exit 2; }
+	$(BIN)/python scripts/explore.py $(RUN) --open $(SETTINGS)
 
 test: $(READY)   ## the test-suite
 	$(BIN)/python -m pytest -q -n auto $(ARGS)

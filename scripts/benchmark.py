@@ -28,25 +28,21 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import ToTensor
 from tqdm import tqdm
 
-from _common import (
-    Parser,
-    bf16_factor,
-    cpp_compiler,
-    device_name,
-    make_folder,
-    refuse,
-    set_products,
-    shown,
-    slow_bf16,
-    tell_interrupts,
-    tune_cpu,
-)
 from vae_torch import VAE, train
 from vae_torch.checkpoint import write_atomically
+from vae_torch.cli.messages import Parser, make_folder, refuse, shown, tell_interrupts
 from vae_torch.config import CHOICES, ConfigError
 from vae_torch.data import ImageDataset, image_loader
 from vae_torch.evaluate import importance_log_px
-from vae_torch.runlog import versions
+from vae_torch.machine import (
+    bf16_factor,
+    cpp_compiler,
+    device_name,
+    set_products,
+    slow_bf16,
+    tune_cpu,
+)
+from vae_torch.runs.identity import versions
 
 EPOCH = 60_000  # images
 PIXELS, HIDDEN, LATENT, BATCH = 784, 512, 2, 128

@@ -10,15 +10,15 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import hydra
-from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig
+from pydantic import ConfigDict
 
-from _common import quote_paths, refuse, refuse_broken_files, tell_interrupts, typed
 from vae_torch.checkpoint import write_atomically
-from vae_torch.config import Config, ConfigError
+from vae_torch.cli.compose import compose
+from vae_torch.cli.line import parser, settings_of
+from vae_torch.cli.messages import refuse, tell_interrupts
+from vae_torch.config import ConfigError, about
 
 BEGIN, END = "<!-- results: written by scripts/reproduce.py -->", "<!-- end of results -->"
 
@@ -38,26 +38,31 @@ class Row:
 class ReproduceConfig:
     """What `scripts/reproduce.py` composes from `conf/reproduce.yaml`."""
 
-    only: list[str] | None
-    seeds: list[int]
-    out: str
-    readme: str
-    data_root: str
-    threads: int | None
-    num_samples: int
-    limit_test: int | None
-    overrides: list[str]
-    rows: dict[str, Row]
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    only: Annotated[list[str] | None, about("row names; null: all")]
+    seeds: Annotated[list[int], about("of each row")]
+    out: Annotated[str, about("where the runs go")]
+    readme: Annotated[str, about("whose table is rewritten")]
+    data_root: Annotated[str, about("where the images are")]
+    threads: Annotated[int | None, about("of a training; null: torch's choice")]
+    num_samples: Annotated[int, about("importance samples of log p(x); fewer give a worse figure")]
+    limit_test: Annotated[int | None, about("the first N test images: for a trial")]
+    overrides: Annotated[list[str], about("more settings for every run: for a trial")]
+    rows: Annotated[dict[str, Row], about("what the table compares")]
 
 
-ConfigStore.instance().store(name="schema_reproduce", node=ReproduceConfig)
-ConfigStore.instance().store(name="schema", node=Config)  # of a run, as in train.py
-
-
-def main(cfg: DictConfig) -> None:
+def main() -> None:
     """Run what is missing, then rewrite the table."""
+    tell_interrupts()
+    line = parser(
+        "reproduce",
+        "Rerun the results table: every row, every seed, evaluated. All of it takes some 30 hours\n"
+        "of two cores; rows that are there are not run again. Rewrites the table in README.md.",
+        ReproduceConfig,
+    )
+    config = settings_of(line.parse_args(), ReproduceConfig)
     try:
-        config = typed(cfg, ReproduceConfig)
         refuse_bad_numbers(config)
         chosen = config.only or list(config.rows)
         for name in chosen:
@@ -101,7 +106,7 @@ def refuse_runs_of_other_settings(config: ReproduceConfig) -> None:
     for row in config.rows.values():
         for path in folder_of(config, row, 0).parent.glob("seed=*/summary.json"):
             seed = path.parent.name.removeprefix("seed=")
-            now = typed(hydra.compose("train", settings_of(config, row, seed)), Config)
+            now = compose(overrides_of(config, row, seed))
             try:
                 Checkpoints(path.parent / "checkpoints", now).load("cpu")
             except CheckpointError as error:
@@ -127,7 +132,7 @@ def command_of(row: Row) -> str:
     return " ".join(["train.py", *settings, *row.overrides])
 
 
-def settings_of(config: ReproduceConfig, row: Row, seed: int | str) -> list[str]:
+def overrides_of(config: ReproduceConfig, row: Row, seed: int | str) -> list[str]:
     """The overrides that make a run what it is, wherever and however fast it is made."""
     return [*command_of(row).split()[1:], *config.overrides, f"seed={seed}"]
 
@@ -137,7 +142,7 @@ def run_and_evaluate(config: ReproduceConfig, row: Row, seed: int) -> None:
     run_dir = folder_of(config, row, seed)
     scripts = Path(__file__).parent
     if not (run_dir / "summary.json").exists():
-        settings = settings_of(config, row, seed)
+        settings = overrides_of(config, row, seed)
         settings += [f"data.root={config.data_root}", f"hydra.run.dir={run_dir}"]
         settings += ["train.resume=auto"]
         settings += [f"threads={config.threads}"] if config.threads else []
@@ -232,7 +237,4 @@ def summary_of(run_dir: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    tell_interrupts()
-    refuse_broken_files()
-    quote_paths("out", "data_root", "readme")
-    hydra.main(version_base="1.3", config_path="../conf", config_name="reproduce")(main)()
+    main()

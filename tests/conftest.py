@@ -47,19 +47,9 @@ def small_vae() -> VAE:
 @pytest.fixture
 def composed():
     """Compose `conf/` as the command line does: composed("model.latent_dim=3") -> Config."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.config_store import ConfigStore
-    from omegaconf import OmegaConf
+    from vae_torch.cli.compose import compose
 
-    from vae_torch.config import Config
-
-    ConfigStore.instance().store(name="schema", node=Config)
-
-    def compose_config(*overrides: str) -> Config:
-        with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
-            return OmegaConf.to_object(compose("train", list(overrides)))
-
-    return compose_config
+    return lambda *overrides: compose(overrides)
 
 
 @pytest.fixture

@@ -1,10 +1,11 @@
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
 
 from tests.conftest import REPOSITORY
+from vae_torch.cli.names import run_name
 from vae_torch.config import (
     CHOICES,
     INCIDENTAL,
@@ -20,11 +21,12 @@ GROUP_FILES = sorted(p for p in (REPOSITORY / "conf").glob("*/*.yaml"))
 
 @pytest.mark.parametrize("path", GROUP_FILES, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_every_file_of_conf_composes_to_a_valid_run(composed, path: Path):
-    if path.stem == "search":
-        pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="needs the extra `search`")
+    for name, plugin in (("search", "hydra_optuna_sweeper"), ("ray", "hydra_ray_launcher")):
+        if path.stem == name:
+            pytest.importorskip(f"hydra_plugins.{plugin}", reason=f"needs the extra `{name}`")
     config = composed(f"{path.parent.name}={path.stem}")
     check(config)
-    if path.parent.name not in ("experiment",):
+    if path.parent.name not in ("experiment", "where"):
         assert getattr(config, path.parent.name).name == path.stem
 
 
@@ -35,8 +37,30 @@ def test_every_allowed_name_has_its_file():
 
 
 def test_a_runs_name_leaves_out_what_is_incidental():
-    hydra = yaml.safe_load((REPOSITORY / "conf" / "train.yaml").read_text())["hydra"]
-    assert set(hydra["job"]["config"]["override_dirname"]["exclude_keys"]) == set(INCIDENTAL)
+    incidental = [f"{key}=x" for key in (*INCIDENTAL, "where", "sweep.dir")]
+    assert run_name(incidental) == ""
+    assert run_name([*incidental, "seed=1"]) == "seed-1"
+
+
+def test_a_sweeps_names_begin_with_what_it_varies():
+    job = ["data.limit_train=1000", "model.latent_dim=8", "train.epochs=2", "seed=1"]
+    name = run_name(job, ["seed", "model.latent_dim"])
+    assert name == "model.latent_dim-8_seed-1_data.limit_train-1000_train.epochs-2"
+    assert run_name(reversed(job), ["model.latent_dim", "seed"]) == name
+
+
+def test_names_are_short_safe_and_different():
+    long = [f"model.some_key_{n}=value" for n in range(40)]
+    odd = [
+        [*long, "seed=0"], [*long, "seed=1"], ["a=ü"], ["a=ö"], ["a=b c"], ["a=b,c"], ["a=../x"],
+        ["optimizer.lr=0.0012345678901"], ["optimizer.lr=0.0012345678902"], ["a='b=c'"],
+    ]  # fmt: skip
+    names = [run_name(overrides) for overrides in odd]
+    assert len(set(names)) == len(odd)
+    for name in names:
+        assert re.fullmatch(r"[A-Za-z0-9_.+-]{1,130}", name), name
+        assert not name.startswith(".")
+    assert run_name(["optimizer.lr=0.0012345678901"]).startswith("optimizer.lr-0.001235_")
 
 
 def test_defaults_are_the_notebooks(config):
@@ -111,7 +135,7 @@ def test_dict_round_trip(config):
 def test_values_out_of_range_name_key_value_and_allowed(composed, override, allowed):
     key, value = override.split("=")
     with pytest.raises(ConfigError, match=key) as caught:
-        check(composed(override))
+        composed(override)
     line = str(caught.value)
     assert value.lower() in line.lower()
     assert allowed in line
@@ -137,27 +161,9 @@ def test_values_out_of_range_name_key_value_and_allowed(composed, override, allo
 )
 def test_contradictions_name_both_keys(composed, overrides):
     with pytest.raises(ConfigError) as caught:
-        check(composed(*overrides))
+        composed(*overrides)
     for override in overrides:
         assert override.split("=")[1] in str(caught.value)
-
-
-def test_evaluate_settings_compose():
-    from hydra import compose, initialize_config_dir
-    from hydra.core.config_store import ConfigStore
-    from omegaconf import OmegaConf
-
-    from vae_torch.config import EvaluateConfig, check_evaluate
-
-    ConfigStore.instance().store(name="schema_evaluate", node=EvaluateConfig)
-    with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
-        config = OmegaConf.to_object(compose("evaluate", ["run=somewhere"]))
-    check_evaluate(config)
-    assert config.eval.num_samples == 5000
-    for key, value in (("num_samples", 0), ("chunk", 0), ("limit", 0), ("checkpoint", "first")):
-        bad = replace(config, eval=replace(config.eval, **{key: value}))
-        with pytest.raises(ConfigError, match=f"eval.{key}={value}"):
-            check_evaluate(bad)
 
 
 @pytest.mark.parametrize(

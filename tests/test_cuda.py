@@ -1,24 +1,20 @@
 """What only a machine with CUDA can show; elsewhere these are skipped."""
 
 import json
-import sys
 import warnings
 
 import pytest
 import torch
 
-from tests.conftest import REPOSITORY
 from tests.test_scripts import run_script
 from vae_torch import VAE, ObjectiveConfig, mnist_loaders, train
 from vae_torch.checkpoint import Checkpoints
 from vae_torch.config import ConfigError, OptimizerConfig
 from vae_torch.evaluate import importance_log_px
+from vae_torch.machine import set_products
 from vae_torch.objective import objective_terms
 from vae_torch.step import check_can_compile
 from vae_torch.train import StoppedError
-
-sys.path.insert(0, str(REPOSITORY / "scripts"))
-from _common import set_products
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

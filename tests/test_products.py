@@ -1,15 +1,10 @@
 """`precision=fp32` stays fp32 whichever library makes the products."""
 
-import sys
-
 import pytest
 import torch
 
-from tests.conftest import REPOSITORY
-
-sys.path.insert(0, str(REPOSITORY / "scripts"))
-import _common
-from _common import set_products
+from vae_torch import machine
+from vae_torch.machine import set_products
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -42,7 +37,7 @@ def test_quick_products_that_are_not_fp32_are_not_taken(monkeypatch):
         seen.append(torch.get_float32_matmul_precision())
         return False
 
-    monkeypatch.setattr(_common, "_products_are_fp32", quick_is_fp32)
+    monkeypatch.setattr(machine, "_products_are_fp32", quick_is_fp32)
     set_products("fp32", CPU)
     assert not torch.backends.cudnn.allow_tf32
     assert torch.backends.cudnn.deterministic
@@ -51,7 +46,7 @@ def test_quick_products_that_are_not_fp32_are_not_taken(monkeypatch):
     set_products("medium", CPU)
     assert torch.get_float32_matmul_precision() == "medium"
     assert torch.backends.cudnn.allow_tf32
-    monkeypatch.setattr(_common, "_products_are_fp32", lambda: True)
+    monkeypatch.setattr(machine, "_products_are_fp32", lambda: True)
     set_products("bf16", CPU)
     assert torch.get_float32_matmul_precision() == "medium"
     set_products("fp32", CUDA)  # there the quick ones are TF32
@@ -59,7 +54,7 @@ def test_quick_products_that_are_not_fp32_are_not_taken(monkeypatch):
 
 
 def test_bf16_products_are_told_from_fp32(monkeypatch):
-    assert _common._products_are_fp32()
+    assert machine._products_are_fp32()
     as_it_is = torch.Tensor.__matmul__
 
     def rounded(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -68,4 +63,4 @@ def test_bf16_products_are_told_from_fp32(monkeypatch):
         return as_it_is(a, b)
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
-    assert not _common._products_are_fp32()
+    assert not machine._products_are_fp32()

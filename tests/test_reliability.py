@@ -209,11 +209,8 @@ def test_a_second_ctrl_c_ends_at_once(command_lines, made_up_root, tmp_path):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_resume_auto_finds_the_newest_interrupted_run_of_these_settings(
-    config, composed, tmp_path, monkeypatch
-):
-    monkeypatch.syspath_prepend(REPOSITORY / "scripts")
-    import _launch as script
+def test_resume_auto_finds_the_newest_interrupted_run_of_these_settings(config, composed, tmp_path):
+    from vae_torch.cli.hooks import interrupted_runs
 
     def interrupted(name, settings, age):
         run_dir = tmp_path / "2026-01-01" / name
@@ -227,10 +224,11 @@ def test_resume_auto_finds_the_newest_interrupted_run_of_these_settings(
     wanted = interrupted("wanted", config, 300)
     running = interrupted("running", config, 250)
     (interrupted("finished", config, 200) / "summary.json").write_text("{}")
-    interrupted("other seed", composed("seed=1"), 100)
-    with FileLock(running / script.LOCK):
-        assert script.newest_interrupted(tmp_path, config) == wanted
-    assert script.newest_interrupted(tmp_path, composed("seed=2")) is None
+    other = interrupted("other seed", composed("seed=1"), 100)
+    with FileLock(running / LOCK):
+        found, others = interrupted_runs(tmp_path, config)
+    assert (found, others) == (wanted, [(other, "had seed=1, not 0")])
+    assert interrupted_runs(tmp_path, composed("seed=2"))[0] is None
 
 
 def test_two_processes_cannot_write_one_run(made_up_root, tmp_path):

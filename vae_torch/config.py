@@ -1,286 +1,36 @@
-"""The typed configuration of a run, and the checks that Hydra's type system cannot express.
+"""The settings of a run, and what each may be.
 
-`conf/` holds the values of a run; a default written here means that a feature is off.
+`conf/` holds the values of a run; a default written here means that a feature is off. Ranges and
+choices stand beside their field, for pydantic to check; combinations are written out below.
 Nothing here imports Hydra or torch: a script's `--help` must stay quick.
 """
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-# The allowed words of every key that takes one of a few.
-CHOICES: dict[str, tuple[str, ...]] = {
-    "precision": ("fp32", "medium", "bf16"),
-    "likelihood": ("bernoulli", "continuous_bernoulli", "gaussian"),
-    "prior": ("standard", "mixture", "vamp"),
-    "model.name": ("mlp", "residual", "conv"),
-    "model.activation": ("relu", "tanh", "silu", "gelu"),
-    "data.name": ("mnist", "fashion_mnist", "kmnist", "emnist", "qmnist"),
-    "data.binarize": ("none", "dynamic", "static"),
-    "objective.name": ("elbo", "iwae", "keras"),
-    "objective.estimator": ("standard", "dreg"),
-    "optimizer.name": ("adam", "adamw", "sgd"),
-    "optimizer.schedule": ("constant", "cosine"),
-}
-
-# Keys that say where and how a run is made, not what it is: it may go on with others, and they are
-# no part of its name. (`conf/train.yaml` has to list them again.)
-INCIDENTAL = (
-    "data.root",
-    "device",
-    "threads",
-    "train.resume",
-    "train.figure_every",
-    "train.checkpoint_every",
-    "train.prune_after",
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
 )
+from pydantic.fields import FieldInfo
+
+Settings = TypeVar("Settings")
 
 
 class ConfigError(ValueError):
     """A user's mistake in a run's settings: one line that names key, value and remedy."""
 
 
-@dataclass
-class ModelConfig:
-    """The encoder and decoder, which mirror each other."""
-
-    name: str
-    latent_dim: int
-    intermediate_dim: int
-    depth: int = 1  # hidden layers of the mlp, blocks of the residual network
-    activation: str = "relu"
-    mean_bias: bool = False  # the output bias starts at the mean training image
-
-
-@dataclass
-class DataConfig:
-    """Which images, how many, in what form."""
-
-    name: str
-    root: str
-    batch_size: int
-    binarize: str
-    limit_train: int | None = None  # the first N images; None is all of them
-    limit_test: int | None = None
-    hold_out: int = 0  # validate on the last N training images and leave the test set alone
-
-
-@dataclass
-class ObjectiveConfig:
-    """What is minimised. The logged `elbo` stays the plain bound, whatever stands here."""
-
-    name: str = "elbo"
-    beta: float = 1.0  # weight of the KL
-    beta_warmup_epochs: float = (
-        0.0  # the weight grows linearly from 0 to beta over this many epochs
-    )
-    free_bits: float = 0.0  # nats per latent dimension that the KL may cost for nothing
-    num_samples: int = 1  # draws of z per image
-    early_samples: int | None = None  # iwae: draws in the first epochs, where fewer do
-    early_epochs: int = 0  # how many these are
-    estimator: str = "standard"
-    resample: bool = False  # the gradient goes through one of the draws, chosen by its weight
-
-
-@dataclass
-class OptimizerConfig:
-    """The optimiser and its learning-rate schedule."""
-
-    name: str
-    lr: float
-    eps: float
-    schedule: str
-    weight_decay: float = 0.0
-
-
-@dataclass
-class TrainConfig:
-    """The loop."""
-
-    epochs: int
-    figure_every: int  # epochs; 0 draws figures only at the end
-    checkpoint_every: Any  # epochs, or minutes: 10min
-    resume: str | None = None
-    ema: float = 0.0  # decay of the averaged weights per step; 0 keeps none
-    prune_after: int = 0  # epochs until a sweep's run that is behind stops; 0: none does
-
-
-@dataclass
-class Config:
-    """A whole run: what `scripts/train.py` composes from `conf/` and a checkpoint remembers."""
-
-    seed: int
-    device: str
-    precision: str
-    compile: bool
-    likelihood: str
-    prior: str
-    model: ModelConfig
-    data: DataConfig
-    objective: ObjectiveConfig
-    optimizer: OptimizerConfig
-    train: TrainConfig
-    prior_components: int = 500  # of the mixture and VampPrior; the standard normal has none
-    threads: int | None = None  # CPU threads of this run; None leaves torch's choice
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain nested dict, as it is stored in checkpoints and summaries."""
-        return asdict(self)
-
-
-@dataclass
-class EvalConfig:
-    """How `scripts/evaluate.py` estimates."""
-
-    num_samples: int
-    fit_images: int
-    chunk: int
-    seed: int
-    checkpoint: str
-    limit: int | None = None
-    exact: bool | None = None  # integrate over the latents; None does so for one or two of them
-
-
-@dataclass
-class EvaluateConfig:
-    """What `scripts/evaluate.py` composes from `conf/evaluate.yaml`."""
-
-    run: str
-    device: str
-    data_root: str | None
-    eval: EvalConfig
-
-
-def check_evaluate(config: EvaluateConfig) -> None:
-    """Refuse what cannot be evaluated.
-
-    Raises:
-        ConfigError: One line with the key, its value and what is allowed.
-    """
-    for key in ("num_samples", "fit_images", "chunk", "limit"):
-        value = getattr(config.eval, key)
-        if value is not None and value < 1:
-            raise ConfigError(f"eval.{key}={value}: must be a whole number, 1 or more")
-    if not 0 <= config.eval.seed < 2**32:
-        raise ConfigError(f"eval.seed={config.eval.seed}: must be between 0 and 4294967295")
-    if not config.run:
-        raise ConfigError("run=: must be a run folder, run=outputs/<date>/<time>")
-    if config.eval.checkpoint not in ("last", "best"):
-        raise ConfigError(f"eval.checkpoint={config.eval.checkpoint}: must be one of last, best")
-
-
-@dataclass
-class ExploreConfig:
-    """What `scripts/explore.py` composes from `conf/explore.yaml`."""
-
-    run: str
-    device: str
-    data_root: str | None
-    checkpoint: str
-    points: int
-
-
-def check_explore(config: ExploreConfig) -> None:
-    """Refuse what cannot be explored.
-
-    Raises:
-        ConfigError: One line with the key, its value and what is allowed.
-    """
-    if not config.run:
-        raise ConfigError("run=: must be a run folder, run=outputs/<date>/<time>")
-    if config.checkpoint not in ("last", "best"):
-        raise ConfigError(f"checkpoint={config.checkpoint}: must be one of last, best")
-    if config.points < 1:
-        raise ConfigError(f"points={config.points}: must be a whole number, 1 or more")
-
-
-def config_from_dict(values: dict[str, Any]) -> Config:
-    """Rebuild a `Config` from `Config.to_dict()`.
-
-    Raises:
-        ConfigError: A key is missing, unknown, or has a value of the wrong type.
-    """
-
-    def build(cls: type[Any], values: Any, prefix: str) -> Any:
-        if not isinstance(values, dict):
-            raise ConfigError(f"{prefix or 'config'} is {values!r}; expected a mapping")
-        known = {f.name: f for f in fields(cls)}
-        if unknown := sorted(map(str, values.keys() - known.keys())):
-            raise ConfigError(f"unknown key {prefix}{unknown[0]}")
-        for name, value in values.items():
-            kind = known[name].type
-            if not (isinstance(kind, type) and is_dataclass(kind)) and not _is_a(value, kind):
-                kind = getattr(kind, "__name__", kind)
-                raise ConfigError(f"{prefix}{name}={value!r}: must be of type {kind}")
-        built = {
-            name: build(f.type, values[name], f"{prefix}{name}.")
-            if isinstance(f.type, type) and is_dataclass(f.type)
-            else values[name]
-            for name, f in known.items()
-            if name in values
-        }
-        try:
-            return cls(**built)
-        except TypeError as error:
-            raise ConfigError(f"incomplete config: {error}") from None
-
-    config: Config = build(Config, values, "")
-    check(config)
-    return config
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted keys: `{"model": {"depth": 1}}` -> `{"model.depth": 1}`."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def _is_a(value: Any, kind: Any) -> bool:
-    """Whether a field of this type may have this value."""
-    if kind is Any:
-        kind = int | str
-    if kind is float:
-        kind = int | float
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-
-
-def check(config: Config) -> None:
-    """Refuse what no run can use.
-
-    Raises:
-        ConfigError: One line with the key, its value and what is allowed.
-    """
-
-    def value_of(key: str) -> Any:
-        value: Any = config
-        for part in key.split("."):
-            value = getattr(value, part)
-        return value
-
-    def need(key: str, ok: bool, allowed: str) -> None:
-        if not ok:
-            raise ConfigError(f"{key}={value_of(key)}: must be {allowed}")
-
-    for key, words in CHOICES.items():
-        need(key, value_of(key) in words, "one of " + ", ".join(words))
-
-    _numbers(value_of, need)
-    need("seed", 0 <= config.seed < 2**32, "between 0 and 4294967295")
-    check_device(config.device)
-    need("train.ema", 0 <= config.train.ema < 1, "at least 0 (off) and below 1")
-
-    checkpoint_interval(config.train.checkpoint_every)
-    _combinations(config)
-
-
-def check_device(device: str) -> None:
+def check_device(device: str) -> str:
     """Refuse what is no device, on any machine.
 
     Raises:
@@ -288,6 +38,7 @@ def check_device(device: str) -> None:
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
         raise ConfigError(f"device={device}: must be auto, cpu, cuda or cuda:N")
+    return device
 
 
 def checkpoint_interval(every: int | str) -> tuple[int, float]:
@@ -307,18 +58,376 @@ def checkpoint_interval(every: int | str) -> tuple[int, float]:
     )
 
 
+def _interval(every: int | str) -> int | str:
+    checkpoint_interval(every)
+    return every
+
+
+def _folder(value: Any) -> Any:
+    """A folder's name as text, with the home folder in place of `~`; Hydra makes 2026 a number."""
+    if value is None or isinstance(value, bool):
+        return value
+    text = str(value)
+    return str(Path(text).expanduser()) if text.startswith("~") else text
+
+
+_MANY = 2**31 - 1
+Size = Annotated[int, Field(strict=True, ge=1, le=100_000)]
+Count = Annotated[int, Field(strict=True, ge=1, le=_MANY)]
+CountOrZero = Annotated[int, Field(strict=True, ge=0, le=_MANY)]
+Number = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+Decay = Annotated[float, Field(strict=True, ge=0, lt=1)]
+Seed = Annotated[int, Field(strict=True, ge=0, le=2**32 - 1)]
+Switch = Annotated[bool, Field(strict=True)]
+Folder = Annotated[str, BeforeValidator(_folder), Field(min_length=1)]
+Device = Annotated[str, AfterValidator(check_device)]
+Interval = Annotated[int | str, AfterValidator(_interval)]
+Which = Literal["last", "best"]
+
+
+def about(text: str) -> Any:
+    """What a setting means, for `--help` and the reference."""
+    return Field(description=text)
+
+
+@dataclass
+class ModelConfig:
+    """The encoder and decoder, which mirror each other."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    name: Annotated[Literal["mlp", "residual", "conv"], about("the network")]
+    latent_dim: Annotated[Size, about("dimensions of z")]
+    intermediate_dim: Annotated[Size, about("units of a hidden layer")]
+    depth: Annotated[
+        int,
+        Field(strict=True, ge=1, le=1000),
+        about("hidden layers of the mlp, blocks of the residual network"),
+    ] = 1
+    activation: Annotated[Literal["relu", "tanh", "silu", "gelu"], about("between the layers")] = (
+        "relu"
+    )
+    mean_bias: Annotated[
+        Switch, about("start the output bias at the mean training image (mlp, residual; bernoulli)")
+    ] = False
+
+
+@dataclass
+class DataConfig:
+    """Which images, how many, in what form."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    name: Annotated[
+        Literal["mnist", "fashion_mnist", "kmnist", "emnist", "qmnist"], about("the images")
+    ]
+    root: Annotated[Folder, about("the folder where their files are, or go")]
+    batch_size: Annotated[Count, about("images a training step")]
+    binarize: Annotated[
+        Literal["none", "dynamic", "static"],
+        about("none: grey; dynamic: training pixels drawn anew every epoch; static: drawn once"),
+    ]
+    limit_train: Annotated[Count | None, about("only the first N training images")] = None
+    limit_test: Annotated[Count | None, about("only the first N test images")] = None
+    hold_out: Annotated[
+        CountOrZero, about("validate on the last N training images, leave the test set alone")
+    ] = 0
+
+
+@dataclass
+class ObjectiveConfig:
+    """What is minimised. The logged `elbo` stays the plain bound, whatever stands here."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    name: Annotated[Literal["elbo", "iwae", "keras"], about("what is minimised")] = "elbo"
+    beta: Annotated[Number, about("weight of the KL")] = 1.0
+    beta_warmup_epochs: Annotated[
+        Number, about("the weight grows linearly from 0 to beta over this many epochs")
+    ] = 0.0
+    free_bits: Annotated[
+        Number, about("nats per latent dimension that the KL may cost for nothing")
+    ] = 0.0
+    num_samples: Annotated[Size, about("samples of z per image")] = 1
+    early_samples: Annotated[
+        Size | None, about("iwae: samples in the first epochs, where fewer do")
+    ] = None
+    early_epochs: Annotated[CountOrZero, about("how many epochs these are")] = 0
+    estimator: Annotated[
+        Literal["standard", "dreg"], about("iwae: gradients, standard or doubly reparameterised")
+    ] = "standard"
+    resample: Annotated[
+        Switch, about("iwae: the gradient goes through one sample, chosen by its weight")
+    ] = False
+
+
+@dataclass
+class OptimizerConfig:
+    """The optimiser and its learning-rate schedule."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    name: Annotated[Literal["adam", "adamw", "sgd"], about("the optimiser")]
+    lr: Annotated[Positive, about("learning rate")]
+    eps: Annotated[Positive, about("added to Adam's denominator")]
+    schedule: Annotated[Literal["constant", "cosine"], about("of the learning rate")]
+    weight_decay: Annotated[Number, about("decay of the weights a step, times lr")] = 0.0
+
+
+@dataclass
+class TrainConfig:
+    """The loop."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    epochs: Annotated[Count, about("passes over the training images")]
+    figure_every: Annotated[CountOrZero, about("epochs between figures; 0: only at the end")]
+    checkpoint_every: Annotated[Interval, about("epochs, or minutes: 10min")]
+    resume: Annotated[
+        str | None,
+        BeforeValidator(_folder),
+        about("DIR: resume the run in DIR; auto: the newest interrupted run of these settings"),
+    ] = None
+    ema: Annotated[Decay, about("decay of averaged weights a step; 0: keep none")] = 0.0
+    prune_after: Annotated[
+        CountOrZero, about("epochs until a sweep's run that is behind stops; 0: none does")
+    ] = 0
+
+
+@dataclass
+class Config:
+    """A whole run: what `scripts/train.py` composes from `conf/` and a checkpoint remembers."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    seed: Annotated[Seed, about("of weights, order and noise")]
+    device: Annotated[Device, about("auto, cpu, cuda, cuda:N")]
+    precision: Annotated[
+        Literal["fp32", "medium", "bf16"],
+        about("fp32; medium: fp32 tensors, quicker products; bf16: autocast"),
+    ]
+    compile: Annotated[Switch, about("torch.compile the training step")]
+    likelihood: Annotated[
+        Literal["bernoulli", "continuous_bernoulli", "gaussian"], about("p(x|z) of a pixel")
+    ]
+    prior: Annotated[Literal["standard", "mixture", "vamp"], about("p(z)")]
+    model: ModelConfig
+    data: DataConfig
+    objective: ObjectiveConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    prior_components: Annotated[Size, about("of the mixture and the VampPrior")] = 500
+    threads: Annotated[
+        int | None, Field(strict=True, ge=1, le=1024), about("CPU threads; null: torch's choice")
+    ] = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dict, as it is stored in checkpoints and summaries."""
+        return asdict(self)
+
+
+@dataclass
+class EvalConfig:
+    """How `scripts/evaluate.py` estimates."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    num_samples: Annotated[Count, about("importance samples per image, of log p(x)")]
+    fit_images: Annotated[Count, about("images that get a posterior of their own")]
+    chunk: Annotated[Count, about("decoder rows at once: bounds memory, changes no figure")]
+    seed: Annotated[Seed, about("of all noise")]
+    checkpoint: Annotated[Which, about("last, or best: the highest test elbo")]
+    limit: Annotated[Count | None, about("only the first N test images")] = None
+    exact: Annotated[
+        bool | None,
+        Field(strict=True),
+        about("log p(x) by integration; null: where there are 1 or 2 latents"),
+    ] = None
+
+
+@dataclass
+class EvaluateConfig:
+    """What `scripts/evaluate.py` composes from `conf/evaluate.yaml`."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    run: Annotated[Folder, about("the run's folder")]
+    device: Annotated[Device, about("auto, cpu, cuda, cuda:N")]
+    data_root: Annotated[Folder | None, about("where the images are; null: where the run had them")]
+    eval: EvalConfig
+
+
+@dataclass
+class ExploreConfig:
+    """What `scripts/explore.py` composes from `conf/explore.yaml`."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    run: Annotated[Folder, about("the run's folder")]
+    device: Annotated[Device, about("auto, cpu, cuda, cuda:N")]
+    data_root: Annotated[Folder | None, about("where the images are; null: where the run had them")]
+    checkpoint: Annotated[Which, about("last, or best: the highest test elbo")]
+    points: Annotated[Count, about("images shown as points, at most")]
+
+
+# Keys that say where and how a run is made, not what it is: it may be resumed with others, and they
+# are no part of its name.
+INCIDENTAL = (
+    "data.root",
+    "device",
+    "threads",
+    "train.resume",
+    "train.figure_every",
+    "train.checkpoint_every",
+    "train.prune_after",
+)
+
+
+def keys_of(schema: type[Any], prefix: str = "") -> dict[str, Any]:
+    """Every setting of a schema by its dotted key, with its annotated type."""
+    found: dict[str, Any] = {}
+    for name, kind in get_type_hints(schema, include_extras=True).items():
+        if is_dataclass(kind):
+            found |= keys_of(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
+        elif not name.startswith("__"):
+            found[f"{prefix}{name}"] = kind
+    return found
+
+
+# The allowed words of every key of a run that takes one of a few.
+CHOICES: dict[str, tuple[str, ...]] = {
+    key: get_args(get_args(kind)[0])
+    for key, kind in keys_of(Config).items()
+    if get_origin(get_args(kind)[0]) is Literal
+}
+
+
+def validated(schema: type[Settings], values: Mapping[str, Any]) -> Settings:
+    """Nested values as an instance of `schema`.
+
+    Raises:
+        ConfigError: A key is unknown or missing, or a value is not allowed: one line that names
+            key, value and what is allowed, or the nearest known key.
+    """
+    try:
+        return TypeAdapter(schema).validate_python(values)
+    except ValidationError as error:
+        # an unknown key first: what seems to be missing may be it, misspelt
+        errors = sorted(error.errors(), key=lambda e: e["type"] != "unexpected_keyword_argument")
+        raise ConfigError(_line(schema, errors[0])) from None
+
+
+def _line(schema: type[Any], error: Any) -> str:
+    """One of pydantic's errors in this project's words."""
+    if isinstance(own := error.get("ctx", {}).get("error"), ConfigError):
+        return str(own)
+    known = keys_of(schema)
+    dotted = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "unexpected_keyword_argument":
+        return no_such_key(dotted, known)
+    key = max((k for k in known if dotted == k or dotted.startswith(f"{k}.")), key=len, default="")
+    if error["type"] == "missing":
+        return f"{dotted} is missing: give it a value"
+    if not key:
+        return f"{dotted}={error['input']!r}: must be a group of settings"
+    value = error["input"]
+    if float in _kinds(known[key]) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    return f"{key}={'null' if value is None else value}: must be {allowed(known[key], value)}"
+
+
+def no_such_key(key: str, known: Mapping[str, Any]) -> str:
+    """What to say about a key that does not exist."""
+    ends = {name.rpartition(".")[2]: name for name in known}
+    near = get_close_matches(key, known, 1, 0.75) or [
+        ends[end] for end in get_close_matches(key.rpartition(".")[2], ends, 1, 0.75)
+    ]
+    meant = f"did you mean {near[0]}? " if near else ""
+    return f"{key}: no such key; {meant}--help lists them"
+
+
+def _kinds(kind: Any) -> Iterator[Any]:
+    """The parts of an annotated type, unions and literals taken apart."""
+    yield kind
+    for part in get_args(kind):
+        yield from _kinds(part)
+        if isinstance(part, FieldInfo):
+            yield from part.metadata
+
+
+def allowed(kind: Any, value: Any = None) -> str:
+    """What a setting of this annotated type may be, in words; `value` is what it was given."""
+    parts = list(_kinds(kind))
+    literals = [part for part in parts if get_origin(part) is Literal]
+    words = [word for literal in literals for word in get_args(literal)]
+    low, above, high, below = (
+        next((getattr(part, name) for part in parts if hasattr(part, name)), None)
+        for name in ("ge", "gt", "le", "lt")
+    )
+    if words:
+        text = "one of " + ", ".join(dict.fromkeys(words))
+    elif int in parts and high is not None:
+        exceeded = isinstance(value, int) and value > high
+        if high > _MANY:
+            text = f"between {low} and {high}"
+        elif high < _MANY or exceeded:
+            text = f"a whole number, {low} or more and at most {high}"
+        else:
+            text = f"a whole number, {low} or more"
+    elif float in parts:
+        text = f"a number above {above}" if above is not None else f"a number, {low} or more"
+        if below is not None:
+            text = f"at least {low} (off) and below {below}"
+    elif bool in parts:
+        text = "true or false"
+    elif int in parts:
+        text = "a whole number"
+    else:
+        text = "the name of a folder" if any(hasattr(p, "min_length") for p in parts) else "text"
+    return f"{text}, or null" if type(None) in parts else text
+
+
+def config_from_dict(values: Any) -> Config:
+    """Rebuild a `Config` from `Config.to_dict()`.
+
+    Raises:
+        ConfigError: A key is missing, unknown, or has a value that is not allowed.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"config is {values!r}; expected a mapping"[:200])
+    config = validated(Config, values)
+    check_combinations(config)
+    return config
+
+
+def check(config: Config) -> None:
+    """Refuse what no run can use.
+
+    Raises:
+        ConfigError: One line with the key, its value and what is allowed.
+    """
+    config_from_dict(config.to_dict())
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted keys: `{"model": {"depth": 1}}` -> `{"model.depth": 1}`."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
 def check_objective(objective: ObjectiveConfig, *, likelihood: str, prior: str) -> None:
     """Refuse options that the chosen objective would ignore, or that do not go with the model.
 
     Raises:
         ConfigError: One line with the key, its value and what is allowed.
     """
-    for key in ("name", "estimator"):
-        words = CHOICES[f"objective.{key}"]
-        if getattr(objective, key) not in words:
-            raise ConfigError(
-                f"objective.{key}={getattr(objective, key)}: must be one of {', '.join(words)}"
-            )
+    _check_part("objective", objective)
     if objective.estimator == "dreg" and objective.name != "iwae":
         raise ConfigError(
             f"objective.estimator=dreg with objective.name={objective.name}: the doubly "
@@ -377,51 +486,18 @@ def check_optimizer(optimizer: OptimizerConfig) -> None:
     Raises:
         ConfigError: One line with the key, its value and what is allowed.
     """
-
-    def need(key: str, ok: bool, allowed: str) -> None:
-        if not ok:
-            raise ConfigError(f"optimizer.{key}={getattr(optimizer, key)}: must be {allowed}")
-
-    for key in ("name", "schedule"):
-        words = CHOICES[f"optimizer.{key}"]
-        need(key, getattr(optimizer, key) in words, "one of " + ", ".join(words))
-    for key in ("lr", "eps"):
-        value = getattr(optimizer, key)
-        need(key, math.isfinite(value) and value > 0, "a number above 0")
-    decay = optimizer.weight_decay
-    need("weight_decay", math.isfinite(decay) and decay >= 0, "a number, 0 or more")
+    _check_part("optimizer", optimizer)
 
 
-def _numbers(value_of: Any, need: Any) -> None:
-    many = 2**31 - 1
-    ranges: Sequence[tuple[str, int, int]] = (
-        ("model.latent_dim", 1, 100_000),
-        ("model.intermediate_dim", 1, 100_000),
-        ("model.depth", 1, 1000),
-        ("data.batch_size", 1, many),
-        ("data.limit_train", 1, many),
-        ("data.limit_test", 1, many),
-        ("data.hold_out", 0, many),
-        ("objective.num_samples", 1, 100_000),
-        ("objective.early_samples", 1, 100_000),
-        ("objective.early_epochs", 0, many),
-        ("prior_components", 1, 100_000),
-        ("threads", 1, 1024),
-        ("train.epochs", 1, many),
-        ("train.figure_every", 0, many),
-        ("train.prune_after", 0, many),
-    )
-    for key, low, high in ranges:
-        value = value_of(key)
-        limited = high < many or (value is not None and value > high)
-        words = f"a whole number, {low} or more" + (f" and at most {high}" if limited else "")
-        need(key, value is None or low <= value <= high, words)
-    need("data.root", bool(value_of("data.root")), "the name of a folder")
-    for key in ("objective.beta", "objective.beta_warmup_epochs", "objective.free_bits"):
-        need(key, math.isfinite(value_of(key)) and value_of(key) >= 0, "a number, 0 or more")
+def _check_part(name: str, part: Any) -> None:
+    """The ranges and choices of one group of settings, named as in a whole run."""
+    try:
+        validated(type(part), asdict(part))
+    except ConfigError as error:
+        raise ConfigError(f"{name}.{error}") from None
 
 
-def _combinations(config: Config) -> None:
+def check_combinations(config: Config) -> None:
     """Refuse options that contradict each other, before an hour is spent on them."""
     objective, binarize = config.objective, config.data.binarize
     if binarize != "none" and config.likelihood != "bernoulli":
@@ -430,7 +506,6 @@ def _combinations(config: Config) -> None:
             "density; use likelihood=bernoulli, or data.binarize=none"
         )
     check_objective(objective, likelihood=config.likelihood, prior=config.prior)
-    check_optimizer(config.optimizer)
     if config.model.name == "conv" and config.model.depth != 1:
         raise ConfigError(
             f"model.depth={config.model.depth} with model=conv: its depth is fixed; leave it at 1"

@@ -1,12 +1,8 @@
 """A run's records: metrics.jsonl, TensorBoard, figures and summary.json, all in its folder."""
 
-import ast
-import hashlib
 import json
-import platform
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +30,7 @@ from vae_torch.figures import (
 )
 from vae_torch.model import VAE
 from vae_torch.prior import StandardNormal
+from vae_torch.runs.identity import git_commit, versions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,10 +56,6 @@ _PICTURES = {
     "interpolation": "From one test image to another: straight, and on a sphere around the origin.",
     "kl": "KL to N(0, 1) of each latent, in nats per image; left of the line the active ones.",
 }
-_DECIDES_NUMBERS = (
-    *("data", "model", "likelihood", "prior", "objective"),
-    *("step", "train", "evaluate", "quadrature"),
-)
 _GIF_FRAMES = 100  # of a long run at most: 25 s, about 8 MB
 _GRID_SCALE = 3  # a 28-pixel digit is a postage stamp on today's screens
 
@@ -353,46 +346,3 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 def _verbatim(text: str) -> str:
     """Markdown that shows any text as it is: an indented block has no end that it could contain."""
     return "\n".join(f"    {line}" for line in text.splitlines())
-
-
-def versions() -> dict[str, str]:
-    """Of what decides a run's numbers."""
-    import numpy
-    import torchvision
-
-    from vae_torch import __version__
-
-    return {
-        "vae_torch": __version__,
-        "code": code_hash(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "numpy": numpy.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-    }
-
-
-def code_hash() -> str:
-    """SHA-256 of the modules that a run's numbers come from, without comments and docstrings."""
-    digest = hashlib.sha256()
-    for name in _DECIDES_NUMBERS:
-        tree = ast.parse((Path(__file__).parent / f"{name}.py").read_text())
-        for node in ast.walk(tree):
-            kinds = ast.Module | ast.ClassDef | ast.FunctionDef
-            if isinstance(node, kinds) and ast.get_docstring(node) is not None:
-                del node.body[0]
-        digest.update(ast.dump(tree).encode())
-    return digest.hexdigest()
-
-
-def git_commit() -> str | None:
-    """The commit of the code, with `-dirty` where files differ from it; None outside git."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        got = subprocess.run(
-            [*command, "--abbrev=40", "--exclude=*"], capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return got.stdout.strip() or None

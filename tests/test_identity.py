@@ -1,0 +1,73 @@
+"""What the hash of the code sees: all that decides a run's numbers, and nothing else."""
+
+import ast
+import re
+
+import pytest
+
+from vae_torch.runs import identity
+from vae_torch.runs.identity import bare, modules
+
+SOURCE = '''"""What it is."""
+
+import math  # for pi
+
+
+def area(r):
+    """Of a circle.
+
+    Args:
+        r: radius # not a comment
+    """
+    # the formula
+    text = "#é"  # no colour
+    return math.pi * r**2, text
+'''
+
+
+def test_comments_docstrings_and_empty_lines_are_left_out():
+    assert bare(SOURCE).splitlines() == [
+        "import math",
+        "def area(r):",
+        '    text = "#é"',
+        "    return math.pi * r**2, text",
+    ]
+
+
+@pytest.mark.parametrize("module", modules())
+def test_what_is_left_is_the_same_program(module):
+    source = identity.source_of(module)
+
+    def without_docstrings(tree):
+        for node in ast.walk(tree):
+            kinds = ast.Module | ast.ClassDef | ast.FunctionDef
+            if isinstance(node, kinds) and ast.get_docstring(node) is not None:
+                del node.body[0]
+        return ast.dump(tree)
+
+    # a class of nothing but a docstring has an empty body, which only the tree can have
+    body = re.sub(r"(?m)^(class \w+\([\w.]+\):)$(?!\n +)", r"\1 pass", bare(source))
+    again = without_docstrings(ast.parse(body)).replace("body=[Pass()]", "body=[]")
+    assert again == without_docstrings(ast.parse(source))
+
+
+def test_the_hash_follows_imports():
+    found = set(modules())
+    assert {"vae_torch.train", "vae_torch.machine", "vae_torch.prior"} <= found
+    for name in found:
+        for imported in re.findall(r"from (vae_torch\.[\w.]+) import", identity.source_of(name)):
+            assert imported in found, (name, imported)
+    assert not {name for name in found if "cli" in name or "figures" in name}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [("r**2", "r**3", False), ("the formula", "a formula", True), ("Of a circle", "Area", True)],
+)
+def test_the_hash_changes_with_the_code_alone(monkeypatch, old, new, same):
+    monkeypatch.setattr(identity, "modules", lambda: ["one"])
+    hashes = []
+    for text in (SOURCE, SOURCE.replace(old, new)):
+        monkeypatch.setattr(identity, "source_of", lambda _, text=text: text)
+        hashes.append(identity.code_hash.__wrapped__())
+    assert (hashes[0] == hashes[1]) is same

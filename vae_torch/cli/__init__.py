@@ -1,0 +1,1 @@
+"""The command line: Hydra's entry points, launchers and messages. Nothing else imports this."""

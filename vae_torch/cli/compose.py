@@ -1,0 +1,261 @@
+"""Settings composed by Hydra from `conf/`, validated, and its refusals in this project's words."""
+
+import importlib.util
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
+from yaml import MarkedYAMLError, YAMLError
+
+from vae_torch.cli.help import lines
+from vae_torch.cli.names import after_time, run_name
+from vae_torch.config import (
+    Config,
+    ConfigError,
+    check,
+    flatten,
+    keys_of,
+    no_such_key,
+    validated,
+)
+
+Settings = TypeVar("Settings")
+
+# What Hydra and YAML raise over settings that cannot be composed.
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError)
+
+# Keys whose value is a folder, and may have any name.
+PATHS = ("hydra.run.dir", "hydra.sweep.dir", "sweep.dir", "train.resume", "data.root")
+
+# What brings a launcher or sweeper: its plugin's module, and the extra of pyproject.toml.
+EXTRAS = {
+    "joblib": ("hydra_joblib_launcher", "sweep"),
+    "submitit_local": ("hydra_submitit_launcher", "cluster"),
+    "submitit_slurm": ("hydra_submitit_launcher", "cluster"),
+    "ray": ("hydra_ray_launcher", "ray"),
+    "optuna": ("hydra_optuna_sweeper", "search"),
+}
+
+# The launcher or sweeper of our own choices.
+CHOSEN = {
+    "where=cores": "joblib",
+    "where=ray": "ray",
+    "where=slurm": "submitit_slurm",
+    "where=slurm_local": "submitit_local",
+    "experiment=search": "optuna",
+}
+
+
+def conf_dir() -> Path:
+    """`conf/`: of the checkout, or inside the installed package."""
+    package = Path(__file__).parent.parent
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+def register() -> None:
+    """Tell Hydra what `conf/` refers to."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=_skeleton(Config))
+    for name, resolver in (
+        ("run_name", run_name),
+        ("after_time", after_time),
+        ("python_here", _python_here),
+        ("settings_help", lambda: lines(Config, flatten(compose().to_dict()))),
+    ):
+        OmegaConf.register_new_resolver(name, resolver, replace=True)
+
+
+def _python_here() -> str:
+    """A shell's command for this Python in this folder: what a Ray worker is to be."""
+    return shlex.join(["env", f"--chdir={Path.cwd()}", sys.executable])
+
+
+def _skeleton(schema: Any) -> dict[str, Any]:
+    """Every key of a schema: what is off by default, and `???` for what `conf/` must give."""
+    return {
+        f.name: _skeleton(f.type)
+        if is_dataclass(f.type)
+        else ("???" if f.default is MISSING else f.default)
+        for f in fields(schema)
+    }
+
+
+def compose(overrides: Sequence[str] = ()) -> Config:
+    """The settings of a run, as the command line composes them.
+
+    Args:
+        overrides: `model.latent_dim=8`, `experiment=strong`, ...
+
+    Returns:
+        The typed settings, validated.
+
+    Raises:
+        ConfigError: A key or a value is wrong: one line that says what is allowed.
+    """
+    try:
+        with fresh_hydra():
+            return run_settings(compose_run(overrides))
+    except COMPOSITION_ERRORS as error:
+        raise ConfigError(in_our_words(error, overrides)) from None
+
+
+@contextmanager
+def fresh_hydra() -> Iterator[None]:
+    """Within, Hydra composes from our `conf/`; one initialised before comes back after."""
+    held = GlobalHydra.instance()
+    outer = held.hydra
+    held.clear()
+    try:
+        with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            yield
+    finally:
+        held.clear()
+        if outer is not None:
+            held.initialize(outer)
+
+
+def compose_run(overrides: Sequence[str]) -> DictConfig:
+    """A run's settings from an initialised Hydra, neither typed nor validated."""
+    register()
+    return hydra.compose("train", [as_hydra_takes_it(override) for override in overrides])
+
+
+def run_settings(cfg: DictConfig) -> Config:
+    """Composed settings as a run's `Config`, which knows neither Hydra nor sweeps.
+
+    Raises:
+        ConfigError: A key is unknown, a value is missing or not allowed.
+    """
+    config = typed(cfg, Config, leave_out=("hydra", "sweep"))
+    check(config)
+    return config
+
+
+def typed(cfg: DictConfig, schema: type[Settings], *, leave_out: Sequence[str] = ()) -> Settings:
+    """Composed settings as an instance of `schema`.
+
+    Raises:
+        ConfigError: A key is unknown, a value is missing or not allowed.
+    """
+    rest = cfg.copy()
+    with read_write(rest), open_dict(rest):
+        for key in leave_out:
+            rest.pop(key, None)
+    try:
+        values = OmegaConf.to_container(rest, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{error.full_key}: {reason}; give it a value of its own") from None
+    assert isinstance(values, dict)
+    return validated(schema, {str(key): value for key, value in values.items()})
+
+
+def as_hydra_takes_it(argument: str) -> str:
+    """An argument as Hydra's grammar understands it, where it names a folder.
+
+    `=`, `,`, spaces and letters beyond ASCII would end or split a value unless it is quoted, and
+    no shell expands the `~` of `data.root=~/images`.
+    """
+    key, given, value = argument.partition("=")
+    if not given or key not in PATHS or value[:1] in ("'", '"') or "${" in value:
+        return argument
+    if value.startswith("~"):
+        value = str(Path(value).expanduser())
+    escaped = value.replace("'", "\\'")
+    return f"{key}='{escaped}'"
+
+
+def in_our_words(error: Exception, arguments: Sequence[str], schema: type[Any] = Config) -> str:
+    """One line about settings that Hydra could not compose."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"a settings file is no UTF-8 text ({error.reason}); correct the file"
+    if isinstance(error, YAMLError):
+        where, reason, path = "", str(error), "a settings file"
+        if isinstance(error, MarkedYAMLError) and error.problem_mark:
+            path = error.problem_mark.name
+            where, reason = f"line {error.problem_mark.line + 1}: ", str(error.problem)
+        return f"{path}: {where}no YAML ({reason}); correct the file"
+    text = str(error)
+    known = keys_of(schema)
+    for argument in arguments:
+        key = argument.lstrip("+~").partition("=")[0]
+        if "=" not in argument and not argument.startswith(("-", "~")) and argument in text:
+            return f"{argument}: write key=value; --help lists the keys"
+        if f"'{key}'" in text and "Could not override" in text:
+            return no_such_key(key, known)
+    if found := re.search(r"Ambiguous value for argument '(.*?)'", text):
+        for argument in arguments:
+            if missing := _not_installed(argument):
+                return missing
+        return f"{found[1]}: several values make a sweep; add -m"
+    if found := re.search(r"Could not find '([^']*)'", text):
+        given = [a for a in arguments if a.replace("=", "/", 1) == found[1]]
+        group, _, choice = given[0].partition("=") if given else found[1].rpartition("/")
+        return _no_such_choice(group, choice, text)
+    if found := re.search(r"An item is already at '(.*?)'", text):
+        return f"{found[1]} is there already; write {found[1]}=VALUE without the +"
+    first = " ".join(text.split("\n\n")[0].split())
+    return f"{first[:300]}; --help lists the keys"
+
+
+def refuse_malformed(arguments: Sequence[str]) -> None:
+    """Answer where Hydra would take `model=[mlp,conv]` for a model, or end in a traceback.
+
+    Raises:
+        ConfigError: A group of `conf/` is given no file's name, or a value has no key.
+    """
+    for argument in arguments:
+        key, given, value = argument.partition("=")
+        if given and not key:
+            raise ConfigError(f"{argument}: names no key; write key=value")
+        folder = conf_dir() / key if key else None
+        if folder and folder.is_dir() and (value in ("", "null") or value.startswith("[")):
+            names = sorted(path.stem for path in folder.glob("*.yaml"))
+            raise ConfigError(f"{argument}: name one of {', '.join(names)}")
+
+
+def _no_such_choice(group: str, choice: str, text: str) -> str:
+    """A file that is not in a group of `conf/`: `model=vgg`."""
+    if group in ("hydra/launcher", "hydra/sweeper") and choice in EXTRAS:
+        chosen = next(key for key, launcher in CHOSEN.items() if launcher == choice)
+        return f"{chosen}: not installed; pip install -e '.[{EXTRAS[choice][1]}]'"
+    options = sorted(re.findall(r"^\t(\S+)$", text, re.MULTILINE))
+    near = get_close_matches(choice, options, 1)
+    meant = f"; did you mean {near[0]}?" if near else ""
+    return f"{group}={choice}: must be one of {', '.join(options)}{meant}"
+
+
+def _not_installed(argument: str) -> str | None:
+    """What to say where a choice needs a plugin that is not there."""
+    if argument not in CHOSEN:
+        return None
+    module, extra = EXTRAS[CHOSEN[argument]]
+    try:
+        found = importlib.util.find_spec(f"hydra_plugins.{module}")
+    except ModuleNotFoundError:  # without any plugin their package is missing too
+        found = None
+    return None if found else f"{argument}: not installed; pip install -e '.[{extra}]'"
+
+
+def full_errors() -> bool:
+    """Whether the user asked for Hydra's own tracebacks; from here on Hydra raises what it meets.
+
+    Hydra prints an error and exits where this variable is not set, and raises where it is.
+    """
+    asked = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    return asked

@@ -1,0 +1,82 @@
+"""`explore.py`, `vae-torch explore`: one page to walk through a run's latent space.
+
+Written to explorer.html in the run's folder.
+"""
+
+import sys
+import webbrowser
+from collections.abc import Sequence
+from pathlib import Path
+
+from vae_torch.cli.line import parser, settings_of
+from vae_torch.cli.messages import refuse, shown, tell_interrupts
+from vae_torch.config import ConfigError, ExploreConfig
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command: settings, model, data, page."""
+    tell_interrupts()
+    line = parser(
+        "explore",
+        "A page to walk through a run's latent space, in one file: DIR/explorer.html.",
+        ExploreConfig,
+    )
+    line.add_argument("--open", action="store_true", help="open the page in a browser")
+    options = line.parse_args(arguments)
+    config = settings_of(options, ExploreConfig)
+    from vae_torch.checkpoint import CheckpointError
+    from vae_torch.explorer import ExplorerError
+
+    try:
+        path = explore_run(config)
+    except ExplorerError as error:
+        refuse(f"run={config.run}: {error}")
+    except (ConfigError, CheckpointError) as error:
+        refuse(str(error))
+    print(shown(path))
+    if options.open and not webbrowser.open(path.as_uri()):
+        print("no browser was found here: open the file yourself", file=sys.stderr)
+
+
+def explore_run(config: ExploreConfig) -> Path:
+    """Write the page of a run, without points where its images cannot be had."""
+    from vae_torch.checkpoint import load_run, write_atomically
+    from vae_torch.data import DataError, image_dataset, loaders_of
+    from vae_torch.explorer import explorer_page, run_facts, run_notes
+    from vae_torch.machine import resolve_device, set_products, tune_cpu
+
+    tune_cpu(None)
+    device = resolve_device(config.device)
+    set_products("fp32", device)
+    run_dir = Path(config.run).resolve()
+    vae, run_config = load_run(config.run, checkpoint=config.checkpoint, device=device)
+    notes, epochs = run_notes(run_dir, run_config)
+    if config.data_root:
+        run_config.data.root = config.data_root
+    x = labels = None
+    try:
+        test_set = image_dataset(loaders_of(run_config, device)[1])
+        x, labels = test_set.first(len(test_set))
+    except DataError as error:
+        print(f"no points: {error}", file=sys.stderr)
+        notes.append(
+            f"The images of {run_config.data.name} were not to be had from disk when this page was "
+            "written, so no points are shown. Everything else works. Write the page again with "
+            "data_root=FOLDER to see them."
+        )
+    page = explorer_page(
+        vae,
+        x,
+        labels,
+        title="/".join(run_dir.parts[-2:]),
+        facts=run_facts(run_config, epochs),
+        notes=notes,
+        data_name=run_config.data.name,
+        points=config.points,
+    )
+    path = run_dir / "explorer.html"
+    try:
+        write_atomically(path, page.encode())
+    except OSError as error:
+        raise ConfigError(f"run={config.run}: cannot be written ({error.strerror})") from None
+    return path

@@ -1,0 +1,49 @@
+"""What `--help` says about the settings, from their declarations."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from pydantic.fields import FieldInfo
+
+from vae_torch.config import allowed, keys_of
+
+_WIDTH = 34  # of a key and its default
+
+
+def lines(schema: type[Any], defaults: Mapping[str, Any]) -> str:
+    """A line for each key: its default, what it means, what it may be.
+
+    Args:
+        schema: The settings' dataclass.
+        defaults: Their values by dotted key.
+    """
+    listed = []
+    for key, kind in keys_of(schema).items():
+        value = defaults.get(key, "")
+        head = f"  {key}={_yaml(value)}"
+        text = f"{meaning(kind)} ({range_of(kind)})" if range_of(kind) else meaning(kind)
+        listed.append(f"{head:{_WIDTH}}  {text}")
+    return "\n".join(listed)
+
+
+def _yaml(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
+
+
+def meaning(kind: Any) -> str:
+    """The sentence that stands beside a setting."""
+    notes = (part.description for part in get_args(kind) if isinstance(part, FieldInfo))
+    return next((note for note in notes if note), "")
+
+
+def range_of(kind: Any) -> str:
+    """What it may be, where that is more than its meaning tells."""
+    words = allowed(kind).removesuffix(", or null")
+    if words.startswith("one of "):
+        choices = words.removeprefix("one of ").split(", ")
+        return "" if all(word in meaning(kind) for word in choices) else ", ".join(choices)
+    found = re.search(r"(above|between|at least) .*|\d+ or more( and at most \d+)?$", words)
+    return found[0].replace(" or more and at most ", " to ") if found else ""

@@ -1,0 +1,264 @@
+"""What Hydra asks before a run or a sweep starts, so that what cannot run leaves nothing behind."""
+
+import functools
+import os
+import re
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
+
+from vae_torch.cli.compose import run_settings
+from vae_torch.cli.messages import make_folder, refuse, shown
+from vae_torch.cli.sweeps import jobs_of, report
+from vae_torch.config import INCIDENTAL, Config, ConfigError, config_from_dict, flatten
+
+# The sweep under way, to be reported when it ends: its folder and its jobs' names. One at most.
+UNREPORTED: list[tuple[Path, list[str] | None]] = []
+
+# How to write what was once chosen by a launcher's name.
+WHERE = {
+    "joblib": "cores",
+    "ray": "ray",
+    "submitit_slurm": "slurm",
+    "submitit_local": "slurm_local",
+}
+
+
+Hook = Callable[..., None]
+
+
+def firm(hook: Hook) -> Hook:
+    """Let a fault in a hook end the program: Hydra would make a warning of it and go on."""
+
+    @functools.wraps(hook)
+    def wrapped(*arguments: Any, **named: Any) -> None:
+        try:
+            hook(*arguments, **named)
+        except Exception:
+            traceback.print_exc()
+            raise SystemExit(1) from None
+
+    return wrapped
+
+
+class Hooks(Callback):
+    """Checks the settings before Hydra touches a folder, and points it at the right one."""
+
+    @firm
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        """A single run: a new folder, or that of the run which is resumed."""
+        from vae_torch.checkpoint import CheckpointError
+        from vae_torch.runs.run import lock_run
+
+        try:
+            settings = self._checked(config)
+            if any(str(o).startswith("sweep.dir=") for o in config.hydra.overrides.task):
+                raise ConfigError(
+                    f"sweep.dir={config.sweep.dir}: this is no sweep; add -m, or name the run's "
+                    "folder with hydra.run.dir"
+                )
+            resume = settings.train.resume
+            if resume == "auto" and not _names_run_dir(config):
+                self._point_at_interrupted(config, settings)
+            elif resume not in (None, "auto"):
+                assert resume is not None
+                self._take_up(config, Path(resume))
+            run_dir = self._usable_folder(config, resume)
+            make_folder("hydra.run.dir", run_dir)
+            self._lock = lock_run(run_dir)  # before Hydra writes its notes over another process's
+        except (ConfigError, CheckpointError) as error:
+            refuse(str(error))
+
+    @firm
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """A sweep: the values that it does not vary; each job checks its own again."""
+        launcher = str(config.hydra.runtime.choices["hydra/launcher"])
+        if launcher in WHERE and config.hydra.runtime.choices["where"] == "here":
+            refuse(f"hydra/launcher={launcher}: type where={WHERE[launcher]} instead")
+        names = None
+        try:
+            self._checked(config)
+            refuse_climbing(config)
+            if config.hydra.runtime.choices["hydra/sweeper"] == "basic":
+                swept, names = jobs_of(config.hydra.overrides.task)
+                if not any(str(o).startswith("hydra.sweep.subdir=") for o in _own(config)):
+                    # said to each job, which is composed from these overrides and its own
+                    with read_write(config), open_dict(config):
+                        config.hydra.overrides.hydra.append(
+                            "hydra.sweep.subdir='${run_name:${hydra.overrides.task},"
+                            f"[{','.join(swept)}]}}'"
+                        )
+                else:
+                    names = None
+        except ConfigError as error:
+            refuse(str(error))
+        folder = Path(config.hydra.sweep.dir)
+        make_folder("sweep.dir", folder)
+        UNREPORTED.append((folder, names))
+
+    @firm
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:  # noqa: ARG002
+        """What became of the jobs, what to type next, and an exit status that tells."""
+        if report(*UNREPORTED.pop()):
+            raise SystemExit(1)
+
+    def _checked(self, config: DictConfig) -> Config:
+        from vae_torch.machine import check_compiler, resolve_device
+
+        settings = run_settings(config)
+        device = resolve_device(settings.device)
+        if settings.compile:
+            check_compiler(device)
+        return settings
+
+    def _point_at_interrupted(self, config: DictConfig, settings: Config) -> None:
+        """`train.resume=auto`: the newest interrupted run of the same settings, if there is one."""
+        found, others = interrupted_runs(Path(config.hydra.run.dir).parent.parent, settings)
+        if found:
+            OmegaConf.update(config, "hydra.run.dir", str(found), force_add=True)
+            return
+        print("train.resume=auto: no interrupted run of these settings; starting a new one")
+        if others:
+            path, difference = others[0]
+            print(f"  {shown(path)} {difference}; train.resume={shown(path)} resumes it")
+
+    def _take_up(self, config: DictConfig, run_dir: Path) -> None:
+        """`train.resume=DIR`: the run's own settings, from its checkpoint; Hydra's notes stay."""
+        if not (run_dir / "checkpoints" / "last.pt").exists():
+            raise ConfigError(
+                f"train.resume={run_dir}: no such folder, or no checkpoints/last.pt in it; name "
+                "the folder of a run that was interrupted"
+            )
+        settings = resumed_settings(config, run_dir)
+        with read_write(config), open_dict(config):
+            for key, value in settings.to_dict().items():
+                config[key] = value
+            config.hydra.run.dir = str(run_dir)
+            if (run_dir / ".hydra").exists():
+                config.hydra.output_subdir = None
+
+    def _usable_folder(self, config: DictConfig, resume: str | None) -> Path:
+        try:
+            run_dir = Path(config.hydra.run.dir)
+            if not resume and os.path.lexists(run_dir) and any(run_dir.iterdir()):
+                refuse_occupied(run_dir)
+            if (run_dir / "summary.json").exists():
+                refuse(
+                    f"train.resume={resume}: the run in {run_dir} is finished; "
+                    "choose another hydra.run.dir for a new one"
+                )
+            if resume:  # before Hydra writes other settings over those of the run
+                refuse_unfit_checkpoint(run_dir, run_settings(config))
+        except (OSError, OmegaConfBaseException) as error:
+            refuse(f"hydra.run.dir: cannot be used ({str(error)[:300]}); choose another folder")
+        return run_dir
+
+
+def resumed_settings(config: DictConfig, run_dir: Path) -> Config:
+    """What a run was started with, and from the command line only what may change.
+
+    Raises:
+        ConfigError: The command line asks for another run than lies there.
+        CheckpointError: The checkpoint is damaged.
+    """
+    from vae_torch.checkpoint import load_checkpoint
+
+    path = run_dir / "checkpoints" / "last.pt"
+    state = load_checkpoint(path)
+    stored = config_from_dict(state["config"])
+    was = flatten(stored.to_dict())
+    given = flatten(run_settings(config).to_dict())
+    for key in typed_keys(config, given):
+        if key in INCIDENTAL:
+            _set(stored, key, given[key])
+        elif was[key] != given[key]:
+            raise ConfigError(
+                f"{path}: its run had {key}={was[key]}, this one has {given[key]}; "
+                "resume with the settings that it was started with"
+            )
+    return stored
+
+
+def typed_keys(config: DictConfig, given: Mapping[str, Any]) -> list[str]:
+    """The keys that the command line set, by name or through a group's file."""
+    overrides = [str(override) for override in config.hydra.overrides.task]
+    named = {override.lstrip("+").partition("=")[0] for override in overrides}
+    default = flatten(run_settings(hydra.compose(config.hydra.job.config_name, [])).to_dict())
+    return [key for key, value in given.items() if key in named or value != default[key]]
+
+
+def _set(config: Config, key: str, value: Any) -> None:
+    *parents, name = key.split(".")
+    part: Any = config
+    for parent in parents:
+        part = getattr(part, parent)
+    setattr(part, name, value)
+
+
+def interrupted_runs(outputs: Path, settings: Config) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """Below `outputs/<date>/<time>`: the youngest unfinished run of these settings, and others.
+
+    The others come with what is different about them, the youngest first.
+    """
+    from vae_torch.checkpoint import CheckpointError, Checkpoints
+    from vae_torch.sweep import is_running
+
+    others = []
+    found = sorted(outputs.glob("*/*/checkpoints/last.pt"), key=lambda p: -p.stat().st_mtime)
+    for run_dir in (path.parent.parent for path in found):
+        if (run_dir / "summary.json").exists() or is_running(run_dir):
+            continue
+        try:
+            Checkpoints(run_dir / "checkpoints", settings).load("cpu")
+        except CheckpointError as error:
+            words = re.search(r"its run (had \S+), this one has ([^;]+)", str(error))
+            others.append((run_dir, f"{words[1]}, not {words[2]}" if words else "is damaged"))
+        else:
+            return run_dir, others
+    return None, others
+
+
+def refuse_unfit_checkpoint(run_dir: Path, settings: Config) -> None:
+    """A run is resumed with the settings that it was started with, and weights that fit them."""
+    from vae_torch.checkpoint import CheckpointError, Checkpoints, load_run
+
+    try:
+        if Checkpoints(run_dir / "checkpoints", settings).load("cpu"):
+            load_run(run_dir)
+    except CheckpointError as error:
+        refuse(str(error))
+
+
+def refuse_occupied(run_dir: Path) -> None:
+    """A new run starts in a folder of its own."""
+    if (run_dir / "summary.json").exists():
+        refuse(f"hydra.run.dir={run_dir}: holds a finished run; choose another folder")
+    if (run_dir / "metrics.jsonl").exists():
+        refuse(f"hydra.run.dir={run_dir}: holds an unfinished run; add train.resume=auto")
+    refuse(f"hydra.run.dir={run_dir}: is not empty; choose another folder")
+
+
+def refuse_climbing(config: DictConfig) -> None:
+    """A sweep's folders lie inside the sweep's."""
+    for override in _own(config):
+        if override.startswith("hydra.sweep.subdir=") and re.search(
+            r"(^|[=/'\"])\.\.(/|$)|subdir=['\"]?/", override
+        ):
+            refuse(f"{override}: would name a folder outside sweep.dir; leave out the ..")
+
+
+def _own(config: DictConfig) -> list[str]:
+    """The overrides of Hydra's settings, with the interpolations that they hold."""
+    stored = OmegaConf.to_container(config.hydra.overrides.hydra, resolve=False)
+    assert isinstance(stored, list)
+    return [str(override) for override in stored]
+
+
+def _names_run_dir(config: DictConfig) -> bool:
+    return any(override.startswith("hydra.run.dir=") for override in _own(config))

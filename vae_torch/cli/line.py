@@ -1,0 +1,93 @@
+"""The command lines of what looks at a finished run: `evaluate`, `explore`, `reproduce`."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from vae_torch.cli.compose import (
+    COMPOSITION_ERRORS,
+    conf_dir,
+    in_our_words,
+    refuse_malformed,
+    typed,
+)
+from vae_torch.cli.help import lines
+from vae_torch.cli.messages import Parser, refuse
+from vae_torch.config import ConfigError, flatten, keys_of
+
+Settings = TypeVar("Settings")
+
+_FOLDERS = ("run", "data_root", "out", "readme")  # taken as they are typed
+
+
+def parser(name: str, description: str, schema: type[Any]) -> Parser:
+    """Of `[RUN] [key=value ...]`, with the keys and their meanings under the usage."""
+    takes_run = "run" in keys_of(schema)
+    made = Parser(
+        description=description,
+        epilog="settings, with their defaults:\n\n" + lines(schema, _defaults(name)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument(
+        "settings",
+        nargs="*",
+        metavar="RUN | key=value" if takes_run else "key=value",
+        help="the run's folder, and settings" if takes_run else "settings",
+    )
+    made.add_argument("--config-dir", metavar="DIR", help="a folder of settings files of yours")
+    made.add_argument("--config-name", metavar="NAME", default=name, help=argparse.SUPPRESS)
+    return made
+
+
+def settings_of(options: argparse.Namespace, schema: type[Settings]) -> Settings:
+    """The settings that a parsed command line asks for, from `conf/` and its overrides.
+
+    A mistake ends the program with one line.
+    """
+    overrides = []
+    folders: dict[str, str] = {}
+    for argument in options.settings:
+        key, given, value = argument.partition("=")
+        if not given or "/" in key:
+            key, value = "run", argument
+        elif key not in _FOLDERS:
+            overrides.append(argument)
+            continue
+        if key == "run" and key in folders:
+            refuse(f"{value}: one run at a time; {folders['run']} is named already")
+        folders[key] = value
+    try:
+        refuse_malformed(overrides)
+        cfg = _composed(options.config_name, overrides, options.config_dir)
+        for key, value in folders.items():
+            OmegaConf.update(cfg, key, value)
+        if "run" in keys_of(schema):
+            if OmegaConf.is_missing(cfg, "run"):
+                raise ConfigError("run is missing: name a run folder, outputs/<date>/<time>")
+            if not cfg.run:
+                raise ConfigError("run=: must be a run folder, outputs/<date>/<time>")
+        return typed(cfg, schema)
+    except COMPOSITION_ERRORS as error:
+        refuse(in_our_words(error, overrides, schema))
+    except ConfigError as error:
+        refuse(str(error))
+
+
+def _composed(name: str, overrides: Sequence[str], config_dir: str | None = None) -> DictConfig:
+    first, others = conf_dir(), []
+    if config_dir:
+        others = [Path(config_dir).absolute()]
+        if (others[0] / f"{name}.yaml").exists():
+            first, others = others[0], [first]
+    more = [f"hydra.searchpath=['file://{folder}']" for folder in others]
+    with hydra.initialize_config_dir(str(first), version_base="1.3"):
+        return hydra.compose(name, [*overrides, *more])
+
+
+def _defaults(name: str) -> dict[str, Any]:
+    stored = OmegaConf.to_container(_composed(name, []), throw_on_missing=False)
+    return flatten(stored)  # type: ignore[arg-type]

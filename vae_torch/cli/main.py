@@ -1,0 +1,26 @@
+"""`vae-torch COMMAND ...`: the commands where the package is installed without its checkout."""
+
+import importlib
+import sys
+
+COMMANDS = {
+    "train": "one run, or with -m a sweep",
+    "evaluate": "what a run is worth: the evaluation card",
+    "explore": "a page to walk through a run's latent space",
+    "summarize": "one table of many runs",
+}
+
+
+def main() -> None:
+    """Hand the rest of the line to a command."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name not in COMMANDS:
+        wrong = name not in ("-h", "--help")
+        listed = "\n".join(f"  {command:10} {words}" for command, words in COMMANDS.items())
+        text = f"usage: vae-torch COMMAND ...\n\n{listed}\n\nvae-torch COMMAND --help says more"
+        if wrong:
+            text = f"vae-torch: {name}: must be one of {', '.join(COMMANDS)}"
+        print(text, file=sys.stderr if wrong else sys.stdout)
+        raise SystemExit(2 if wrong else 0)
+    sys.argv[:2] = [f"{sys.argv[0]} {name}"]
+    importlib.import_module(f"vae_torch.cli.{name}").main()

@@ -1,0 +1,100 @@
+"""How the commands speak: one line for a mistake, paths as a user would type them."""
+
+import argparse
+import os
+import shlex
+import signal
+import sys
+import tempfile
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+
+class EndedError(SystemExit):
+    """A command that ends with a line about why; in a sweep the other jobs run."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(status)
+        self.reason = reason
+
+
+def program() -> str:
+    """What the user called: `train.py`, or `vae-torch`."""
+    return Path(sys.argv[0]).name
+
+
+def command(name: str) -> str:
+    """How to call another command of this project from here."""
+    python = Path(sys.executable)
+    if Path(sys.argv[0]).suffix == ".py":
+        script = Path(sys.argv[0]).with_name(f"{name}.py")
+        return f"{shown(python)} {shown(script)}"
+    return f"vae-torch {name}"
+
+
+def tensorboard(folder: Path) -> str:
+    """How to look at the curves of a folder of runs."""
+    here = Path(sys.executable).parent / "tensorboard"
+    return f"{shown(here)} --logdir {shlex.quote(str(shown(folder)))}"
+
+
+def refuse(message: str) -> NoReturn:
+    """A user's mistake: one line, exit status 2."""
+    reason = " ".join(message.split())
+    print(f"{program()}: {reason}", file=sys.stderr)
+    raise EndedError(2, reason)
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line, as the commands do whose settings Hydra reads."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit status 2."""
+        refuse(f"{message}; --help lists the options")
+
+
+def tell_interrupts() -> None:
+    """Ctrl-C ends a command with a line, not with a traceback."""
+
+    def end(kind: Any, error: Any, trace: Any) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            print(f"{program()}: interrupted", file=sys.stderr, flush=True)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)  # a shell sees why, and stops its own loop too
+        sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = end
+
+
+def leave_disk_errors_to_main(args: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes in a thread of its own, and raises what befell it there in ours too."""
+    if not isinstance(args.exc_value, OSError):
+        threading.__excepthook__(args)
+
+
+def make_folder(key: str, folder: Path) -> None:
+    """Make a folder that can be written, or refuse in one line and leave nothing behind."""
+    new = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return
+    except OSError as error:
+        for path in new:
+            with suppress(OSError):
+                path.rmdir()
+        name = str(folder) if len(str(folder)) < 200 else f"{str(folder)[:200]}..."
+        refuse(f"{key}={name}: cannot be written ({error.strerror}); choose another folder")
+
+
+def shown(path: Path) -> Path:
+    """A path as a user would type it here."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def typed_as(key: str, path: Path) -> str:
+    """`key=path` for a shell."""
+    return shlex.quote(f"{key}={shown(path)}")

@@ -1,0 +1,47 @@
+"""What a run's folder is called: by its overrides, in characters that no shell or Hydra quotes."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+
+from vae_torch.config import INCIDENTAL
+
+_LONGEST = 120  # a file's name may have 255 bytes, and TensorBoard shows some 40
+# where and how a run is made, not what it is: they would only lengthen its name
+_LEFT_OUT = (*INCIDENTAL, "where", "sweep.dir")
+
+
+def run_name(overrides: Sequence[str], first: Sequence[str] = ()) -> str:
+    """`model.latent_dim-2_seed-0` of these overrides: what is swept first, each part by alphabet.
+
+    A name that had to be cut, or in which a character was replaced, ends in a hash of the whole, so
+    that no two runs share a folder. Empty for the default run.
+
+    Args:
+        overrides: `key=value`, as Hydra lists a job's own.
+        first: Keys that the sweep varies.
+    """
+    parts = [str(override).lstrip("+").partition("=")[::2] for override in overrides]
+    parts = [(key, value) for key, value in parts if key not in _LEFT_OUT]
+    parts.sort(key=lambda part: (part[0] not in first, part))
+    whole = "_".join(
+        value if key == "experiment" else f"{key}-{_short(value)}" for key, value in parts
+    )
+    name = re.sub(r"[^\w.+-]+", ".", whole, flags=re.ASCII)[:_LONGEST]
+    exact = ",".join(f"{key}={value}" for key, value in sorted(parts))
+    if name != whole or any(_short(value) != value for _, value in parts):
+        name += f"_{hashlib.sha256(exact.encode()).hexdigest()[:8]}"
+    return name
+
+
+def after_time(overrides: Sequence[str]) -> str:
+    """What follows the time in the name of a single run's folder."""
+    name = run_name(overrides)
+    return f"_{name}" if name else ""
+
+
+def _short(value: str) -> str:
+    """A searched learning rate has sixteen digits, of which four tell it from the others."""
+    if re.fullmatch(r"\d+\.\d{5,}(e-?\d+)?", value):
+        return f"{float(value):.4g}"
+    return value

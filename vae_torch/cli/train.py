@@ -1,0 +1,223 @@
+"""`train.py`, `vae-torch train`: one run, or a sweep with -m."""
+
+import importlib
+import logging
+import math
+import shutil
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from vae_torch.cli.children import KilledError, in_a_child
+from vae_torch.cli.compose import (
+    COMPOSITION_ERRORS,
+    as_hydra_takes_it,
+    conf_dir,
+    full_errors,
+    in_our_words,
+    refuse_malformed,
+    register,
+    run_settings,
+)
+from vae_torch.cli.hooks import UNREPORTED
+from vae_torch.cli.messages import (
+    EndedError,
+    command,
+    leave_disk_errors_to_main,
+    program,
+    refuse,
+    shown,
+    tell_interrupts,
+    tensorboard,
+    typed_as,
+)
+from vae_torch.cli.sweeps import note_failure, report
+from vae_torch.config import ConfigError
+
+log = logging.getLogger("vae_torch")
+
+
+def main() -> None:
+    """The command: reads `sys.argv`, as Hydra does."""
+    tell_interrupts()
+    register()
+    typed = sys.argv[1:]
+    show_all = full_errors()
+    try:
+        refuse_malformed(typed)
+        sys.argv[1:] = map(as_hydra_takes_it, typed)
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(task)()
+    except COMPOSITION_ERRORS as error:
+        if show_all:
+            raise
+        refuse(in_our_words(error, typed))
+    except ConfigError as error:
+        refuse(str(error))
+    finally:
+        for folder, asked in UNREPORTED:  # a sweep that was stopped, or whose launcher broke
+            report(folder, asked)
+
+
+def task(cfg: DictConfig) -> float:
+    """One run, as Hydra and its launchers call it. Returns the final test elbo."""
+    job = HydraConfig.get()
+    run_dir = Path(job.runtime.output_dir)
+    if job.mode is not RunMode.MULTIRUN:
+        try:
+            elbo = one_run(cfg, run_dir)
+        except SystemExit:
+            remove_if_unused(run_dir)
+            raise
+        tell_what_next(run_dir, elbo)
+        return elbo
+    if job.runtime.choices["hydra/launcher"] != "joblib":
+        return sweep_job(cfg, run_dir)
+    import_libraries()
+    try:  # joblib itself gives up all jobs when the worker of one is killed
+        return in_a_child(lambda: sweep_job(cfg, run_dir))
+    except KilledError as error:
+        return note_failure(run_dir, str(error), job.overrides.task)
+
+
+def sweep_job(cfg: DictConfig, run_dir: Path) -> float:
+    """One run of a sweep: NaN where it failed, after it left its reason in its folder."""
+    began = time.monotonic()
+    try:
+        elbo = one_run(cfg, run_dir)
+    except EndedError as end:
+        reason = end.reason
+    except Exception as error:  # a programmer's mistake, but the other jobs may be sound
+        log.exception("%s", run_dir.name)
+        reason = f"{type(error).__name__}: {error}"
+    else:
+        log.info("%s: test elbo %.2f, %.0f s", run_dir.name, elbo, time.monotonic() - began)
+        return elbo
+    return note_failure(run_dir, reason, HydraConfig.get().overrides.task)
+
+
+def one_run(cfg: DictConfig, run_dir: Path) -> float:
+    """From composed settings to a finished folder; what goes wrong is one line and a status."""
+    from vae_torch.checkpoint import CheckpointError
+    from vae_torch.data import DataError
+    from vae_torch.runs.prune import PrunedError, pruned_elbo, pruning
+    from vae_torch.runs.run import run
+    from vae_torch.runs.signals import StopSignals
+    from vae_torch.train import DivergedError, StoppedError
+
+    logging.raiseExceptions = False  # where run.log cannot be written, the records say so, once
+    threading.excepthook = leave_disk_errors_to_main
+    in_sweep = HydraConfig.get().mode is RunMode.MULTIRUN
+    try:
+        with StopSignals() as signals:
+            config = run_settings(cfg)
+            callbacks = []
+            if in_sweep:
+                # the same command again resumes what was interrupted
+                config.train.resume = "auto"
+                if config.train.prune_after:
+                    if (elbo := pruned_elbo(run_dir)) is not None:
+                        log.info("stopped early already: %s", shown(run_dir))
+                        return elbo
+                    callbacks.append(pruning(run_dir, config))
+            summary = run(config, run_dir, callbacks=callbacks, signals=signals)
+            return float(summary["final"]["test/elbo"])
+    except PrunedError as pruned:
+        log.info("stopped early: %s", pruned)
+        return pruned.elbo
+    except StoppedError as stopped:
+        if (run_dir / "checkpoints" / "last.pt").exists():
+            again = f"{command('train')} {typed_as('train.resume', run_dir)}"
+            log.info("stopped: %s\n  resume with   %s", stopped, again)
+        else:
+            log.info("stopped: %s; nothing is lost, start it again", stopped)
+        sys.exit(128 + signals.number)
+    except (ConfigError, DataError, CheckpointError) as error:
+        refuse(str(error))
+    except RuntimeError as error:
+        if "allocate memory" not in str(error) and "out of memory" not in str(error):
+            raise
+        refuse("out of memory: lower the model's sizes, data.batch_size or objective.num_samples")
+    except DivergedError as error:
+        fail(str(error), run_dir)
+    except OSError as error:  # a full disk, a folder that was taken away
+        fail(f"{error.filename or run_dir}: {error.strerror}", run_dir)
+
+
+def import_libraries() -> None:
+    """What a run imports: once in a worker, for all the runs that it forks."""
+    for name in (
+        "matplotlib.backends.backend_agg",
+        "torch._dynamo",
+        "torch.utils.tensorboard",
+        "vae_torch.runs.run",
+    ):
+        importlib.import_module(name)
+    importlib.import_module("tqdm").tqdm.get_lock()  # a semaphore, which a fork would not give back
+
+
+def fail(reason: str, run_dir: Path) -> NoReturn:
+    """A run that broke: one line that says why and what is left of it."""
+    kept = run_dir / "checkpoints" / "last.pt"
+    if not run_dir.is_dir():  # whatever was under way noticed it first: the kind of error varies
+        reason = f"{run_dir}: No such file or directory"
+        left = "the folder was moved or removed while the run wrote into it"
+    elif kept.exists():
+        left = f"the last checkpoint is {kept}"
+    else:
+        left = "there is no checkpoint yet"
+    reason = f"stopped: {' '.join(reason.split())}; {left}"
+    print(f"{program()}: {reason}", file=sys.stderr)
+    raise EndedError(1, reason)
+
+
+def remove_if_unused(run_dir: Path) -> None:
+    """Take away a folder in which nothing but notes was written."""
+    from vae_torch.sweep import LOCK
+
+    if not run_dir.is_dir():
+        return
+    logs = list(run_dir.glob("*.log"))
+    notes = {run_dir / ".hydra", run_dir / LOCK, run_dir / "config.yaml", *logs}
+    if set(run_dir.iterdir()) <= notes:
+        logging.shutdown()
+        shutil.rmtree(run_dir / ".hydra", ignore_errors=True)
+        for path in notes - {run_dir / ".hydra"}:
+            path.unlink(missing_ok=True)
+        with suppress(OSError):  # a link to a folder stays
+            run_dir.rmdir()
+            run_dir.parent.rmdir()
+
+
+def tell_what_next(run_dir: Path, elbo: float) -> None:
+    """The last lines of a run: where it is and what to type next.
+
+    TensorBoard is given the day's folder, beside whose other runs it calls this one by its name.
+    """
+    if not math.isfinite(elbo):
+        return
+    named = any(str(o).startswith("hydra.run.dir=") for o in HydraConfig.get().overrides.hydra)
+    run = typed_as("run", run_dir)
+    log.info(
+        "\nDone: test elbo %.2f nats per image.\n"
+        "  run folder    %s\n"
+        "  pictures      %s\n"
+        "  figures       %s %s\n"
+        "  explorer      %s %s --open\n"
+        "  curves        %s   then open http://localhost:6006",
+        elbo,
+        shown(run_dir),
+        shown(run_dir / "figures"),
+        command("evaluate"),
+        run,
+        command("explore"),
+        run,
+        tensorboard(run_dir if named else run_dir.parent),
+    )

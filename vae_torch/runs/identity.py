@@ -1,0 +1,121 @@
+"""What a run's numbers come from besides its settings: the code and the libraries."""
+
+import ast
+import hashlib
+import io
+import platform
+import subprocess
+import tokenize
+from functools import cache
+from pathlib import Path
+
+import numpy
+import torch
+
+# Where a run's numbers are made; what these import is followed.
+_ROOTS = ("vae_torch.train", "vae_torch.machine")
+
+_PACKAGE = Path(__file__).parent.parent
+
+
+def versions() -> dict[str, str]:
+    """Of what decides a run's numbers."""
+    import torchvision
+
+    from vae_torch import __version__
+
+    return {
+        "vae_torch": __version__,
+        "code": code_hash(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+@cache
+def code_hash() -> str:
+    """SHA-256 of the modules that a run's numbers come from, without comments and docstrings.
+
+    The same for every version of Python, and as the code was when it was asked for first.
+    """
+    digest = hashlib.sha256()
+    for name in modules():
+        digest.update(f"{name}\n{bare(source_of(name))}\n".encode())
+    return digest.hexdigest()
+
+
+def modules() -> list[str]:
+    """The modules of this package that the training loop and its machine settings reach."""
+    found: set[str] = set()
+    waiting = list(_ROOTS)
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        found.add(name)
+        for node in ast.walk(ast.parse(source_of(name))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vae_torch"):
+                assert node.module is not None
+                # `from vae_torch import data` names a module, `from vae_torch.data import x` too
+                inner = [f"{node.module}.{alias.name}" for alias in node.names]
+                waiting += [m for m in (node.module, *inner) if m != "vae_torch" and path_of(m)]
+    return sorted(found)
+
+
+def path_of(module: str) -> Path | None:
+    """The file of a module of this package."""
+    base = _PACKAGE.joinpath(*module.split(".")[1:])
+    for path in (base.with_suffix(".py"), base / "__init__.py"):
+        if path.is_file():
+            return path
+    return None
+
+
+def source_of(module: str) -> str:
+    """Its text."""
+    path = path_of(module)
+    assert path is not None, module
+    return path.read_text("utf-8")
+
+
+def bare(source: str) -> str:
+    """Source without comments, docstrings and empty lines."""
+    lines = source.splitlines(keepends=True)
+    starts = [0]
+    for line in lines:
+        starts.append(starts[-1] + len(line))
+    cuts = []
+    for node in ast.walk(ast.parse(source)):
+        kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+        if isinstance(node, kinds) and ast.get_docstring(node) is not None:
+            text = node.body[0]
+            assert text.end_lineno is not None
+            # by whole lines: an offset of `ast` counts bytes, not characters
+            if lines[text.lineno - 1].lstrip().startswith(("'", '"', "r'", 'r"')):
+                cuts.append((starts[text.lineno - 1], starts[text.end_lineno]))
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            begin = starts[token.start[0] - 1] + token.start[1]
+            cuts.append((begin, begin + len(token.string)))
+    kept = list(source)
+    for begin, end in cuts:
+        kept[begin:end] = [""] * (end - begin)
+    return "\n".join(line.rstrip() for line in "".join(kept).splitlines() if line.strip())
+
+
+def git_commit() -> str | None:
+    """The commit of the code, with `-dirty` where files differ from it; None outside git."""
+    command = ["git", "-C", str(_PACKAGE), "describe", "--always", "--dirty"]
+    try:
+        got = subprocess.run(
+            [*command, "--abbrev=40", "--exclude=*"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return got.stdout.strip() or None
+
+
+__all__ = ["bare", "code_hash", "git_commit", "modules", "versions"]

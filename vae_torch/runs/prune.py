@@ -1,0 +1,47 @@
+"""Runs of a sweep that are behind the others are stopped early."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vae_torch.checkpoint import write_atomically
+from vae_torch.config import Config
+from vae_torch.model import VAE
+from vae_torch.runs.run import Callback
+from vae_torch.sweep import PRUNED, behind_median
+from vae_torch.train import StoppedError
+
+
+class PrunedError(StoppedError):
+    """A run of a sweep is behind the others."""
+
+    def __init__(self, reason: str, elbo: float) -> None:
+        super().__init__(reason)
+        self.elbo = elbo
+
+
+def pruning(run_dir: Path, config: Config) -> Callback:
+    """A callback that ends a run which `behind_median` finds not worth its time.
+
+    Args:
+        run_dir: The run's folder, beside those of the sweep's others.
+        config: Says from which epoch on, in `train.prune_after`.
+    """
+
+    def judge(metrics: dict[str, Any], vae: VAE) -> None:  # noqa: ARG001
+        epoch = metrics["epoch"]
+        if config.train.prune_after <= epoch < config.train.epochs and (
+            reason := behind_median(run_dir)
+        ):
+            elbo = metrics["test/elbo"]
+            text = json.dumps({"reason": reason, "elbo": elbo})
+            write_atomically(run_dir / PRUNED, (text + "\n").encode())
+            raise PrunedError(reason, elbo)
+
+    return judge
+
+
+def pruned_elbo(run_dir: Path) -> float | None:
+    """The last test elbo of a run that was stopped early; None where it was not."""
+    path = run_dir / PRUNED
+    return float(json.loads(path.read_text("utf-8"))["elbo"]) if path.exists() else None

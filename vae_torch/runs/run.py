@@ -1,0 +1,257 @@
+"""A whole run: settings in, a finished run folder out."""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from filelock import FileLock, Timeout
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from vae_torch import data
+from vae_torch.checkpoint import Checkpoints, write_atomically
+from vae_torch.config import Config, ConfigError, check
+from vae_torch.machine import (
+    BusyCores,
+    bf16_factor,
+    device_name,
+    resolve_device,
+    set_products,
+    slow_bf16,
+    tune_cpu,
+)
+from vae_torch.model import VAE
+from vae_torch.runlog import RunLog
+from vae_torch.runs.identity import versions
+from vae_torch.runs.signals import StopSignals
+from vae_torch.sweep import LOCK
+from vae_torch.train import StoppedError, train
+
+Callback = Callable[[dict[str, Any], VAE], None]
+
+log = logging.getLogger("vae_torch")
+
+
+def run(
+    config: Config,
+    run_dir: str | Path,
+    *,
+    callbacks: Sequence[Callback] = (),
+    signals: StopSignals | None = None,
+) -> dict[str, Any]:
+    """Make a whole run: data, model, training, records and pictures, in a folder of its own.
+
+    With `config.train.resume` set, a run that lies in `run_dir` is resumed, and the summary of a
+    finished one is returned; without it the folder must hold no run. In a main thread, Ctrl-C and
+    SIGTERM end the run after a checkpoint. Sets torch's seed, threads and matrix products for the
+    whole process.
+
+    Args:
+        config: From `vae_torch.compose`, or a `Config` of your own.
+        run_dir: The run's folder; made if absent.
+        callbacks: Each is called after every epoch with its metrics and the model that they belong
+            to. One that raises StoppedError ends the run.
+        signals: Entered already, where the caller has to know which signal came.
+
+    Returns:
+        What `summary.json` holds: final metrics, versions, seconds, settings.
+
+    Raises:
+        ConfigError: A setting is not allowed, or the folder is in use or holds another run.
+        DataError: The images cannot be had.
+        CheckpointError: What is to be resumed is damaged, or of other settings or images.
+        DivergedError: The loss became NaN or infinite.
+        StoppedError: A signal or a callback ended the run; a checkpoint keeps what was done.
+        OSError: The folder cannot be written any more.
+    """
+    if signals is None:
+        with StopSignals() as signals:
+            return run(config, run_dir, callbacks=callbacks, signals=signals)
+    check(config)
+    run_dir = Path(run_dir).expanduser()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    # runs that were killed take a moment to end before they can be resumed
+    with lock_run(run_dir, seconds=10 if config.train.resume else 0):
+        if not config.train.resume:
+            _refuse_other_run(run_dir)
+        elif (run_dir / "summary.json").exists():
+            log.info("finished already: %s", run_dir)
+            return finished_summary(run_dir, config)
+        return _run(config, run_dir, callbacks, signals)
+
+
+def _run(
+    config: Config, run_dir: Path, callbacks: Sequence[Callback], signals: StopSignals
+) -> dict[str, Any]:
+    device = _prepare_machine(config)
+    train_loader, test_loader = data.loaders_of(config, device)
+    train_set, test_set = (data.image_dataset(loader) for loader in (train_loader, test_loader))
+    hashes = {"train": data.data_hash(train_loader), "test": data.data_hash(test_loader)}
+    vae = VAE.from_config(config).to(device)
+    if config.model.mean_bias:
+        vae.init_output_bias(train_set.mean())
+    kept = _with_absolute_root(config)
+    checkpoints = Checkpoints(
+        run_dir / "checkpoints", kept, every=config.train.checkpoint_every, data_sha256=hashes
+    )
+    state = checkpoints.load("cpu") if config.train.resume else None
+    config_text = yaml.safe_dump(kept.to_dict(), sort_keys=False)
+    write_atomically(run_dir / "config.yaml", config_text.encode())
+    records = RunLog(
+        run_dir, kept, config_text=config_text, history=state["history"] if state else None
+    )
+    x, labels = test_set.first(5000)  # for the pictures
+    images = f"{len(train_set)} training and {len(test_set)} {judged_on(config)} images"
+    say("%s: %s, on %s", config.data.name, images, device_name(device))
+    if state:
+        where = f", step {state['step']}" if state["step"] else ""
+        say("resuming after epoch %d%s: %s", state["epoch"], where, run_dir)
+    busy = BusyCores(torch.get_num_threads() if device.type == "cpu" else 1)
+
+    def record(metrics: dict[str, Any], model: VAE) -> None:
+        epoch, every = metrics["epoch"], config.train.figure_every
+        last = epoch == config.train.epochs
+        records.log(metrics)
+        say("%s", epoch_line(metrics, config, len(train_set)))
+        if hint := busy.hint():
+            log.warning("%s", hint)
+        with signals.at_once("drawing the figures"):
+            if last or (every and epoch % every == 0):
+                records.figures(epoch, model, x, labels)
+            if last or (every and (epoch <= 10 or epoch % every == 0)):  # it grows fast at first
+                records.growth(epoch, model, x[:10])
+        for callback in callbacks:
+            callback(metrics, model)
+
+    try:
+        with logging_redirect_tqdm(), signals.after_a_step():
+            history = train(
+                vae,
+                train_loader,
+                test_loader,
+                epochs=config.train.epochs,
+                objective=config.objective,
+                optimizer=config.optimizer,
+                ema=config.train.ema,
+                precision=config.precision,
+                compile=config.compile,
+                seed=config.seed,
+                log=record,
+                checkpoints=checkpoints,
+                stop=signals.received,
+            )
+        records.projector(vae, x[:2000], labels[:2000])
+        return records.finish(history, {"device": device_name(device), "data_sha256": hashes})
+    finally:
+        with suppress(OSError):  # of a full disk, which another message is about already
+            records.close()
+
+
+def _prepare_machine(config: Config) -> torch.device:
+    """Threads, matrix products and torch's seed; warns of settings that are slow or empty here."""
+    device = resolve_device(config.device)
+    tune_cpu(config.threads)
+    set_products(config.precision, device)
+    if config.precision == "bf16" and device.type == "cpu" and (factor := bf16_factor()) > 1:
+        log.warning(slow_bf16(factor))
+    if config.train.epochs <= (early := config.objective.early_epochs):
+        log.warning("objective.early_epochs=%d: the run has no epoch of more samples", early)
+    torch.manual_seed(config.seed)  # of the initial weights; the rest has generators of its own
+    return device
+
+
+def _with_absolute_root(config: Config) -> Config:
+    """So that the run finds its images again from any folder."""
+    root = str(Path(config.data.root).absolute())
+    return replace(config, data=replace(config.data, root=root))
+
+
+def say(line: str, *values: object) -> None:
+    """A line of a run's report; of jobs that run side by side each says only its last one."""
+    level = logging.DEBUG if "TQDM_DISABLE" in os.environ else logging.INFO
+    log.log(level, line, *values)
+
+
+def judged_on(config: Config) -> str:
+    """What the images are called that a run's `test/...` metrics are of."""
+    return "held-out" if config.data.hold_out else "test"
+
+
+def epoch_line(metrics: dict[str, Any], config: Config, images: int) -> str:
+    """What a run says after an epoch; nats per image."""
+    speed = metrics["train/images_per_second"]  # 0 where a run resumes after the last step
+    judged = judged_on(config)
+    return (
+        f"epoch {metrics['epoch']:3d}/{config.train.epochs}"
+        f"   train elbo {metrics['train/elbo']:8.2f}   {judged} elbo {metrics['test/elbo']:8.2f}"
+        f" = reconstruction {metrics['test/reconstruction']:8.2f} - kl {metrics['test/kl']:.2f}"
+        f"   {images / speed if speed else 0.0:.1f} s"
+    )
+
+
+def lock_run(run_dir: Path, *, seconds: float = 0) -> AbstractContextManager[Any]:
+    """The run's folder for this process alone; locking it again in this process counts.
+
+    Args:
+        run_dir: The folder.
+        seconds: To wait for it.
+
+    Raises:
+        ConfigError: Another process has it.
+    """
+    lock = FileLock(run_dir.absolute() / LOCK, is_singleton=True)
+    try:
+        return lock.acquire(timeout=seconds)
+    except Timeout:
+        raise ConfigError(f"{run_dir}: another process is writing this run; wait for it") from None
+
+
+def _refuse_other_run(run_dir: Path) -> None:
+    if (run_dir / "summary.json").exists():
+        raise ConfigError(f"{run_dir}: holds a finished run; choose another folder")
+    if (run_dir / "metrics.jsonl").exists():
+        raise ConfigError(
+            f"{run_dir}: holds an unfinished run; add train.resume=auto to resume it, or choose "
+            "another folder"
+        )
+
+
+def finished_summary(run_dir: Path, config: Config) -> dict[str, Any]:
+    """The summary of a run that is done, if it is this one.
+
+    Raises:
+        ConfigError: Its summary is damaged, or was written by another version.
+        CheckpointError: Its checkpoint is damaged, or of other settings.
+    """
+    path = run_dir / "summary.json"
+    state = Checkpoints(run_dir / "checkpoints", config).load("cpu")  # sealed: nobody edited it
+    try:
+        summary: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        elbo, had = float(summary["final"]["test/elbo"]), summary["versions"]
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"{path}: damaged; remove its folder to run it again") from None
+    if (
+        state is None
+        or state["epoch"] < config.train.epochs
+        or state["history"]["test/elbo"][-1] != elbo
+    ):
+        raise ConfigError(
+            f"{path}: does not fit the checkpoint beside it; remove its folder to run it again"
+        )
+    now = versions()
+    for name in ("vae_torch", "torch", "code"):
+        if had.get(name) != now[name]:
+            raise ConfigError(
+                f"{path}: is of {name} {str(had.get(name))[:12]}, this is {now[name][:12]}; "
+                "choose another sweep.dir, or remove its folder to run it again"
+            )
+    return summary
+
+
+__all__ = ["Callback", "StoppedError", "lock_run", "run"]
