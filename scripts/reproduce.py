@@ -144,7 +144,7 @@ def run_and_evaluate(config: ReproduceConfig, row: Row, seed: int) -> None:
         call([sys.executable, str(scripts / "train.py"), *settings])
     if not is_current(config, run_dir) or samples_of(run_dir) < config.num_samples:
         settings = [f"run={run_dir}", f"eval.num_samples={config.num_samples}"]
-        settings += [f"data_root={config.data_root}"]
+        settings += [f"data_root={config.data_root}", "eval.overwrite=true"]
         settings += [f"eval.limit={config.limit_test}"] if config.limit_test else []
         call([sys.executable, str(scripts / "evaluate.py"), *settings])
 

@@ -141,6 +141,7 @@ class EvalConfig:
     checkpoint: str
     limit: int | None = None
     exact: bool | None = None  # integrate over the latents; None does so for one or two of them
+    overwrite: bool = False  # replace a card of more images or samples
 
 
 @dataclass
