@@ -167,9 +167,9 @@ def refuse_smaller(config: EvaluateConfig, images: int, integrates: bool) -> str
         card = json.loads(path.read_text())
         name, sha256 = (card["checkpoint"][key] for key in ("name", "sha256"))
         had = {
-            "images": card["log_px"]["num_images"],
-            "importance samples": card["log_px"]["num_samples"],
-            "fitted images": card["approximation_gap"]["num_images"],
+            "images": int(card["log_px"]["num_images"]),
+            "importance samples": int(card["log_px"]["num_samples"]),
+            "fitted images": int(card["approximation_gap"]["num_images"]),
         }
     except FileNotFoundError:
         return ""

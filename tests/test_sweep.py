@@ -166,9 +166,9 @@ def test_a_run_that_is_behind_the_median_is_told_so(tmp_path):
 
 def test_runs_with_different_keys_stand_in_one_table(tmp_path):
     made_up_run(tmp_path / "a", 0, -100.0)
-    made_up_run(tmp_path / "b", 0, -99.0, prior="mixture", data={"binarize": "dynamic"})
+    made_up_run(tmp_path / "b", 0, -99.0, prior="mixture", data={"batch_size": 100})
     summary = summarize(read_runs(tmp_path))
-    assert summary.keys == ["data.binarize", "prior"]
+    assert summary.keys == ["data.batch_size", "prior"]
     assert summary.rows[1].values == (None, None)
     assert "| null | null | -100.00 |" in to_markdown(summary, tmp_path)
 
@@ -230,15 +230,17 @@ def test_runs_with_other_test_images_are_not_ranked_against_each_other(tmp_path)
         ("c", -70.0, {"limit_test": None, "hold_out": 500}),
     ):
         made_up_run(tmp_path / name, 0, elbo, test_set=name, data=data)
-    made_up_run(tmp_path / "old", 0, -60.0, data={"limit_test": None, "hold_out": 0})
+    made_up_run(tmp_path / "old", 0, -60.0, data={"limit_test": None})
+    made_up_run(tmp_path / "older", 1, -61.0)
+    made_up_run(tmp_path / "old few", 0, -50.0, data={"limit_test": 50})
     runs = read_runs(tmp_path)
-    with pytest.raises(SweepError, match=r"4 groups .* different test images; .* --where"):
+    with pytest.raises(SweepError, match=r"5 groups .* different test images, .* --where"):
         summarize(runs)
     groups = summarize_each(runs)
     paths = [{run.path.name for row in each.rows for run in row.runs} for each in groups]
     assert paths[0] == {"a20", "a21", "a80", "a81"}
     assert {frozenset(names) for names in paths[1:]} == {
-        frozenset({"b"}), frozenset({"c"}), frozenset({"old"}),
+        frozenset({"b"}), frozenset({"c"}), frozenset({"old", "older"}), frozenset({"old few"}),
     }  # fmt: skip
     assert groups[0].keys == ["model.latent_dim"]
     assert "model.latent_dim=8 leads by 6" in groups[0].verdict()
@@ -252,8 +254,28 @@ def test_runs_with_other_test_images_are_not_ranked_against_each_other(tmp_path)
     assert "not the test set" in to_markdown(held_out, tmp_path)
     lines = to_csv(*groups).splitlines()
     assert lines[0] == "runs,model.latent_dim,test/elbo,sd,n,seeds,seconds"
-    assert len(lines) == 1 + 5
-    assert [len(each.rows) for each in summarize_each(runs, metric="seconds")] == [4]
+    assert len(lines) == 1 + 6
+    assert len(summarize_each(runs, metric="seconds")) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("summary.json", '{"config": {"seed": 0}, "final": {}, "seconds": 1, "data_sha256": [1]}'),
+        ("evaluation.json", '{"log_px": {"value": 1.0}, "data": 3}'),
+        ("evaluation.json", "[1]"),
+    ],
+)
+def test_a_damaged_record_is_told_beside_the_table(three_by_two, file, text):
+    (three_by_two / "two" / "0" / file).write_text(text)
+    summary = summarize(read_runs(three_by_two))
+    assert [(run.path.name, run.state) for run in summary.left_out] == [("0", "broken")]
+
+
+def test_a_card_of_odd_counts_is_a_protocol_like_any_other(three_by_two):
+    card = {"log_px": {"value": 1.0, "num_samples": [5], "num_images": {}}}
+    (three_by_two / "two" / "0" / "evaluation.json").write_text(json.dumps(card))
+    assert summarize(read_runs(three_by_two), metric="log_px").rows[0].mean == 1.0
 
 
 def test_other_likelihoods_and_objectives_are_other_scales(tmp_path):
@@ -334,7 +356,8 @@ def test_short_runs_are_told_in_seconds(tmp_path):
 def test_settings_are_shown_as_the_command_line_takes_them(tmp_path):
     for name, limit, mean_bias in (("a", None, True), ("b", 500, False)):
         data = {"limit_test": limit, "binarize": "none"}
-        made_up_run(tmp_path / name, 0, -100.0, data=data, flag=mean_bias, pair=[1, None])
+        settings = {"data": data, "flag": mean_bias, "pair": [1, None]}
+        made_up_run(tmp_path / name, 0, -100.0, test_set="a", **settings)
     runs = read_runs(tmp_path)
     text = to_markdown(summarize(runs, group_by=["data.limit_test", "flag", "pair"]), tmp_path)
     assert "| null | true | [1,null] |" in text

@@ -62,7 +62,7 @@ _DATA = ("data.name", "data.binarize", "data.limit_test", "data.hold_out")
 _MEASURED = {
     "data_sha256.test": "test images",
     "data_sha256.train": "training images",
-    "data.binarize": "binarisation",
+    **dict.fromkeys(_DATA, "settings of the data"),
     "likelihood": "likelihoods",
     "eval.num_samples": "numbers of importance samples",
     "eval.num_images": "numbers of images",
@@ -130,7 +130,7 @@ class Summary:
         """Whether the metric is of held-out training images instead of the test set."""
         runs = [run for row in self.rows for run in row.runs]
         of_test = self.metric.startswith("test/") or any(self.metric in r.protocols for r in runs)
-        return of_test and any(run.settings.get("data.hold_out") for run in runs)
+        return of_test and bool(runs) and all(run.settings.get("data.hold_out") for run in runs)
 
     @property
     def digits(self) -> int:
@@ -229,7 +229,8 @@ def read_run(path: Path) -> Run:
             run.state = "finished"
             run.metrics = {k: v for k, v in summary["final"].items() if _is_number(v)}
             run.metrics["seconds"] = summary["seconds"]
-            run.data_sha256 = dict(summary.get("data_sha256") or {})
+            hashes = summary.get("data_sha256") or {}
+            run.data_sha256 = {split: str(sha256) for split, sha256 in hashes.items()}
             card = _json(path / "evaluation.json") or {}
             for name, entry in card.items():
                 if isinstance(entry, dict) and _is_number(entry.get("value")):
@@ -238,7 +239,7 @@ def read_run(path: Path) -> Run:
             if bad := [k for k, v in summary["final"].items() if v != v]:
                 run.state, run.reason = "failed", f"{bad[0]} is NaN"
             return run
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError, RecordError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
         run.state, run.reason = "broken", f"{type(error).__name__}: {str(error).splitlines()[0]}"
         return run
     done, asked = len(run.epochs), flat.get("train.epochs", "?")
@@ -330,9 +331,9 @@ def summarize_each(
 ) -> list[Summary]:
     """`summarize`, apart for runs that cannot be compared: largest group first.
 
-    Two runs can be compared where the metric is of the same images (by their SHA-256 in
-    summary.json; runs without one are a group of their own) under the same likelihood, a loss also
-    of the same objective, and a figure of evaluation.json of the same samples, seed and checkpoint.
+    Runs can be compared where the metric is of the same images, by their SHA-256 in summary.json
+    (without one, by the settings of the data), and under the same likelihood; a loss also of the
+    same objective, and a figure of evaluation.json of the same samples, seed and checkpoint.
 
     Args and errors are those of `summarize`. What is left out stands in the last summary.
     """
@@ -406,14 +407,14 @@ def _rows(runs: list[Run], metric: str, keys: list[str], direction: bool | None)
 
 def _protocol(card: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
     """How a figure of the evaluation card was measured."""
-    data, checkpoint = card.get("data") or {}, card.get("checkpoint") or {}
-    return {
-        "data_sha256.test": (data.get("sha256") or "")[:12] or None,
+    protocol = {
+        "data_sha256.test": card.get("data", {}).get("sha256"),
         "eval.num_samples": entry.get("num_samples"),
         "eval.num_images": entry.get("num_images"),
         "eval.seed": entry.get("seed"),
-        "eval.checkpoint": checkpoint.get("name"),
+        "eval.checkpoint": card.get("checkpoint", {}).get("name"),
     }
+    return {key: None if value is None else str(value)[:12] for key, value in protocol.items()}
 
 
 def _basis(run: Run, metric: str) -> dict[str, Any]:
@@ -423,8 +424,11 @@ def _basis(run: Run, metric: str) -> dict[str, Any]:
     if split in ("train", "test"):
         basis.pop("data_sha256.test", None)
         basis[f"data_sha256.{split}"] = run.data_sha256.get(split, "")[:12] or None
+    if None in (basis.get("data_sha256.test", ""), basis.get("data_sha256.train", "")):
+        defaults = {"data.binarize": "none", "data.hold_out": 0}
+        basis |= {key: run.settings.get(key) or defaults.get(key) for key in _DATA}
     if split == "train":  # the hash is of the grey images where they are binarised dynamically
-        basis["data.binarize"] = run.settings.get("data.binarize")
+        basis.setdefault("data.binarize", run.settings.get("data.binarize"))
     if _last(metric) in _DENSITIES:
         basis["likelihood"] = run.settings.get("likelihood")
     if _last(metric) == "loss":
@@ -437,8 +441,9 @@ def _tell_apart(groups: list[list[Run]], metric: str) -> list[list[str]]:
     if len(groups) < 2:
         return [[] for _ in groups]
     bases = [_basis(group[0], metric) for group in groups]
-    hashes = [key for key in bases[0] if key.startswith("data_sha256")]
-    keys = [key for key in dict.fromkeys((*_DATA, *bases[0])) if key not in hashes]
+    known = dict.fromkeys((*_DATA, *(key for basis in bases for key in basis)))
+    hashes = [key for key in known if key.startswith("data_sha256")]
+    keys = [key for key in known if key not in hashes]
     values = {
         key: [
             {basis[key]} if key in basis else {_at(run, key) for run in group}
@@ -451,12 +456,13 @@ def _tell_apart(groups: list[list[Run]], metric: str) -> list[list[str]]:
     for i, basis in enumerate(bases):
         own = [key for key in differing if len(values[key][i]) == 1]
         where = [f"{key}={_text(*values[key][i])}" for key in own]
-        if any(
+        alike = (
             all(values[key][i] <= values[key][j] for key in own)
             for j in range(len(groups))
             if j != i
-        ):  # the settings alone do not tell
-            where += [f"{key}={_text(basis[key])}" for key in hashes]
+        )
+        if any(basis.get(key) is None for key in hashes) or any(alike):
+            where += [f"{key}={_text(basis.get(key))}" for key in hashes]
         found.append(where)
     return found
 
@@ -464,8 +470,9 @@ def _tell_apart(groups: list[list[Run]], metric: str) -> list[list[str]]:
 def _differences(groups: list[list[Run]], metric: str) -> list[str]:
     """In what the groups were measured differently, in words."""
     bases = [_basis(group[0], metric) for group in groups if group]
-    keys = [key for key in (bases[0] if bases else {}) if len({b.get(key) for b in bases}) > 1]
-    return list(dict.fromkeys(_MEASURED[key] for key in keys))
+    keys = dict.fromkeys(key for basis in bases for key in basis)
+    differing = [key for key in keys if len({basis.get(key, ...) for basis in bases}) > 1]
+    return list(dict.fromkeys(_MEASURED[key] for key in differing))
 
 
 def why_apart(summaries: Sequence[Summary]) -> str:
