@@ -118,7 +118,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
     written = run_dir / "evaluation.json"
     integrates = vae.latent_dim <= 2 and config.eval.exact is not False
     replaced = refuse_smaller(config, len(test_set), integrates)
-    few = max(8, config.eval.chunk // config.eval.num_samples)
+    few = min(max(8, config.eval.chunk // config.eval.num_samples), 256)
     tell_duration(vae, test_set.first(few)[0], len(test_set), config)
     card, per_image = evaluate_images(
         vae,
@@ -252,7 +252,7 @@ def _line(name: str, entry: dict[str, Any], card: dict[str, Any]) -> str:
     unit = unit.removesuffix(" dimensions")
     images = entry["num_images"]
     count = f"{images:,} image{'s' if images > 1 else ''}"
-    meaning = _MEANINGS.get(name, entry["definition"]).format(samples=entry["num_samples"])
+    meaning = _MEANINGS.get(name, "").format(samples=entry["num_samples"]) or entry["definition"]
     if name == "gap":
         meaning = "log_px_exact - elbo" if "log_px_exact" in card else "log_px - elbo"
     line = f"{name:{_LABEL}} {number:>9} {spread:8} {unit:7} {count:14} {meaning}"
