@@ -390,7 +390,7 @@ def whole_run() -> dict[str, float]:
         began = time.perf_counter()
         subprocess.run([*command, f"hydra.run.dir={run_dir}"], check=True, capture_output=True)
         seconds = time.perf_counter() - began
-        lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+        lines = (run_dir / "metrics.jsonl").read_text("utf-8").splitlines()
     steps = sum(EPOCH / json.loads(line)["train/images_per_second"] for line in lines)
     return {"seconds": seconds, "steps_seconds": steps}
 
@@ -504,7 +504,7 @@ def peak_memory_mib() -> int:
 def processor() -> str:
     """Its name, as the system gives it."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
         return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

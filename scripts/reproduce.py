@@ -149,7 +149,7 @@ def run_and_evaluate(config: ReproduceConfig, row: Row, seed: int) -> None:
         call([sys.executable, str(scripts / "train.py"), *settings])
     if not is_current(config, run_dir) or samples_of(run_dir) < config.num_samples:
         settings = [f"run={run_dir}", f"eval.num_samples={config.num_samples}"]
-        settings += [f"data_root={config.data_root}"]
+        settings += [f"data_root={config.data_root}", "eval.overwrite=true"]
         settings += [f"eval.limit={config.limit_test}"] if config.limit_test else []
         call([sys.executable, str(scripts / "evaluate.py"), *settings])
 
@@ -157,7 +157,7 @@ def run_and_evaluate(config: ReproduceConfig, row: Row, seed: int) -> None:
 def is_current(config: ReproduceConfig, run_dir: Path) -> bool:
     """Whether the run is finished and its card of its last checkpoint and of all test images."""
     try:
-        card = json.loads((run_dir / "evaluation.json").read_text())
+        card = json.loads((run_dir / "evaluation.json").read_text("utf-8"))
         last = (run_dir / "checkpoints" / "last.pt").read_bytes()
         return (
             (run_dir / "summary.json").exists()
@@ -220,19 +220,19 @@ def value_of(run_dir: Path, metric: str) -> float:
     """The row's metric of one run, as a loss: lower is better."""
     if metric == "loss":
         return float(summary_of(run_dir)["final"]["test/loss"])
-    card = json.loads((run_dir / "evaluation.json").read_text())
+    card = json.loads((run_dir / "evaluation.json").read_text("utf-8"))
     return -float(card[metric]["value"])
 
 
 def samples_of(run_dir: Path) -> int:
     """Importance samples of a run's log p(x); fewer make it look worse, in expectation."""
-    card = json.loads((run_dir / "evaluation.json").read_text())
+    card = json.loads((run_dir / "evaluation.json").read_text("utf-8"))
     return int(card["log_px"]["num_samples"])
 
 
 def summary_of(run_dir: Path) -> dict[str, Any]:
     """A run's summary.json."""
-    summary: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
+    summary: dict[str, Any] = json.loads((run_dir / "summary.json").read_text("utf-8"))
     return summary
 
 

@@ -1,7 +1,11 @@
 """Contracts of the estimators, each against a value that is known another way."""
 
+import copy
+import importlib
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,13 +13,17 @@ from torch import nn
 from torch.distributions import MultivariateNormal
 from torch.utils.data import DataLoader, TensorDataset
 
+from tests.conftest import REPOSITORY
 from vae_torch import VAE, ObjectiveConfig, evaluate_model, mnist_loaders, train
+from vae_torch.config import ConfigError, EvalConfig, EvaluateConfig
 from vae_torch.evaluate import (
     aggregate_kl,
     bound_metrics,
+    evaluate_images,
     fit_posterior,
     importance_log_px,
     posterior_elbo,
+    verdict,
 )
 from vae_torch.prior import Mixture
 from vae_torch.quadrature import exact_log_px
@@ -250,7 +258,236 @@ def test_gaps_of_a_bad_encoder_equal_their_closed_form():
     assert card["approximation_gap"]["value"] == pytest.approx(0, abs=0.01)
     # a draw's log-weight varies by 1.9 nats, and 40 images have a thousand each: 4 errors
     assert card["amortisation_gap"]["value"] == pytest.approx(expected, abs=0.04)
-    assert card["gap"]["value"] == pytest.approx(expected, abs=0.04)
+    assert card["fitted_gap"]["value"] == pytest.approx(expected, abs=0.04)
+    error = card["gap"]["standard_error"]  # of one draw an image
+    assert card["gap"]["value"] == pytest.approx(expected, abs=4 * error)
+
+
+@pytest.mark.parametrize("latent_dim", [2, 3])
+def test_figures_that_are_subtracted_are_of_the_same_images(latent_dim):
+    vae, x = linear_gaussian(latent_dim)
+    vae.encoder.mean.bias.data += 0.4
+    loader = DataLoader(TensorDataset(x, torch.zeros(len(x))), batch_size=8)
+    card, per_image = evaluate_images(vae, loader, num_samples=50, fit_images=7)
+    value = {name: entry["value"] for name, entry in card.items() if name != "verdict"}
+    log_px = "log_px_exact" if latent_dim == 2 else "log_px"
+    assert value["gap"] == pytest.approx(value[log_px] - value["elbo"], abs=1e-9)
+    assert value["fitted_gap"] == pytest.approx(
+        value["approximation_gap"] + value["amortisation_gap"], abs=1e-9
+    )
+    parts = ("fitted_gap", "approximation_gap", "amortisation_gap")
+    assert [card[name]["num_images"] for name in parts] == [7, 7, 7]
+    assert card["gap"]["num_images"] == card["elbo"]["num_images"] == 40
+    fitted = per_image["fitted_gap"].isfinite()
+    assert fitted.sum() == 7
+    assert torch.equal(fitted, per_image["amortisation_gap"].isfinite())
+    assert not fitted[:7].all()  # drawn from all images
+    # log p(x) - elbo of these, by the closed form: KL(q(z|x) || p(z|x)) = 0.4² / (2 s²) a dimension
+    posterior_variance = 0.3 / (1.2**2 + 0.3)
+    expected = latent_dim * 0.4**2 / posterior_variance / 2
+    assert value["fitted_gap"] == pytest.approx(expected, abs=0.1)
+    for name, values in per_image.items():
+        assert values.shape == (40,)
+        assert values.nanmean().item() == pytest.approx(value[name], rel=1e-9)
+    again = evaluate_images(vae, loader, num_samples=50, fit_images=7).per_image
+    assert torch.equal(again["gap"], per_image["gap"])
+    other = evaluate_images(vae, loader, num_samples=50, fit_images=7, seed=1).per_image
+    assert not torch.equal(other["fitted_gap"].isfinite(), fitted)
+
+
+def test_the_training_bound_has_an_error_and_a_count(trained):
+    vae, train_loader, test_loader = trained
+    card = evaluate_model(
+        vae, test_loader, train_loader=train_loader, num_samples=2, fit_images=2, exact=False
+    )
+    entry = card["train_elbo"]
+    x = torch.cat([x for x, _ in train_loader])
+    with torch.no_grad():
+        mean, logvar = vae.encode(x)
+        q = torch.distributions.Normal(mean, torch.exp(logvar / 2))
+        z = q.sample()
+        prior = torch.distributions.Normal(torch.zeros(2), torch.ones(2))
+        kl = torch.distributions.kl_divergence(q, prior).sum(-1)
+        pixels = torch.distributions.Bernoulli(logits=vae.decode(z), validate_args=False)
+        elbos = (pixels.log_prob(x).sum(-1) - kl).double()
+    error = elbos.std().item() / math.sqrt(600)
+    assert entry["num_images"] == 600
+    assert entry["standard_error"] == pytest.approx(error, rel=0.1)
+    assert entry["value"] == pytest.approx(elbos.mean().item(), abs=2 * error)
+    assert [len(card["kl_per_dim"][key]) for key in ("value", "standard_error")] == [2, 2]
+
+
+@pytest.mark.parametrize("exact", [None, True])
+def test_an_integral_that_fails_loses_nothing_else(trained, monkeypatch, exact):
+    vae, _, test_loader = trained
+
+    def fails(*_, **__):
+        raise ValueError("squares of 2e-06 are still too large")
+
+    whole = evaluate_model(vae, test_loader, num_samples=5, fit_images=2, exact=False)
+    monkeypatch.setattr("vae_torch.evaluate.exact_log_px", fails)
+    card = evaluate_model(vae, test_loader, num_samples=5, fit_images=2, exact=exact)
+    assert card["verdict"][0].startswith("log p(x) could not be integrated: squares of 2e-06")
+    assert "log_px_exact" not in card
+    del card["verdict"], whole["verdict"]
+    assert card == whole
+
+
+def test_an_extreme_encoder_gets_a_card(trained):
+    vae, _, test_loader = trained
+    vae = copy.deepcopy(vae)
+    vae.encoder.logvar.bias.data.fill_(-40)
+    x, labels = next(iter(test_loader))
+    loader = DataLoader(TensorDataset(x[:10], labels[:10]))
+    card = evaluate_model(vae, loader, num_samples=5, fit_images=2)
+    json.dumps(card, allow_nan=False)
+    assert card["mutual_information"]["value"] == pytest.approx(math.log(10), abs=1e-4)
+
+
+def test_a_warning_of_few_effective_samples_needs_many_samples(trained):
+    vae, _, test_loader = trained
+    x, labels = next(iter(test_loader))
+    loader = DataLoader(TensorDataset(x[:10], labels[:10]))
+    few = evaluate_model(vae, loader, num_samples=10, fit_images=1, exact=False)["verdict"]
+    assert not any("effective samples of" in sentence for sentence in few)
+    assert any("10 samples per image, too few" in sentence for sentence in few)
+    vae = copy.deepcopy(vae)
+    vae.encoder.logvar.bias.data -= 3  # the proposal misses most of the posterior
+    poor = evaluate_model(vae, loader, num_samples=200, fit_images=1, exact=False)["verdict"]
+    assert any("fewer than 10 effective samples of 200" in sentence for sentence in poor)
+
+
+def made_up_card(**figures):
+    """name=(value, standard error)"""
+    given = {
+        "active_units": (2, None), "elbo": (-100.0, 0.5), "train_elbo": (-99.0, 0.5),
+        "kl_per_dim": ([1.0, 1.0], None), "effective_samples": (90.0, 1.0), "log_px": (-95.0, 0.5),
+        "fitted_gap": (4.0, 0.3), "approximation_gap": (1.0, 0.2), "amortisation_gap": (3.0, 0.2),
+    } | figures  # fmt: skip
+    card = {
+        name: {"value": value, "standard_error": error, "num_images": 100}
+        for name, (value, error) in given.items()
+    }
+    card["active_units"]["variance_per_dim"] = [1.0, 1.0]
+    card["effective_samples"]["share_below_10"] = 0.0
+    return card
+
+
+def test_a_verdict_claims_no_more_than_its_errors_allow():
+    (said,) = verdict(made_up_card(), 1000)
+    assert said.startswith("Most of the bound's gap of 4.0 nats (100 images) is the amortisation")
+    level = {"approximation_gap": (2.1, 0.4), "amortisation_gap": (1.9, 0.4)}
+    (said,) = verdict(made_up_card(**level), 1000)
+    assert "Neither part" in said
+    assert "overfits" not in said
+    for error, claims in ((0.5, True), (9.0, False), (None, False)):
+        card = made_up_card(train_elbo=(-95.0, error), fitted_gap=(0.0, 0.1))
+        card["train_elbo"]["num_images"] = 60_000
+        said = verdict(card, 1000)
+        assert bool(said) == claims, said
+        if claims:  # the error: sqrt(0.5² + 0.5²)
+            assert "60,000 training images is 5.0 ± 0.7 nats better than that of the 100" in said[0]
+
+
+def test_a_floor_for_bernoulli_decoders_is_on_no_other_card():
+    vae, x = linear_gaussian(2)
+    loader = DataLoader(TensorDataset(x.sigmoid(), torch.zeros(len(x))))
+    assert "entropy_floor" not in evaluate_model(vae, loader, num_samples=2, fit_images=1)
+
+
+@pytest.fixture(scope="module")
+def run_of_the_script(made_up_root, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("runs") / "run"
+    subprocess.run(
+        [
+            sys.executable, "scripts/train.py", "data=fashion_mnist", f"data.root={made_up_root}",
+            "model.intermediate_dim=16", "train.epochs=1", "train.figure_every=0", "threads=1",
+            f"hydra.run.dir={run_dir}",
+        ],
+        cwd=REPOSITORY, check=True, capture_output=True,
+    )  # fmt: skip
+    return run_dir
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """scripts/evaluate.py in this process, which keeps its processor settings."""
+    monkeypatch.syspath_prepend(REPOSITORY / "scripts")
+    module = importlib.import_module("evaluate")
+    for name in ("tune_cpu", "set_products"):
+        monkeypatch.setattr(module, name, lambda *_: None)
+    return module
+
+
+def asked(run_dir, **settings):
+    defaults = {"num_samples": 20, "fit_images": 5, "chunk": 1024, "seed": 0, "checkpoint": "last"}
+    return EvaluateConfig(str(run_dir), "cpu", None, EvalConfig(**(defaults | settings)))
+
+
+def test_a_larger_card_is_kept(run_of_the_script, script, capsys):
+    path = run_of_the_script / "evaluation.json"
+    path.unlink(missing_ok=True)
+    script.evaluate_run(asked(run_of_the_script, limit=30))
+    kept = path.read_bytes()
+    smaller = {
+        "29 images": {"limit": 29},
+        "19 importance samples": {"limit": 30, "num_samples": 19},
+        "4 fitted images": {"fit_images": 4},
+        "no log_px_exact": {"limit": 30, "exact": False},
+    }
+    for words, settings in smaller.items():
+        with pytest.raises(ConfigError, match=f"this one would have {words}.*eval.overwrite=true"):
+            script.evaluate_run(asked(run_of_the_script, **settings))
+        assert path.read_bytes() == kept
+    capsys.readouterr()
+    script.evaluate_run(asked(run_of_the_script, limit=31))
+    assert "in place of a card of checkpoint last: 30 images" in capsys.readouterr().out
+    script.evaluate_run(asked(run_of_the_script, limit=6, overwrite=True))
+    assert json.loads(path.read_text())["elbo"]["num_images"] == 6
+    # the checkpoint is another one by now: its card describes nothing that is there
+    card = json.loads(path.read_text())
+    card["checkpoint"]["sha256"] = "0" * 64
+    path.write_text(json.dumps(card))
+    script.evaluate_run(asked(run_of_the_script, limit=5))
+    assert json.loads(path.read_text())["elbo"]["num_images"] == 5
+    path.write_text("{")
+    script.evaluate_run(asked(run_of_the_script, limit=5))
+    assert "in place of a damaged one" in capsys.readouterr().out
+
+
+def test_the_printed_card_has_counts_and_fits_a_terminal(run_of_the_script, script, capsys):
+    config = asked(run_of_the_script, limit=30, num_samples=1000, overwrite=True)
+    script.evaluate_run(config)
+    said = capsys.readouterr().out
+    first, *lines = said.partition("\nwritten to")[0].splitlines()
+    assert first.startswith("log p(x) of 30 images, 1,000 samples each: ")
+    assert max(map(len, lines)) <= 100
+    card = json.loads((run_of_the_script / "evaluation.json").read_text())
+    printed = {line.split()[0]: line for line in lines if line}
+    for name, entry in card.items():
+        if "value" in entry and name != "kl_per_dim":
+            assert f" {entry['num_images']:,} images" in printed[name]
+            assert script._MEANINGS.keys() >= {name} - {"gap"}
+    for name, count in (("train_elbo", 600), ("elbo", 30), ("gap", 30), ("fitted_gap", 5)):
+        assert f" {count} images" in printed[name]
+    # all values end in one column
+    column = printed["elbo"].index(f"{card['elbo']['value']:.3f}") + 8
+    kl = max(card["kl_per_dim"]["value"])
+    assert printed["kl_per_dim"][:column].endswith(f"{kl:.3f}")
+
+
+def test_the_integral_is_computed_once(run_of_the_script, script, monkeypatch):
+    calls = []
+
+    def counted(vae, x, **options):
+        calls.append(len(x))
+        return exact_log_px(vae, x, **options)
+
+    for module in ("vae_torch.evaluate", "vae_torch.quadrature"):
+        monkeypatch.setattr(f"{module}.exact_log_px", counted)
+    script.evaluate_run(asked(run_of_the_script, limit=30, overwrite=True))
+    assert calls == [30]
+    assert (run_of_the_script / "figures" / "log_px.png").exists()
 
 
 def test_aggregate_kl_of_known_posteriors():

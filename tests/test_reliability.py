@@ -63,7 +63,7 @@ def wait_for(process, beginning):
 
 def processor_seconds(pid):
     """What a process has used so far: unlike the wall's time, no busy machine makes it more."""
-    ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    ticks = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[11:13]
     return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
 
 
@@ -505,7 +505,7 @@ def test_ten_thousand_epochs_and_500_figures_stay_flat(made_up_root, tmp_path):
     looks = []
 
     def mebibytes(process, what):
-        status = Path(f"/proc/{process}/status").read_text()
+        status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
         found = re.search(rf"{what}:\s+(\d+)", status)  # not there once it has ended
         return int(found[1]) / 1024 if found else 0
 

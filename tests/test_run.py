@@ -61,7 +61,7 @@ def test_a_callback_sees_every_epoch_and_may_end_the_run(settings, tmp_path):
     assert seen == [(1, "VAE"), (2, "VAE")]
     (stopped,) = read_runs(tmp_path)
     assert (stopped.state, stopped.settings["train.epochs"]) == ("unfinished", 3)
-    with pytest.raises(ConfigError, match="holds an unfinished run; add train.resume=auto"):
+    with pytest.raises(ConfigError, match=r"holds an unfinished run; add train\.resume=auto"):
         run(settings, tmp_path / "cut")
     settings.train.resume = "auto"
     resumed = run(settings, tmp_path / "cut")
@@ -78,7 +78,7 @@ def test_a_run_in_use_or_with_wrong_settings_is_refused(settings, tmp_path):
     ):
         run(settings, tmp_path / "busy")
     settings.model.latent_dim = 0
-    with pytest.raises(ConfigError, match="model.latent_dim=0"):
+    with pytest.raises(ConfigError, match=r"model\.latent_dim=0"):
         run(settings, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 

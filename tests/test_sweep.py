@@ -19,16 +19,19 @@ from tests.conftest import REPOSITORY
 from vae_torch.sweep import (
     SweepError,
     behind_median,
+    direction_of,
     higher_is_better,
     plots,
     read_runs,
     summarize,
+    summarize_each,
     to_csv,
     to_markdown,
+    why_apart,
 )
 
 
-def made_up_run(path, seed, elbo, *, epochs=2, **settings):
+def made_up_run(path, seed, elbo, *, epochs=2, test_set=None, final=None, seconds=60.0, **settings):
     """A finished run's folder, as far as a summary looks at it."""
     path.mkdir(parents=True)
     model = {"latent_dim": settings.pop("latent_dim", 2), "intermediate_dim": 512}
@@ -44,8 +47,11 @@ def made_up_run(path, seed, elbo, *, epochs=2, **settings):
         "test/kl": 5.0,
         "test/reconstruction": elbo + 5,
         "test/kl_per_dim": [],
+        **(final or {}),
     }
-    summary = {"config": config, "final": final, "seconds": 60.0}
+    summary = {"config": config, "final": final, "seconds": seconds}
+    if test_set:
+        summary["data_sha256"] = {"train": "f" * 64, "test": test_set * 64}
     (path / "summary.json").write_text(json.dumps(summary))
     lines = [json.dumps({"epoch": e + 1, "test/elbo": elbo - 1 + e}) for e in range(epochs)]
     (path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
@@ -99,8 +105,8 @@ def test_a_lead_within_the_noise_is_called_so(tmp_path):
 def test_lower_is_better_for_losses(three_by_two):
     assert higher_is_better("test/elbo")
     assert higher_is_better("log_px")
-    assert not higher_is_better("test/kl")
     assert not higher_is_better("train/loss")
+    assert direction_of("train/loss") is False
     assert summarize(read_runs(three_by_two), metric="seconds").rows[0].mean == 60
 
 
@@ -160,11 +166,11 @@ def test_a_run_that_is_behind_the_median_is_told_so(tmp_path):
 
 def test_runs_with_different_keys_stand_in_one_table(tmp_path):
     made_up_run(tmp_path / "a", 0, -100.0)
-    made_up_run(tmp_path / "b", 0, -99.0, prior="mixture", data={"binarize": "dynamic"})
+    made_up_run(tmp_path / "b", 0, -99.0, prior="mixture", data={"batch_size": 100})
     summary = summarize(read_runs(tmp_path))
-    assert summary.keys == ["data.binarize", "prior"]
+    assert summary.keys == ["data.batch_size", "prior"]
     assert summary.rows[1].values == (None, None)
-    assert "| none | none | -100.00 |" in to_markdown(summary, tmp_path)
+    assert "| null | null | -100.00 |" in to_markdown(summary, tmp_path)
 
 
 def test_unfinished_runs_alone_make_no_table(tmp_path):
@@ -211,6 +217,223 @@ def test_plots_show_the_figures(tmp_path):
     assert lines == [(-103, -105, -133), (-102, -104, -132)]
     (heat,) = pictures["heat_map"].axes[0].images
     assert heat.get_array().tolist() == [[-103, -102], [-105, -104], [-133, -132]]
+
+
+def test_runs_with_other_test_images_are_not_ranked_against_each_other(tmp_path):
+    """Three sets: the whole, its first 500 images, held-out ones; and runs that recorded none."""
+    for seed in (0, 1):
+        for dim in (2, 8):
+            whole = {"latent_dim": dim, "data": {"limit_test": None, "hold_out": 0}}
+            made_up_run(tmp_path / f"a{dim}{seed}", seed, -100.0 + dim, test_set="a", **whole)
+    for name, elbo, data in (
+        ("b", -80.0, {"limit_test": 500, "hold_out": 0}),
+        ("c", -70.0, {"limit_test": None, "hold_out": 500}),
+    ):
+        made_up_run(tmp_path / name, 0, elbo, test_set=name, data=data)
+    made_up_run(tmp_path / "old", 0, -60.0, data={"limit_test": None})
+    made_up_run(tmp_path / "older", 1, -61.0)
+    made_up_run(tmp_path / "old few", 0, -50.0, data={"limit_test": 50})
+    runs = read_runs(tmp_path)
+    with pytest.raises(SweepError, match=r"5 groups .* different test images, .* --where"):
+        summarize(runs)
+    groups = summarize_each(runs)
+    paths = [{run.path.name for row in each.rows for run in row.runs} for each in groups]
+    assert paths[0] == {"a20", "a21", "a80", "a81"}
+    assert {frozenset(names) for names in paths[1:]} == {
+        frozenset({"b"}), frozenset({"c"}), frozenset({"old", "older"}), frozenset({"old few"}),
+    }  # fmt: skip
+    assert groups[0].keys == ["model.latent_dim"]
+    assert "model.latent_dim=8 leads by 6" in groups[0].verdict()
+    for each, names in zip(groups, paths, strict=True):  # its heading chooses it
+        one = summarize(runs, where=each.where)
+        assert {run.path.name for row in one.rows for run in row.runs} == names
+    assert "null: not recorded" in why_apart(groups)
+    (held_out,) = (each for each in groups if each.held_out)
+    assert "data.hold_out=500" in held_out.where
+    assert "test/elbo of held-out images, nats" in to_markdown(held_out, tmp_path)
+    assert "not the test set" in to_markdown(held_out, tmp_path)
+    lines = to_csv(*groups).splitlines()
+    assert lines[0] == "runs,model.latent_dim,test/elbo,sd,n,seeds,seconds"
+    assert len(lines) == 1 + 6
+    assert len(summarize_each(runs, metric="seconds")) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("summary.json", '{"config": {"seed": 0}, "final": {}, "seconds": 1, "data_sha256": [1]}'),
+        ("evaluation.json", '{"log_px": {"value": 1.0}, "data": 3}'),
+        ("evaluation.json", "[1]"),
+    ],
+)
+def test_a_damaged_record_is_told_beside_the_table(three_by_two, file, text):
+    (three_by_two / "two" / "0" / file).write_text(text)
+    summary = summarize(read_runs(three_by_two))
+    assert [(run.path.name, run.state) for run in summary.left_out] == [("0", "broken")]
+
+
+def test_a_card_of_odd_counts_is_a_protocol_like_any_other(three_by_two):
+    card = {"log_px": {"value": 1.0, "num_samples": [5], "num_images": {}}}
+    (three_by_two / "two" / "0" / "evaluation.json").write_text(json.dumps(card))
+    assert summarize(read_runs(three_by_two), metric="log_px").rows[0].mean == 1.0
+
+
+def test_other_likelihoods_and_objectives_are_other_scales(tmp_path):
+    made_up_run(tmp_path / "a", 0, -100.0, likelihood="bernoulli", final={"test/loss": 100.0})
+    made_up_run(tmp_path / "b", 0, 900.0, likelihood="gaussian", final={"test/loss": -900.0})
+    keras = {"objective": {"name": "keras"}, "likelihood": "bernoulli"}
+    made_up_run(tmp_path / "c", 0, -200.0, final={"test/loss": 0.2628}, **keras)
+    runs = read_runs(tmp_path)
+    assert sorted(len(each.rows) for each in summarize_each(runs)) == [1, 2]
+    losses = summarize_each(runs, metric="test/loss")
+    assert [len(each.rows) for each in losses] == [1, 1, 1]
+    (pixels,) = (each for each in losses if each.rows[0].mean == 0.2628)
+    assert "| test/loss (lower is better): mean ± sd |" in to_markdown(pixels, tmp_path)
+    assert "| 0.2628 |" in to_markdown(pixels, tmp_path)
+    assert len(summarize(runs, metric="test/kl").rows) == 3
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_samples": 50}, {"num_images": 500}, {"seed": 1}, {"checkpoint": "best"}]
+)
+def test_cards_of_other_protocols_are_not_averaged(three_by_two, change):
+    for i, run in enumerate(sorted((three_by_two / "two").iterdir())):
+        about = {"num_samples": 5000, "num_images": 10_000, "seed": 0, "checkpoint": "last"}
+        about |= change if i == 2 else {}
+        name = about.pop("checkpoint")
+        card = {
+            "log_px": {"value": -90.0 - i, **about},
+            "checkpoint": {"name": name},
+            "data": {"sha256": "a" * 64},
+        }
+        (run / "evaluation.json").write_text(json.dumps(card))
+    runs = read_runs(three_by_two)
+    with pytest.raises(SweepError, match="2 groups of runs cannot be compared"):
+        summarize(runs, metric="log_px")
+    groups = summarize_each(runs, metric="log_px")
+    assert [each.rows[0].mean for each in groups] == [-90.5, -92.0]
+    for each in groups:
+        one = summarize(runs, metric="log_px", where=each.where)
+        assert one.rows[0].mean == each.rows[0].mean
+    key, value = next(iter(change.items()))
+    assert groups[1].where == [f"eval.{key}={value}"]
+
+
+def test_a_metric_without_a_better_direction_has_no_winner(tmp_path):
+    for dim, kl in ((8, 12.0), (2, 0.00001), (32, 20.0)):
+        final = {"test/kl": kl, "test/novel_loss": kl}
+        made_up_run(tmp_path / str(dim), 0, -100.0, latent_dim=dim, final=final)
+    runs = read_runs(tmp_path)
+    for metric in ("test/kl", "test/novel_loss"):
+        summary = summarize(runs, metric=metric)
+        assert [row.values for row in summary.rows] == [(2,), (8,), (32,)]  # by the setting
+        assert "no setting leads" in summary.verdict()
+        assert "is better)" not in to_markdown(summary, tmp_path)
+        assert plots(summary)
+        for higher, first in ((True, 32), (False, 2)):
+            ranked = summarize(runs, metric=metric, higher_is_better=higher)
+            assert ranked.rows[0].values == (first,)
+            assert f"model.latent_dim={first} leads" in ranked.verdict()
+    assert direction_of("test/novel_loss") is None
+
+
+def test_small_figures_keep_their_digits(tmp_path):
+    for dim, value in ((2, 0.0583), (8, 0.0612)):
+        made_up_run(tmp_path / str(dim), 0, -100.0, latent_dim=dim, final={"knn_accuracy": value})
+    text = to_markdown(summarize(read_runs(tmp_path), metric="knn_accuracy"), tmp_path)
+    assert "| 8 | 0.06120 | 1 |" in text
+    assert "| 2 | 0.05830 | 1 |" in text
+    assert "knn_accuracy, share of images (higher is better)" in text
+
+
+def test_short_runs_are_told_in_seconds(tmp_path):
+    made_up_run(tmp_path / "a", 0, -100.0, seconds=1.4)
+    text = to_markdown(summarize(read_runs(tmp_path)), tmp_path)
+    assert "| n | seconds |" in text
+    assert "| 1 | 1.4 |" in text
+
+
+def test_settings_are_shown_as_the_command_line_takes_them(tmp_path):
+    for name, limit, mean_bias in (("a", None, True), ("b", 500, False)):
+        data = {"limit_test": limit, "binarize": "none"}
+        settings = {"data": data, "flag": mean_bias, "pair": [1, None]}
+        made_up_run(tmp_path / name, 0, -100.0, test_set="a", **settings)
+    runs = read_runs(tmp_path)
+    text = to_markdown(summarize(runs, group_by=["data.limit_test", "flag", "pair"]), tmp_path)
+    assert "| null | true | [1,null] |" in text
+    for condition in ("data.limit_test=null", "data.limit_test=none", "flag=true", "flag=True"):
+        (row,) = summarize(runs, where=[condition]).rows
+        assert row.runs[0].path.name == "a"
+    assert len(summarize(runs, where=["data.binarize=none"]).rows) == 2
+    with pytest.raises(SweepError, match="no run is left"):
+        summarize(runs, where=["data.binarize=null"])
+
+
+def test_a_figure_of_the_card_is_missed_with_its_remedy(three_by_two):
+    with pytest.raises(SweepError, match=r"--metric log_px: no run has it; scripts/evaluate.py"):
+        summarize(read_runs(three_by_two), metric="log_px")
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 30])
+def test_learning_curves_are_whole_and_count_whole_epochs(tmp_path, epochs):
+    for name, elbo, count in (("a", -100.0, epochs), ("b", -500.0, min(epochs, 2))):
+        model = {"latent_dim": 2 if name == "a" else 8}
+        made_up_run(tmp_path / name, 0, elbo, epochs=count, **model)
+    figure = plots(summarize(read_runs(tmp_path)))["learning_curves"]
+    axes = figure.axes[0]
+    figure.draw_without_rendering()
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    assert all(tick == round(tick) for tick in axes.get_xticks() if left <= tick <= right)
+    drawn = [point for line in axes.lines for point in zip(*line.get_data(), strict=True)]
+    assert all(left <= x <= right and low <= y <= high for x, y in drawn)
+    # the last point of each: -1 + (epochs - 1) above what it was made up from
+    assert {(epochs, -102.0 + epochs), (min(epochs, 2), -502.0 + min(epochs, 2))} <= set(drawn)
+    assert "nats per image" in axes.get_ylabel()
+    (legend,) = figure.legends
+    labels = [text.get_text().partition(",")[0] for text in legend.get_texts()]
+    assert labels == ["latent_dim=2", "latent_dim=8"]
+
+
+def test_an_answer_says_its_question_and_replaces_the_last_ones_pictures(three_by_two):
+    made_up_run(three_by_two / "other", 0, -95.0, latent_dim=2, prior="mixture")
+    mine = three_by_two / "summary" / "mine.png"
+    done = run_script("summarize.py", three_by_two)
+    assert done.returncode == 0, done.stderr
+    mine.write_bytes(b"mine")
+    first = {path.name for path in mine.parent.glob("*.png")}
+    assert {"heat_map.png", "test_elbo_by_prior.png", "learning_curves.png"} <= first
+    assert not list(three_by_two.glob("*.png"))
+    asks = [three_by_two, "--metric", "test/kl", "--where", "prior=null", "seed=0"]
+    done = run_script("summarize.py", *asks)
+    assert done.returncode == 0, done.stderr
+    question = (three_by_two / "summary.md").read_text().splitlines()[0]
+    assert question == f"`summarize.py {' '.join(map(str, asks))}`"
+    assert {path.name for path in mine.parent.glob("*.png")} == {
+        "mine.png", "test_kl_by_model.latent_dim.png", "rate_distortion.png",
+    }  # fmt: skip
+    assert read_runs(three_by_two)[-1].path.name != "summary"
+
+
+def test_several_groups_are_answered_one_by_one(tmp_path):
+    for seed in (0, 1):
+        for dim in (2, 8):
+            for test_set in ("a", "b"):
+                data = {"limit_test": 500 if test_set == "b" else None}
+                made_up_run(
+                    tmp_path / f"{dim}{seed}{test_set}", seed, -100.0 - dim, latent_dim=dim,
+                    test_set=test_set, data=data,
+                )  # fmt: skip
+    done = run_script("summarize.py", tmp_path, "--lower-is-better")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("2 groups of runs cannot be compared")
+    assert "## data.limit_test=null (4 runs)" in done.stdout
+    assert "## data.limit_test=500 (4 runs)" in done.stdout
+    assert done.stdout.count("model.latent_dim=8 leads") == 2
+    pictures = {path.name for path in (tmp_path / "summary").glob("*.png")}
+    assert {"1_learning_curves.png", "2_learning_curves.png"} <= pictures
+    done = run_script("summarize.py", tmp_path, "--where", "data.limit_test=500")
+    assert "groups of runs" not in done.stdout
+    assert "1_learning_curves.png" not in {path.name for path in (tmp_path / "summary").iterdir()}
 
 
 def test_a_folder_without_runs_is_refused(tmp_path):
@@ -321,9 +544,10 @@ def test_a_sweep_survives_a_failed_job_and_goes_on(made_up_root, tmp_path, where
 
     done = run_script("summarize.py", folder, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    assert "test/elbo: mean ± sd" in done.stdout
+    assert "test/elbo, nats per image (higher is better): mean ± sd" in done.stdout
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"summary.csv", "summary.md", "learning_curves.png"} <= names
+    assert names == {"summary.csv", "summary.md", "summary"}
+    assert (tmp_path / "out" / "summary" / "learning_curves.png").exists()
 
 
 def test_settings_lie_between_the_plugin_and_the_command_line():

@@ -244,6 +244,9 @@ class EvalConfig:
         Field(strict=True),
         about("log p(x) by integration; null: where there are 1 or 2 latents"),
     ] = None
+    overwrite: Annotated[Switch, about("replace an evaluation.json of more images or samples")] = (
+        False
+    )
 
 
 @dataclass

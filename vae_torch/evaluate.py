@@ -1,7 +1,8 @@
 """What a trained model is worth: bounds, log p(x), and how it uses its latents. Nats per image.
 
 `bound_metrics` is what the training loop logs. `evaluate_model` fills the evaluation card, from
-functions that also work alone and return one value per image.
+functions that also work alone and return one value per image; `evaluate_images` returns these
+values beside the card.
 """
 
 import logging
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from vae_torch.config import ObjectiveConfig
 from vae_torch.data import Loader, seeded_generator
+from vae_torch.likelihood import Bernoulli
 from vae_torch.model import VAE, reparameterize
 from vae_torch.objective import (
     ACTIVE_UNIT_VARIANCE,
@@ -29,7 +31,10 @@ from vae_torch.quadrature import check_few_latents, exact_log_px
 _log = logging.getLogger("vae_torch")
 
 # Tell the streams of noise of one evaluation seed apart.
-_BOUND, _IMPORTANCE, _FIT, _AGGREGATE = 3, 4, 5, 6
+_BOUND, _IMPORTANCE, _FIT, _AGGREGATE, _CHOICE = 3, 4, 5, 6, 7
+
+# Fewer importance samples cannot show whether they cover the posterior.
+_FEW_SAMPLES = 100
 
 
 @torch.no_grad()
@@ -142,7 +147,13 @@ def importance_log_px(
 
 
 def fit_posterior(
-    vae: VAE, x: Tensor, *, steps: int = 500, num_samples: int = 16, seed: int = 0
+    vae: VAE,
+    x: Tensor,
+    *,
+    steps: int = 500,
+    num_samples: int = 16,
+    seed: int = 0,
+    progress: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The best Gaussian posterior of each image, found by ascent on its ELBO from the encoder's.
 
@@ -155,6 +166,7 @@ def fit_posterior(
         steps: Of Adam, on each image's own mean and log-variance.
         num_samples: Draws of z per step.
         seed: Of the noise.
+        progress: Show a bar on a terminal.
 
     Returns:
         Mean and log-variance, (N, latent_dim) each.
@@ -166,7 +178,8 @@ def fit_posterior(
     logvar.requires_grad_()
     optimizer = torch.optim.Adam([mean, logvar], lr=0.02)
     shape = (num_samples, *mean.shape)
-    for step in range(steps):
+    bar = tqdm(range(steps), "fit of q(z|x)", disable=None if progress else True, leave=False)
+    for step in bar:
         optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / steps)
         eps = torch.randn(shape, generator=noise, device=x.device, dtype=x.dtype)
         loss = -log_weights(vae, x, (mean, logvar), eps).mean(0).sum()
@@ -210,7 +223,17 @@ def aggregate_kl(vae: VAE, x: Tensor, *, seed: int = 0) -> tuple[Tensor, Tensor]
     # in double, since posteriors can be narrow where log_mixture subtracts squares
     parts = (mean.double(), logvar.double(), uniform.double())
     log_qz = torch.cat([log_mixture(some.double(), *parts) for some in z.split(1000)])
-    return log_normal(z, mean, logvar) - log_qz, log_qz - vae.log_prior(z)
+    own = log_normal(z, mean, logvar)
+    # the own posterior's share: where all are so narrow that the squares lose it even in double
+    log_qz = torch.maximum(log_qz, own + uniform)
+    return own - log_qz, log_qz - vae.log_prior(z)
+
+
+class Evaluation(NamedTuple):
+    """The evaluation card, and the values behind its means."""
+
+    card: dict[str, Any]
+    per_image: dict[str, Tensor]  # by figure, (N,) float64; NaN for images that were not fitted
 
 
 def evaluate_model(
@@ -232,7 +255,8 @@ def evaluate_model(
         loader: Of the test set: (x, label), x in [0, 1].
         train_loader: Adds the training bound, and probes of the latents fitted on it.
         num_samples: Of the importance-sampling estimate of log p(x).
-        fit_images: How many images get a posterior of their own, to split the gap.
+        fit_images: How many images get a posterior of their own, to split the gap. The seed chooses
+            them at random.
         chunk: Decoder rows at once.
         exact: Integrate log p(x) over the latents; None does so for one or two of them.
         seed: Of all noise.
@@ -240,78 +264,159 @@ def evaluate_model(
 
     Returns:
         Each figure as `{"value", "standard_error", "unit", "definition", "num_samples",
-        "num_images", "seed"}`, by name, and under `verdict` a list of sentences.
+        "num_images", "seed"}`, by name, and under `verdict` a list of sentences. An integral that
+        does not settle is left out, and the verdict says so.
 
     Raises:
         ValueError: num_samples, fit_images or chunk is below 1; an integral over more than two
             latents is asked for.
     """
-    if fit_images < 1:
-        raise ValueError(f"fit_images={fit_images}: must be 1 or more")
+    return evaluate_images(
+        vae,
+        loader,
+        train_loader=train_loader,
+        num_samples=num_samples,
+        fit_images=fit_images,
+        chunk=chunk,
+        exact=exact,
+        seed=seed,
+        progress=progress,
+    ).card
+
+
+def evaluate_images(
+    vae: VAE,
+    loader: Loader,
+    *,
+    train_loader: Loader | None = None,
+    num_samples: int = 5000,
+    fit_images: int = 100,
+    chunk: int = 1024,
+    exact: bool | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Evaluation:
+    """`evaluate_model`, with the values of each image beside the card.
+
+    Args and errors are those of `evaluate_model`.
+
+    Returns:
+        The card, and by name the values of each image of `loader`, in its order.
+    """
+    for name, given in (("num_samples", num_samples), ("fit_images", fit_images), ("chunk", chunk)):
+        if given < 1:  # before any work
+            raise ValueError(f"{name}={given}: must be 1 or more")
     if exact:
         check_few_latents(vae)
     x, labels = _whole(vae, loader)
-    card: dict[str, Any] = {}
+    card = _Card(len(x), seed)
 
-    def put(name: str, value: Any, definition: str, samples: int, **more: Any) -> None:
-        """A per-image tensor is averaged here, with its standard error; other values stand."""
-        images, error = len(x), None
-        if isinstance(value, Tensor):
-            images, error = len(value), _standard_error(value)
-            value = value.double().mean().item()
-        card[name] = {
-            "value": value,
-            "standard_error": error,
-            "unit": "nats per image",
-            "definition": definition,
-            "num_samples": samples,
-            "num_images": images,
-            "seed": seed,
-            **more,
-        }
-
-    _put_bound(put, vae, x, seed)
-    estimate = importance_log_px(
-        vae, x, num_samples=num_samples, seed=seed, chunk=chunk, progress=progress
-    )
-    definition = "log p(x) by importance sampling from q(z|x); in expectation a lower bound"
-    put("log_px", estimate.log_px, definition, num_samples)
-    put(
-        "effective_samples",
-        estimate.effective_samples,
-        "(Σ w)² / Σ w² of the importance weights",
-        num_samples,
-        unit="samples",
-        share_below_10=(estimate.effective_samples < min(10, num_samples)).double().mean().item(),
-    )
-    truth = None
-    if exact or (exact is None and vae.latent_dim <= 2):
-        grid = exact_log_px(vae, x, progress=progress)
-        truth = grid.log_px
-        put(
-            "log_px_exact",
-            truth,
-            f"log p(x) by integration over ±{grid.half_width:g}, squares down to {grid.side:.2g}",
-            0,
-            residual=grid.residual,
-        )
-    _put_gap(put, vae, x[:fit_images], truth, num_samples, chunk, seed)
+    _put_bound(card, vae, x)
     if train_loader is not None:
-        bound = bound_metrics(vae, train_loader, ObjectiveConfig(), seed=seed)
-        count = sum(len(x) for x, _ in train_loader)
-        put("train_elbo", bound["elbo"], "elbo on the training images", 1, num_images=count)
-    _put_latents(put, vae, x, labels, train_loader, seed)
-    if not ((x == 0) | (x == 1)).all():
+        bound, _, _ = _bounds(vae, (batch for batch, _ in train_loader), seed)
+        error = _standard_error(bound)
+        card.put(
+            "train_elbo",
+            bound.mean().item(),
+            "elbo on the training images",
+            1,
+            standard_error=error,
+            num_images=len(bound),
+        )
+    if isinstance(vae.likelihood, Bernoulli) and not ((x == 0) | (x == 1)).all():
         floor = -torch.special.xlogy(x, x) - torch.special.xlogy(1 - x, 1 - x)
-        put(
+        card.put(
             "entropy_floor",
             -floor.flatten(1).sum(1),
             "reconstruction that no Bernoulli decoder of these grey pixels can exceed; "
             "grey and binarised figures do not compare",
             0,
         )
-    card["verdict"] = verdict(card, num_samples)
-    return card
+    _put_latents(card, vae, x, labels, train_loader)
+
+    said = []
+    if exact or (exact is None and vae.latent_dim <= 2):
+        try:
+            grid = exact_log_px(vae, x, progress=progress)
+        except ValueError as error:
+            said.append(
+                f"log p(x) could not be integrated: {error}. So there is no log_px_exact; log_px "
+                "is an estimate by importance sampling."
+            )
+        else:
+            card.put(
+                "log_px_exact",
+                grid.log_px,
+                f"log p(x) by integration over ±{grid.half_width:g}, squares down to "
+                f"{grid.side:.2g}",
+                0,
+                more={"residual": grid.residual},
+            )
+    estimate = importance_log_px(
+        vae, x, num_samples=num_samples, seed=seed, chunk=chunk, progress=progress
+    )
+    definition = "log p(x) by importance sampling from q(z|x); in expectation a lower bound"
+    card.put("log_px", estimate.log_px, definition, num_samples)
+    card.put(
+        "effective_samples",
+        estimate.effective_samples,
+        "(Σ w)² / Σ w² of the importance weights",
+        num_samples,
+        unit="samples",
+        more={"share_below_10": (estimate.effective_samples < 10).double().mean().item()},
+    )
+    _put_gap(card, vae, x, fit_images, num_samples, chunk, progress)
+    return Evaluation(
+        {**card.figures, "verdict": said + verdict(card.figures, num_samples)}, card.per_image
+    )
+
+
+class _Card:
+    """The card's figures as they come in."""
+
+    def __init__(self, images: int, seed: int) -> None:
+        self.images = images
+        self.seed = seed
+        self.figures: dict[str, Any] = {}
+        self.per_image: dict[str, Tensor] = {}
+
+    def put(
+        self,
+        name: str,
+        value: Any,
+        definition: str,
+        samples: int,
+        *,
+        unit: str = "nats per image",
+        of: Tensor | None = None,
+        standard_error: Any = None,
+        num_images: int | None = None,
+        more: dict[str, Any] | None = None,
+    ) -> None:
+        """Add a figure: a tensor is averaged, with its standard error; other values stand.
+
+        A tensor has one value per image, or per image that `of` numbers.
+        """
+        images = self.images if num_images is None else num_images
+        if isinstance(value, Tensor):
+            value = value.double()
+            images, standard_error = len(value), _standard_error(value)
+            each = value
+            if of is not None:
+                each = value.new_full((self.images,), math.nan)
+                each[of] = value
+            self.per_image[name] = each
+            value = value.mean().item()
+        self.figures[name] = {
+            "value": value,
+            "standard_error": standard_error,
+            "unit": unit,
+            "definition": definition,
+            "num_samples": samples,
+            "num_images": images,
+            "seed": self.seed,
+            **(more or {}),
+        }
 
 
 def _whole(vae: VAE, loader: Loader) -> tuple[Tensor, Tensor]:
@@ -326,27 +431,41 @@ def _standard_error(values: Tensor) -> float | None:
 
 
 @torch.no_grad()
-def _put_bound(put: Any, vae: VAE, x: Tensor, seed: int) -> None:
-    noise = seeded_generator(x.device, seed, _BOUND)
+def _bounds(vae: VAE, batches: Iterable[Tensor], seed: int) -> Tensor:
+    """The elbo, reconstruction and KL of each image from one draw of z: (3, N) nats, in double."""
+    device = next(vae.parameters()).device
+    noise = seeded_generator(device, seed, _BOUND)
     rows = []
-    for part in x.split(1000):  # bounds the decoder's memory
-        eps = torch.randn((1, len(part), vae.latent_dim), generator=noise, device=x.device)
-        terms = objective_terms(vae, part, eps.to(x.dtype), ObjectiveConfig())
-        rows.append(torch.stack([terms.elbo, terms.reconstruction, terms.kl]))
-    elbo, reconstruction, kl = torch.cat(rows, 1)
+    for batch in batches:
+        for part in batch.to(device).split(1000):  # bounds the decoder's memory
+            eps = torch.randn((1, len(part), vae.latent_dim), generator=noise, device=device)
+            terms = objective_terms(vae, part, eps.to(part.dtype), ObjectiveConfig())
+            rows.append(torch.stack([terms.elbo, terms.reconstruction, terms.kl]).double())
+    return torch.cat(rows, 1)
+
+
+@torch.no_grad()
+def _put_bound(card: _Card, vae: VAE, x: Tensor) -> None:
+    elbo, reconstruction, kl = _bounds(vae, [x], card.seed)
     analytic = isinstance(vae.prior, StandardNormal)
-    put("elbo", elbo, "reconstruction - kl, a lower bound on log p(x)", 1)
-    put("reconstruction", reconstruction, "E_q log p(x|z), summed over pixels", 1)
+    card.put("elbo", elbo, "reconstruction - kl, a lower bound on log p(x)", 1)
+    card.put("reconstruction", reconstruction, "E_q log p(x|z), summed over pixels", 1)
     how = "in closed form" if analytic else "a Monte Carlo estimate from one draw of z"
-    put("kl", kl, f"KL(q(z|x) || p(z)), {how}", 0 if analytic else 1)
+    card.put("kl", kl, f"KL(q(z|x) || p(z)), {how}", 0 if analytic else 1)
     mean, logvar = vae.encode(x)
     if analytic:
-        per_dim = kl_per_dim(mean, logvar).mean(0)
-        put("kl_per_dim", per_dim.tolist(), "the KL of each latent dimension", 0)
+        per_dim = kl_per_dim(mean, logvar)
+        card.put(
+            "kl_per_dim",
+            per_dim.mean(0).tolist(),
+            "the KL of each latent dimension",
+            0,
+            standard_error=[_standard_error(kl) for kl in per_dim.T],
+        )
     if len(x) == 1:  # nothing varies
         return
     variance = mean.var(0)
-    put(
+    card.put(
         "active_units",
         int((variance > ACTIVE_UNIT_VARIANCE).sum()),
         f"latent dimensions whose posterior mean varies by more than {ACTIVE_UNIT_VARIANCE} "
@@ -354,49 +473,79 @@ def _put_bound(put: Any, vae: VAE, x: Tensor, seed: int) -> None:
         + ("" if analytic else "; a learned prior leaves the scale of z free, and this count too"),
         0,
         unit=f"of {vae.latent_dim} dimensions",
-        variance_per_dim=variance.tolist(),
+        more={"variance_per_dim": variance.tolist()},
     )
 
 
 def _put_gap(
-    put: Any, vae: VAE, x: Tensor, exact: Tensor | None, num_samples: int, chunk: int, seed: int
+    card: _Card, vae: VAE, x: Tensor, fit_images: int, num_samples: int, chunk: int, progress: bool
 ) -> None:
+    seed, known = card.seed, card.per_image
+    exact = known.get("log_px_exact")
+    if exact is None:
+        card.put(
+            "gap",
+            known["log_px"] - known["elbo"],
+            "log_px - elbo; in expectation log_px is too low, and so is this gap",
+            num_samples,
+        )
+    else:
+        card.put("gap", exact - known["elbo"], "log_px_exact - elbo", 1)
+
+    choice = torch.randperm(len(x), generator=seeded_generator("cpu", seed, _CHOICE))
+    chosen = choice[:fit_images].sort().values.to(x.device)
+    x = x[chosen]
     with torch.no_grad():
         encoder_elbo = posterior_elbo(vae, x, *vae.encode(x), seed=seed)
-    mean, logvar = fit_posterior(vae, x, seed=seed)
+    mean, logvar = fit_posterior(vae, x, seed=seed, progress=progress)
     best_elbo = posterior_elbo(vae, x, mean, logvar, seed=seed)
     if exact is None:
         # the fitted posterior, widened to cover the tails, proposes better than the encoder
         wider = (mean, logvar + 2 * math.log(1.2))
         log_px = importance_log_px(
-            vae, x, num_samples=num_samples, seed=seed, chunk=chunk, proposal=wider
+            vae,
+            x,
+            num_samples=num_samples,
+            seed=seed,
+            chunk=chunk,
+            proposal=wider,
+            progress=progress,
         ).log_px
         how = (
             f"log p(x) by {num_samples} importance samples from the best Gaussian posteriors, a "
             "fifth wider: in expectation too low, and so is this gap"
         )
     else:
-        log_px, how = exact[: len(x)], "log p(x) by integration"
-    put("gap", log_px - encoder_elbo, f"log p(x) - elbo; {how}", 1000)
-    put(
+        log_px, how = exact[chosen], "log p(x) by integration"
+    card.put(
+        "fitted_gap",
+        log_px - encoder_elbo,
+        f"log p(x) - elbo of {len(x)} images, drawn at random by the seed; the sum of the "
+        f"approximation_gap and the amortisation_gap, which are of the same images; {how}",
+        1000,
+        of=chosen,
+    )
+    card.put(
         "approximation_gap",
         log_px - best_elbo,
         f"log p(x) - elbo of each image's best Gaussian posterior (Cremer et al., 2018); {how}",
         1000,
+        of=chosen,
     )
-    put(
+    card.put(
         "amortisation_gap",
         best_elbo - encoder_elbo,
         "elbo of the best Gaussian posterior - elbo of the encoder's (Cremer et al., 2018)",
         1000,
+        of=chosen,
     )
 
 
 def _put_latents(
-    put: Any, vae: VAE, x: Tensor, labels: Tensor, train_loader: Loader | None, seed: int
+    card: _Card, vae: VAE, x: Tensor, labels: Tensor, train_loader: Loader | None
 ) -> None:
-    information, marginal = aggregate_kl(vae, x, seed=seed)
-    put(
+    information, marginal = aggregate_kl(vae, x, seed=card.seed)
+    card.put(
         "mutual_information",
         information,
         f"I(x; z) in the mean KL (Hoffman, Johnson, 2016); at most log N = {math.log(len(x)):.2f}",
@@ -404,7 +553,7 @@ def _put_latents(
     )
     full = information.mean() > math.log(len(x)) - 0.5
     note = "; only an upper bound, as I(x; z) stands at its ceiling of log N" if full else ""
-    put("marginal_kl", marginal, f"KL(q(z) || p(z)), the rest of the mean KL{note}", 1)
+    card.put("marginal_kl", marginal, f"KL(q(z) || p(z)), the rest of the mean KL{note}", 1)
     if train_loader is None:
         return
     try:
@@ -420,6 +569,8 @@ def _put_latents(
     classes, train_classes = labels.cpu().numpy(), train_labels.cpu().numpy()
     if len(np.unique(train_classes)) < 2 or len(train_means) < 10:
         return  # nothing to tell apart
+    if not (np.isfinite(train_means).all() and np.isfinite(means).all()):
+        return  # the classifiers would raise
     probes = {
         "linear_probe_accuracy": (
             "logistic regression",
@@ -429,7 +580,7 @@ def _put_latents(
     }
     for name, (words, probe) in probes.items():
         right = probe.fit(train_means, train_classes).predict(means) == classes
-        put(
+        card.put(
             name,
             torch.from_numpy(right).double(),
             f"labels that {words} on the training images' posterior means finds",
@@ -439,7 +590,10 @@ def _put_latents(
 
 
 def verdict(card: dict[str, Any], num_samples: int) -> list[str]:
-    """What the card's figures mean, in sentences, each with something to try."""
+    """What the card's figures mean, in sentences, each with something to try.
+
+    Figures that a sentence compares are of the same images, or it names their counts.
+    """
     value = {name: entry["value"] for name, entry in card.items()}
     said = []
     active = value.get("active_units")  # None on the card of one image
@@ -457,17 +611,25 @@ def verdict(card: dict[str, Any], num_samples: int) -> list[str]:
             "objective.free_bits or objective.beta_warmup_epochs may bring them to use."
         )
     if "train_elbo" in value:
-        gap = value["train_elbo"] - value["elbo"]
-        if gap > 3:
+        lead = value["train_elbo"] - value["elbo"]
+        error = _joint_error(card, "train_elbo", "elbo")
+        if lead > max(3, 2 * error):
             said.append(
-                f"The training bound is {gap:.1f} nats better than the test bound: overfitting. "
-                "Try data.binarize=dynamic, fewer epochs, train.ema or a smaller model."
+                f"The bound of the {card['train_elbo']['num_images']:,} training images is "
+                f"{lead:.1f} ± {error:.1f} nats better than that of the "
+                f"{card['elbo']['num_images']:,} evaluated ones: the model or its encoder overfits."
+                " Try data.binarize=dynamic, fewer epochs, train.ema or a smaller model."
             )
     poor = card["effective_samples"]["share_below_10"]
-    if poor > 0.01:
+    if num_samples < _FEW_SAMPLES:
+        said.append(
+            f"log_px comes from {num_samples} samples per image, too few to tell how far it is "
+            "below the truth. Try eval.num_samples=1000 or more."
+        )
+    elif poor > 0.01:
         said.append(
             f"log_px is not to be trusted for {100 * poor:.0f}% of the images, which have fewer "
-            f"than 10 effective samples of {num_samples}. Try a larger eval.num_samples."
+            f"than 10 effective samples of {num_samples:,}. Try a larger eval.num_samples."
         )
     if "log_px_exact" in value:
         off = value["log_px"] - value["log_px_exact"]
@@ -475,14 +637,29 @@ def verdict(card: dict[str, Any], num_samples: int) -> list[str]:
             f"Importance sampling is {abs(off):.3f} nats {'above' if off > 0 else 'below'} the "
             "integral, which is the truth here."
         )
-    if value["gap"] > 1:
-        larger = max("approximation_gap", "amortisation_gap", key=lambda name: value[name])
-        remedy = (
-            "a Gaussian fits the true posterior badly: more latent dimensions or objective=iwae"
-            if larger == "approximation_gap"
-            else "the encoder does not find the best Gaussian: a larger or longer trained encoder"
-        )
-        said.append(
-            f"Most of the bound's gap of {value['gap']:.1f} nats is the {larger}: {remedy}."
-        )
+    if value["fitted_gap"] > 1:
+        parts = ("approximation_gap", "amortisation_gap")
+        larger, smaller = sorted(parts, key=lambda name: value[name], reverse=True)
+        remedies = {
+            "approximation_gap": "a Gaussian fits the true posterior badly. Try more latent "
+            "dimensions or objective=iwae",
+            "amortisation_gap": "the encoder does not find the best Gaussian. Try a larger or "
+            "longer trained encoder",
+        }
+        images = card["fitted_gap"]["num_images"]
+        whose = f"the bound's gap of {value['fitted_gap']:.1f} nats ({images:,} images)"
+        if value[larger] - value[smaller] > 2 * _joint_error(card, larger, smaller):
+            said.append(f"Most of {whose} is the {larger}: {remedies[larger]}.")
+        else:
+            said.append(
+                f"Neither part of {whose} is clearly the larger: approximation_gap "
+                f"{value['approximation_gap']:.1f}, amortisation_gap "
+                f"{value['amortisation_gap']:.1f}. A larger eval.fit_images tells them apart."
+            )
     return said
+
+
+def _joint_error(card: dict[str, Any], *names: str) -> float:
+    """Standard error of a sum or difference of independent figures; infinite where one has none."""
+    errors = [card[name]["standard_error"] for name in names]
+    return math.inf if None in errors else math.hypot(*errors)

@@ -112,7 +112,7 @@ class RunLog:
 
         They are in their files when this returns: the checkpoint that follows counts on them.
         """
-        with self._metrics.open("a") as file:
+        with self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
         epoch = metrics["epoch"]
         for name, value in metrics.items():

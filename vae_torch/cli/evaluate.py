@@ -5,7 +5,9 @@ Printed, written to evaluation.json, added to TensorBoard.
 
 import hashlib
 import json
+import textwrap
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,28 @@ from vae_torch.cli.line import parser, settings_of
 from vae_torch.cli.messages import leave_disk_errors_to_main, refuse, shown, tell_interrupts
 from vae_torch.config import ConfigError, EvaluateConfig
 
-_NOT_PRINTED = ("kl_per_dim", "verdict", "data", "checkpoint")
+_WIDTH = 100  # columns of the printed card
+_LABEL = 22  # of them for the names
+
+# What each figure is, in a few words; the card has the whole definitions.
+_MEANINGS = {
+    "elbo": "lower bound on log p(x)",
+    "reconstruction": "E log p(x|z), z from q(z|x)",
+    "kl": "KL(q(z|x) || p(z))",
+    "active_units": "latents that vary with the image",
+    "train_elbo": "elbo of the training images",
+    "entropy_floor": "highest possible reconstruction",
+    "mutual_information": "I(x; z), the first part of kl",
+    "marginal_kl": "KL(q(z) || p(z)), the second part",
+    "linear_probe_accuracy": "labels found from z, linearly",
+    "knn_accuracy": "labels found by 10 neighbours",
+    "log_px_exact": "log p(x) by integration",
+    "log_px": "log p(x) by {samples:,} samples each",
+    "effective_samples": "of {samples:,} per image",
+    "fitted_gap": "gap of images drawn at random",
+    "approximation_gap": "its part due to Gaussian q(z|x)",
+    "amortisation_gap": "its part due to the encoder",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -48,10 +71,9 @@ def evaluate_run(config: EvaluateConfig) -> None:
         write_atomically,
     )
     from vae_torch.data import data_hash, image_dataset, loaders_of
-    from vae_torch.evaluate import evaluate_model
+    from vae_torch.evaluate import evaluate_images
     from vae_torch.figures import log_px_map
     from vae_torch.machine import resolve_device, set_products, tune_cpu
-    from vae_torch.quadrature import exact_log_px
     from vae_torch.runlog import add_evaluation
 
     tune_cpu(None)
@@ -79,7 +101,13 @@ def evaluate_run(config: EvaluateConfig) -> None:
         run_config.data.limit_test = config.eval.limit
         _, test_loader = loaders_of(run_config, device)
         hashes["test"] = data_hash(test_loader)
-    card = evaluate_model(
+    test_set = image_dataset(test_loader)
+    written = run_dir / "evaluation.json"
+    integrates = vae.latent_dim <= 2 and config.eval.exact is not False
+    replaced = refuse_smaller(config, len(test_set), integrates)
+    few = min(max(8, config.eval.chunk // config.eval.num_samples), 256)
+    tell_duration(vae, test_set.first(few)[0], len(test_set), config)
+    card, per_image = evaluate_images(
         vae,
         test_loader,
         train_loader=train_loader,
@@ -103,32 +131,120 @@ def evaluate_run(config: EvaluateConfig) -> None:
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
     }
     print_card(card)
-    written = run_dir / "evaluation.json"
     write_atomically(written, (json.dumps(card, indent=2) + "\n").encode())
     picture = None
-    if vae.latent_dim == 2 and config.eval.exact is not False:
-        x, _ = image_dataset(test_loader).first(2000)
-        picture = log_px_map(vae, x, exact_log_px(vae, x).log_px)
+    if vae.latent_dim == 2 and "log_px_exact" in per_image:
+        x, _ = test_set.first(2000)
+        picture = log_px_map(vae, x, per_image["log_px_exact"][: len(x)])
     add_evaluation(run_dir, card, epoch, picture)
-    print(f"\nwritten to {shown(written.resolve())}")
+    print(f"\nwritten to {shown(written.resolve())}{replaced}")
+
+
+def refuse_smaller(config: EvaluateConfig, images: int, integrates: bool) -> str:
+    """Keep a card of this checkpoint that knows more than the next one would.
+
+    Returns:
+        What to say of the card that will be replaced; nothing where there is none.
+
+    Raises:
+        ConfigError: The card that is there has more images or samples, or an integral.
+    """
+    asked, path = config.eval, Path(config.run) / "evaluation.json"
+    try:
+        card = json.loads(path.read_text("utf-8"))
+        name, sha256 = (card["checkpoint"][key] for key in ("name", "sha256"))
+        had = {
+            "images": int(card["log_px"]["num_images"]),
+            "importance samples": int(card["log_px"]["num_samples"]),
+            "fitted images": int(card["approximation_gap"]["num_images"]),
+        }
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError, KeyError, TypeError):
+        return ", in place of a damaged one"
+    checkpoint = path.parent / "checkpoints" / f"{name}.pt"
+    have = hashlib.sha256(checkpoint.read_bytes()).hexdigest() if checkpoint.exists() else None
+    words = f"a card of checkpoint {name}: " + ", ".join(f"{n:,} {key}" for key, n in had.items())
+    asks = {
+        "images": images,
+        "importance samples": asked.num_samples,
+        "fitted images": min(asked.fit_images, images),
+    }
+    fewer = [f"{asks[key]:,} {key}" for key, n in had.items() if asks[key] < n]
+    if "log_px_exact" in card and not integrates:
+        fewer.append("no log_px_exact")
+    if have == sha256 and fewer and not asked.overwrite:
+        raise ConfigError(
+            f"{path}: holds {words}; this one would have {', '.join(fewer)}; "
+            "add eval.overwrite=true to replace it"
+        )
+    return f", in place of {words}"
+
+
+def tell_duration(vae: Any, x: Any, images: int, config: EvaluateConfig) -> None:
+    """Say how long the longest part will take, judged by a few images.
+
+    Args:
+        vae: The model.
+        x: The few.
+        images: How many there are in all.
+        config: The settings.
+    """
+    from vae_torch.evaluate import importance_log_px
+
+    samples, chunk = config.eval.num_samples, config.eval.chunk
+    took = 0.0
+    for _ in range(2):  # the first time warms up
+        began = time.perf_counter()
+        importance_log_px(vae, x, num_samples=samples, chunk=chunk).log_px.sum().item()
+        took = time.perf_counter() - began
+    seconds = took * images / len(x)
+    words = (
+        "a few seconds"
+        if seconds < 10
+        else f"about {seconds:.0f} seconds"
+        if seconds < 100
+        else f"about {seconds / 60:.0f} minutes"
+        if seconds < 6000
+        else f"about {seconds / 3600:.1f} hours"
+    )
+    print(f"log p(x) of {images:,} images, {samples:,} samples each: {words}", flush=True)
 
 
 def print_card(card: dict[str, Any]) -> None:
-    """The card as a table, then its verdict."""
-    data = card["data"]
-    print(f"{data['name']}, {data['split']} images, binarize={data['binarize']}\n")
+    """The card as a table, then its verdict, in lines of at most a hundred characters."""
+    data, checkpoint = card["data"], card["checkpoint"]
+    print(
+        f"\n{data['name']}, {data['split']} images, binarize={data['binarize']}; "
+        f"checkpoint {checkpoint['name']} of epoch {checkpoint['epoch']}\n"
+    )
     for name, entry in card.items():
-        if name in _NOT_PRINTED:
-            continue
-        error = entry["standard_error"]
-        value = f"{entry['value']:10.3f}" if isinstance(entry["value"], float) else entry["value"]
-        spread = f"± {error:.3f}" if error is not None else ""
-        unit = "nats" if entry["unit"] == "nats per image" else entry["unit"]
-        print(f"{name:22}{value:>10} {spread:9} {unit:18}  {entry['definition']}")
-    if "kl_per_dim" in card:
-        dims = sorted(card["kl_per_dim"]["value"], reverse=True)
-        listed = " ".join(f"{kl:.2f}" for kl in dims[:20]) + (" ..." if len(dims) > 20 else "")
-        print(f"{'kl_per_dim':22}{listed}")
+        if name == "kl_per_dim":
+            dims = [f"{kl:9.3f}" for kl in sorted(entry["value"], reverse=True)]
+            for start in range(0, len(dims), 7):
+                print(f"{'' if start else name:{_LABEL}} {' '.join(dims[start : start + 7])}")
+        elif isinstance(entry, dict) and "definition" in entry:
+            print(_line(name, entry, card))
     print()
     for sentence in card["verdict"]:
-        print(f"- {sentence}")
+        print(_wrapped(sentence, "- ", "  "))
+
+
+def _line(name: str, entry: dict[str, Any], card: dict[str, Any]) -> str:
+    """One figure: value ± standard error, unit, of how many images, what it is."""
+    value, error = entry["value"], entry["standard_error"]
+    number = f"{value:.3f}" if isinstance(value, float) else str(value)
+    spread = f"± {error:.3f}" if error is not None else ""
+    unit = {"nats per image": "nats", "share of images": "share"}.get(entry["unit"], entry["unit"])
+    unit = unit.removesuffix(" dimensions")
+    images = entry["num_images"]
+    count = f"{images:,} image{'s' if images > 1 else ''}"
+    meaning = _MEANINGS.get(name, "").format(samples=entry["num_samples"]) or entry["definition"]
+    if name == "gap":
+        meaning = "log_px_exact - elbo" if "log_px_exact" in card else "log_px - elbo"
+    line = f"{name:{_LABEL}} {number:>9} {spread:8} {unit:7} {count:14} {meaning}"
+    return line if len(line) <= _WIDTH else f"{line[: _WIDTH - 3]}..."
+
+
+def _wrapped(text: str, first: str, others: str) -> str:
+    return textwrap.fill(text, _WIDTH, initial_indent=first, subsequent_indent=others)

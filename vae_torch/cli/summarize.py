@@ -4,13 +4,29 @@ python scripts/summarize.py DIR [--metric log_px] [--group-by KEY ...] [--where 
 """
 
 import argparse
+import json
+import shlex
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vae_torch.checkpoint import write_atomically
-from vae_torch.cli.messages import Parser, make_folder, refuse, shown, tell_interrupts
+from vae_torch.cli.messages import Parser, make_folder, program, refuse, shown, tell_interrupts
 from vae_torch.figures import save_png
-from vae_torch.sweep import SweepError, plots, read_runs, summarize, to_csv, to_markdown
+from vae_torch.sweep import (
+    SweepError,
+    plots,
+    read_runs,
+    summarize_each,
+    to_csv,
+    to_markdown,
+    why_apart,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -19,26 +35,59 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     folder = Path(options.folder)
     try:
-        runs = read_runs(folder)
-        summary = summarize(
-            runs, metric=options.metric, group_by=options.group_by, where=options.where
+        summaries = summarize_each(
+            read_runs(folder),
+            metric=options.metric,
+            group_by=options.group_by,
+            where=options.where,
+            higher_is_better=options.higher_is_better,
         )
     except SweepError as error:
         refuse(str(error))
     out = Path(options.out or folder)
     make_folder("--out", out)
-    text = to_markdown(summary, folder)
+    several = len(summaries) > 1
+    note = f"{why_apart(summaries)}\n\n" if several else ""
+    text = note + "\n".join(to_markdown(summary, folder) for summary in summaries)
     print(text)
-    written = ["summary.md", "summary.csv"]
+    question = f"`{program()} {shlex.join(arguments or sys.argv[1:])}`\n\n"
+    pictures = {
+        f"{i}_{name}" if several else name: figure
+        for i, summary in enumerate(summaries, 1)
+        if not several or len(summary.rows) > 1
+        for name, figure in plots(summary).items()
+    }
     try:
-        write_atomically(out / "summary.md", text.encode())
-        write_atomically(out / "summary.csv", to_csv(summary).encode())
-        for name, figure in plots(summary).items():
-            save_png(figure, out / f"{name}.png")
-            written.append(f"{name}.png")
+        write_atomically(out / "summary.md", (question + text).encode())
+        write_atomically(out / "summary.csv", to_csv(*summaries).encode())
+        write_pictures(out / "summary", pictures)
     except OSError as error:
         refuse(f"--out={out}: cannot be written ({error.strerror}); choose another folder")
+    written = ["summary.md", "summary.csv"]
+    if pictures:
+        written.append(f"summary/ ({len(pictures)} pictures)")
     print(f"written to {shown(out.resolve())}: {', '.join(written)}")
+
+
+def write_pictures(folder: Path, pictures: "dict[str, Figure]") -> None:
+    """Write the pictures of this question, and take away those of the last one.
+
+    `pictures.json` lists what was written, so that nothing else is ever deleted.
+    """
+    record = folder / "pictures.json"
+    with suppress(FileNotFoundError, ValueError, TypeError):
+        for name in json.loads(record.read_text("utf-8")):
+            (folder / Path(name).name).unlink(missing_ok=True)
+        record.unlink()
+    if not pictures:
+        with suppress(OSError):  # not there, or others' files in it
+            folder.rmdir()
+        return
+    folder.mkdir(exist_ok=True)
+    names = [f"{name}.png" for name in pictures]
+    write_atomically(record, (json.dumps(names, indent=2) + "\n").encode())
+    for name, figure in zip(names, pictures.values(), strict=True):
+        save_png(figure, folder / name)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -51,4 +100,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--where", nargs="+", default=[], metavar="KEY=VALUE", help="only these runs"
     )
     parser.add_argument("--out", metavar="DIR", help="where the files go; DIR itself if left out")
+    direction = parser.add_mutually_exclusive_group()
+    direction.add_argument(
+        "--higher-is-better",
+        action="store_const",
+        const=True,
+        help="rank by a metric whose direction is not known",
+    )
+    direction.add_argument(
+        "--lower-is-better", action="store_const", const=False, dest="higher_is_better"
+    )
     return parser.parse_args(arguments)
