@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from PIL import Image
 
 from vae_torch import VAE
@@ -127,8 +129,54 @@ def test_spherical_way_keeps_norm_and_pace():
         (way[1:] * way[:-1]).sum(1) / 9, torch.full((6,), np.cos(np.pi / 12))
     )
     torch.testing.assert_close(way[[0, -1]], torch.stack([start, end]))
-    opposite = spherical_interpolation(start, -start, steps=3)
-    torch.testing.assert_close(opposite[1], torch.zeros(3))
+
+
+NUMBERS = st.floats(-100, 100, allow_nan=False, width=32)
+
+
+@st.composite
+def pairs_of_latents(draw):
+    """Two latents of one to twenty dimensions; often in opposite directions, or zero."""
+    latent_dim = draw(st.integers(1, 20))
+    vectors = st.lists(NUMBERS, min_size=latent_dim, max_size=latent_dim).map(torch.tensor)
+    start = draw(vectors)
+    multiple = st.sampled_from([-2.0, -1.0, -1 / 3, 0.0, 0.5]).map(lambda by: by * start)
+    nearly = multiple.map(lambda v: v * (1 + 1e-6 * torch.arange(latent_dim)))
+    return start, draw(st.one_of(vectors, multiple, nearly))
+
+
+@given(pairs_of_latents())
+@example((torch.tensor([2.18, 0.1]), torch.tensor([-1.1, 0.01])))
+def test_spherical_way_never_leaves_the_ring_between_its_ends(ends):
+    way = spherical_interpolation(*ends, steps=11)
+    torch.testing.assert_close(way[[0, -1]], torch.stack(ends), rtol=1e-5, atol=1e-4)
+    expected = np.linspace(*(np.linalg.norm(end.double()) for end in ends), 11)
+    np.testing.assert_allclose(way.double().norm(dim=1), expected, rtol=1e-5, atol=1e-6)
+
+
+@given(st.complex_numbers(min_magnitude=0.1, max_magnitude=50), st.floats(-3.1, 3.1),
+       st.floats(0.1, 50), st.integers(2, 12))  # fmt: skip
+def test_spherical_way_in_a_plane_is_that_of_complex_numbers(start, angle, length, latent_dim):
+    t = torch.linspace(0, 1, 9, dtype=torch.float64)
+    turned = (
+        (abs(start) + t * (length - abs(start))) * start / abs(start) * torch.exp(1j * angle * t)
+    )
+    torch.manual_seed(latent_dim)
+    plane = torch.linalg.qr(torch.randn(latent_dim, 2, dtype=torch.float64)).Q  # (latent_dim, 2)
+    expected = torch.view_as_real(turned) @ plane.T
+    way = spherical_interpolation(expected[0], expected[-1], steps=9)
+    torch.testing.assert_close(way, expected, rtol=0, atol=1e-9 * 50)
+
+
+def test_spherical_way_where_no_arc_is_given():
+    start = torch.tensor([3.0, 0.0, 4.0])
+    opposite = spherical_interpolation(start, -2 * start, steps=3)[1]
+    torch.testing.assert_close(opposite, torch.tensor([0.0, 7.5, 0.0]))
+    zero = spherical_interpolation(torch.zeros(3), start, steps=3)
+    torch.testing.assert_close(zero, torch.tensor([0.0, 0.5, 1.0])[:, None] * start)
+    assert not spherical_interpolation(torch.zeros(3), torch.zeros(3), steps=3).any()
+    one = spherical_interpolation(torch.tensor([-1.0]), torch.tensor([3.0]), steps=5)
+    torch.testing.assert_close(one[:, 0], torch.tensor([-1.0, -1.5, 2.0, 2.5, 3.0]))
 
 
 def test_interpolation_ends_at_the_reconstructions(small_vae):
@@ -141,6 +189,8 @@ def test_interpolation_ends_at_the_reconstructions(small_vae):
         np.testing.assert_allclose(shown[[1, -2]], expected, atol=1e-6)
     with pytest.raises(ValueError, match="two ends"):
         interpolation_figure(small_vae, torch.rand(3, 784))
+    one = interpolation_figure(VAE(latent_dim=1, intermediate_dim=4), x)
+    assert names_of(one.axes[0].yaxis) == ["straight"]
 
 
 def test_kl_bars_have_the_heights_of_the_divergence():

@@ -223,10 +223,11 @@ def traversal_figure(
 
 @torch.no_grad()
 def interpolation_figure(vae: VAE, x: Tensor, *, steps: int = 9) -> "Figure":
-    """The way from one image to another in latent space: straight, and on a sphere.
+    """The way from one image to another in latent space: straight, and around the origin.
 
     In many dimensions the prior's mass lies on a shell, which a straight way leaves; the spherical
-    one (White, *Sampling Generative Networks* (2016), section 2.1) stays on it.
+    one (White, *Sampling Generative Networks* (2016), section 2.1) stays on it. One latent has the
+    straight way alone.
 
     Args:
         vae: The model.
@@ -239,10 +240,9 @@ def interpolation_figure(vae: VAE, x: Tensor, *, steps: int = 9) -> "Figure":
     if len(x) != 2:
         raise ValueError(f"x has shape {tuple(x.shape)}; an interpolation has two ends")
     means, _ = _posterior(vae, x)
-    ways = {
-        "straight": torch.lerp(means[0], means[1], torch.linspace(0, 1, steps)[:, None]),
-        "spherical": spherical_interpolation(means[0], means[1], steps=steps),
-    }
+    ways = {"straight": torch.lerp(means[0], means[1], torch.linspace(0, 1, steps)[:, None])}
+    if vae.latent_dim > 1:
+        ways["spherical"] = spherical_interpolation(means[0], means[1], steps=steps)
     start, end = squares(x.flatten(1)).split(1)
     between = [""] * (steps // 2) + ["decoded on the way"] + [""] * (steps - steps // 2 - 1)
     return _tiles(
@@ -253,16 +253,43 @@ def interpolation_figure(vae: VAE, x: Tensor, *, steps: int = 9) -> "Figure":
 
 
 def spherical_interpolation(start: Tensor, end: Tensor, *, steps: int) -> Tensor:
-    """From `start` to `end` (latent_dim,) along the arc between them: (steps, latent_dim).
+    """From `start` to `end` around the origin: directions along an arc, lengths linearly.
 
-    Where the two point the same or the opposite way there is no one arc, and the way is straight.
+    After White (2016), section 2.1, whose weights are of vectors of one length: with other lengths
+    they lead far out where the angle is large. Here no point lies nearer to the origin than both
+    ends or farther away. Where no arc is given, these are the choices:
+
+    - Opposite directions: half a circle through the axis that is nearest to a right angle.
+    - A zero vector has no direction: the way is straight.
+    - One dimension: a circle of two points. The way jumps from one side to the other halfway.
+
+    Args:
+        start: (latent_dim,).
+        end: (latent_dim,).
+        steps: Points on the way, ends included.
+
+    Returns:
+        (steps, latent_dim).
     """
-    t = torch.linspace(0, 1, steps).to(start)[:, None]
-    cosine = torch.nn.functional.cosine_similarity(start, end, dim=0).clamp(-1, 1)
-    angle = cosine.acos()
-    if angle.sin() < 1e-4:
-        return torch.lerp(start, end, t)
-    return (((1 - t) * angle).sin() * start + (t * angle).sin() * end) / angle.sin()
+    t = torch.linspace(0, 1, steps, dtype=torch.float64, device=start.device)[:, None]
+    ends = torch.stack([start, end]).double()
+    lengths = torch.linalg.vector_norm(ends, dim=1, keepdim=True)
+    first, last = torch.where(lengths > 0, ends / lengths, ends.flip(0) / lengths.flip(0))
+    if not lengths.any():
+        directions = ends[:1]
+    elif len(first) == 1:
+        directions = torch.where(t < 0.5, first, last)
+    else:
+        # 2 atan2 keeps its digits near 0 and π, where acos of a cosine loses half of them
+        apart, joint = (torch.linalg.vector_norm(v) for v in (last - first, last + first))
+        side = last - (first @ last) * first
+        if torch.linalg.vector_norm(side) < 1e-12:  # the same direction, or opposite ones
+            axis = torch.nn.functional.one_hot(first.abs().argmin(), len(first)).to(first)
+            side = axis - (first @ axis) * first
+        angle = 2 * t * torch.atan2(apart, joint)
+        directions = angle.cos() * first + angle.sin() * torch.nn.functional.normalize(side, dim=0)
+        directions = torch.nn.functional.normalize(directions, dim=1)
+    return (torch.lerp(lengths[0], lengths[1], t) * directions).to(start)
 
 
 def kl_figure(vae: VAE, x: Tensor) -> "Figure":
