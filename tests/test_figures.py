@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -5,6 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests.conftest import REPOSITORY
 from vae_torch import VAE
 from vae_torch.figures import (
     growth_frame,
@@ -201,7 +207,73 @@ def test_kl_bars_have_the_heights_of_the_divergence():
     kl = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).mean(0)
     heights = [bar.get_height() for bar in axes.patches]
     np.testing.assert_allclose(heights, kl.sort(descending=True).values, atol=1e-5, rtol=1e-4)
-    assert axes.get_title().startswith("2 of 4 dimensions active")
+    assert axes.get_title() == "2 of 4 dimensions active"
+    for bar, dimension in zip(axes.patches, kl.argsort(descending=True), strict=True):
+        active = mean[:, dimension].var() > 0.01
+        assert bar in axes.containers[0 if active else 1]
+        assert axes.containers[0 if active else 1].get_label() == (
+            "active" if active else "inactive"
+        )
+
+
+def test_kl_bars_show_their_activity_where_it_is_not_the_order_of_their_height():
+    """A constant mean costs nats and says nothing."""
+    vae = active_in([0], latent_dim=3)
+    with torch.no_grad():
+        vae.encoder.mean.bias[2] = 4.0  # 8 nats
+    axes = kl_figure(vae, torch.rand(200, 784)).axes[0]
+    assert names_of(axes.xaxis)[0] == "3"
+    active, inactive = ([bar.get_x() for bar in bars] for bars in axes.containers)
+    assert active[0] > inactive[0]
+    assert not axes.lines
+
+
+@pytest.mark.parametrize("latent_dim", [1, 2, 10, 40, 100])
+def test_kl_bars_fill_their_picture_and_their_names_can_be_read(latent_dim):
+    figure = kl_figure(active_in(range(latent_dim), latent_dim), torch.rand(50, 784))
+    image, axes = to_pixels(figure), figure.axes[0]
+    bars = axes.patches
+    low, high = axes.get_xlim()
+    assert len(bars) == latent_dim
+    assert sum(bar.get_width() for bar in bars) / (high - low) > (0.3 if latent_dim == 1 else 0.6)
+    assert bars[0].get_height() > 0.8 * axes.get_ylim()[1]
+    assert 300 < image.shape[1] <= 1100
+    names = [label.get_window_extent() for label in axes.get_xticklabels()]
+    assert all(a.x1 < b.x0 for a, b in pairwise(names))
+    shown = [axes.title, *names, *axes.texts]
+    for box in (text if hasattr(text, "x0") else text.get_window_extent() for text in shown):
+        assert box.x0 >= 0
+        assert box.x1 <= image.shape[1]
+
+
+@pytest.mark.parametrize("latent_dim", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 2])
+def test_pictures_of_one_or_two_images(latent_dim, count):
+    vae, x, labels = active_in([0], latent_dim), torch.rand(count, 784), torch.zeros(count).long()
+    pictures = {
+        "reconstructions": reconstruction_figure(vae, x),
+        "latent": latent_scatter(vae, x, labels),
+        "traversal": traversal_figure(vae, x, steps=3),
+        "kl": kl_figure(vae, x),
+    }
+    if latent_dim == 2:
+        pictures["map"] = log_px_map(vae, x, torch.linspace(-200, -100, count))
+    for name, figure in pictures.items():
+        width = to_pixels(figure).shape[1]
+        for text in [*figure.texts, figure.axes[0].title]:
+            box = text.get_window_extent()
+            assert box.x0 > -1, (name, text)
+            assert box.x1 < width + 1, (name, text)
+    assert np.isfinite(pictures_of(pictures["traversal"], 0, 3)).all()
+    axes = pictures["latent"].axes[0]
+    (places,) = [points.get_offsets() for points in axes.collections]
+    assert axes.get_ylim()[0] < places[:, 1].min() <= places[:, 1].max() < axes.get_ylim()[1]
+    noun = "image" if count == 1 else "images"
+    assert axes.get_title().startswith(f"Posterior means of {count} test {noun}")
+    if count == 1:  # nothing varies over one image, whatever the model
+        assert "no dimension is active" not in axes.get_title()
+        assert pictures["kl"].axes[0].get_title() == "one image: activity unknown"
+        assert "active" not in pictures["traversal"].get_supxlabel()
 
 
 def test_scatter_takes_the_two_most_active_dimensions():
@@ -230,6 +302,36 @@ def test_no_class_name_hides_another():
     wide = max(high - low for low, high in (axes.get_xlim(), axes.get_ylim()))
     assert len(places) == 10
     assert torch.pdist(places).min() > wide / 30
+
+
+def test_numbers_tell_more_classes_than_there_are_colours():
+    x, labels = torch.rand(470, 784), torch.arange(470) % 47
+    axes = latent_scatter(active_in([0, 1], 2), x, labels).axes[0]
+    assert sorted(int(text.get_text()) for text in axes.texts) == list(range(47))
+    assert axes.get_legend() is None
+    one = latent_scatter(active_in([0], 1), x, labels).axes[0]
+    assert one.get_ylabel() == "class"
+    assert not one.texts  # the axis has them
+
+
+def test_the_first_picture_on_a_machine_tells_nothing_of_fonts(tmp_path):
+    """Whoever listens at INFO, as a run's log does; and the level is as it was."""
+    script = """if True:
+        import logging, torch
+        logging.basicConfig(level=logging.INFO)
+        from vae_torch import VAE
+        from vae_torch.figures import kl_figure, to_png
+        logger = logging.getLogger("matplotlib.font_manager")
+        to_png(kl_figure(VAE(intermediate_dim=4), torch.rand(9, 784)))
+        assert logger.level == logging.NOTSET
+        logger.info("of later")
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script], cwd=REPOSITORY, check=True,
+        env=os.environ | {"MPLCONFIGDIR": str(tmp_path)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert list(tmp_path.glob("fontlist*"))  # it was made
+    assert done.stderr == "INFO:matplotlib.font_manager:of later\n"
 
 
 def test_map_draws_the_posteriors_to_scale(small_vae):

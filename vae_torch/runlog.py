@@ -57,7 +57,7 @@ _PICTURES = {
     "(Kingma and Welling, figure 4). The first latent grows to the right, the second upwards.",
     "traversal": "One test image, decoded while one latent moves: a row for each active latent.",
     "interpolation": "From one test image to another: straight, and in an arc around the origin.",
-    "kl": "KL to N(0, 1) of each latent, in nats per image; left of the line the active ones.",
+    "kl": "KL to N(0, 1) of each latent, in nats per image, largest first.",
 }
 _DECIDES_NUMBERS = (
     *("data", "model", "likelihood", "prior", "objective"),
