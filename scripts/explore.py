@@ -46,8 +46,10 @@ def main(cfg: DictConfig) -> None:
     except (ConfigError, CheckpointError) as error:
         refuse(str(error))
     print(shown(path))
-    if _OPEN and not webbrowser.open(path.as_uri()):
-        print("no browser was found here: open the file yourself", file=sys.stderr)
+    if not _OPEN:
+        print(f"open it in a browser: {path.as_uri()}")
+    elif not webbrowser.open(path.as_uri()):
+        print(f"no browser was found here; open {path.as_uri()} yourself", file=sys.stderr)
 
 
 def explore_run(config: ExploreConfig) -> Path:
