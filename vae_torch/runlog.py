@@ -48,7 +48,10 @@ _CURVES = {  # and what TensorBoard's chart of each is called
 # A group of its own, a chart for each of 40 latents, and after `train/`: TensorBoard's hparams show
 # the first five metrics of the alphabet, and draw only runs that have all of them.
 _KL_DIMS = "z_test_kl"
-# In TensorBoard's order, which is of the alphabet, and what is to be known of them there.
+# TensorBoard's first page shows groups by the alphabet: pictures come after the curves, and before
+# the many charts of `_KL_DIMS`.
+_VISUALS = "visuals"
+# In the order in which TensorBoard shows them, and what it says about each.
 _PICTURES = {
     "reconstructions": "Test images over their reconstructions; under each, -log p(x | z) in nats.",
     "samples": "Decoded draws from the prior, the same draws at every step.",
@@ -100,8 +103,7 @@ class RunLog:
         write_atomically(self._metrics, "".join(lines).encode())
         # of a first epoch too: a run killed in it may have left points
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=len(lines) + 1)
-        command = shlex.join(["python", *sys.orig_argv[1:]])
-        self._add(_text("command", _verbatim(command)), 0)
+        self._add(_text("command", _verbatim(shlex.join(_command(run_dir)))), 0)
         self._add(_text("config", _verbatim(config_text)), 0)
         # regular expressions: `kl` alone would draw kl_per_dim too
         charts = {
@@ -162,7 +164,7 @@ class RunLog:
                     scale = 2 if name == "manifold" else _GRID_SCALE
                 png = to_png(picture, scale=scale)
                 write_atomically(self.run_dir / "figures" / f"{name}.png", png)
-                self._add(_image(f"figures/{place}_{name}", png, description), epoch)
+                self._add(_image(f"{_VISUALS}/{place}_{name}", png, description), epoch)
         self._writer.flush()
 
     def growth(self, epoch: int, vae: VAE, x: Tensor) -> None:
@@ -258,6 +260,25 @@ class RunLog:
         self._add(hparams_pb(known, trial_id=trial_name(self.run_dir)), 0)
 
 
+def _command(run_dir: Path) -> list[str]:
+    """What was typed; for a job of a sweep, what runs that job alone."""
+    import yaml
+
+    typed = ["python", *sys.orig_argv[1:]]
+    try:
+        hydra, overrides = (
+            yaml.safe_load((run_dir / ".hydra" / f"{name}.yaml").read_text("utf-8"))
+            for name in ("hydra", "overrides")
+        )
+        in_sweep = hydra["hydra"]["mode"] == "MULTIRUN"
+        job = [str(override) for override in overrides]
+    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+        return typed  # a run that Hydra did not start
+    # a sweep adds train.resume to its jobs, for the time it is started again
+    own = [override for override in job if not override.startswith("train.resume=")]
+    return ["python", "scripts/train.py", *own] if in_sweep else typed
+
+
 def trial_name(run_dir: Path) -> str:
     """Overrides first, then where: TensorBoard's table cuts a name's end off.
 
@@ -322,7 +343,7 @@ def add_evaluation(
             png = to_png(log_px_map)
             write_atomically(run_dir / "figures" / "log_px.png", png)
             about = "Exact log p(x) of test images where their posteriors lie, and some posteriors."
-            records.append(_image(f"figures/{len(_PICTURES) + 1}_log_px", png, about))
+            records.append(_image(f"{_VISUALS}/{len(_PICTURES) + 1}_log_px", png, about))
         for record in records:
             writer._get_file_writer().add_summary(record, epoch)
 
