@@ -238,6 +238,16 @@ def test_layers_of_ones_own_that_the_page_knows_are_drawn(vae):
     assert page["height"] * page["width"] == vae.decode(torch.zeros(1, vae.latent_dim)).numel()
 
 
+def test_images_that_are_not_square_keep_their_shape():
+    vae, x = VAE((20, 30), 2, 4), torch.rand(7, 600)
+    for given in (x, x.reshape(7, 20, 30), x.reshape(7, 1, 20, 30)):
+        page = data_of(explorer_page(vae, given, torch.arange(7)))
+        assert (page["height"], page["width"]) == (20, 30)
+        with Image.open(io.BytesIO(base64.b64decode(page["sprite"]))) as sprite:
+            second = torch.tensor(np.asarray(sprite))[:20, 30:60] / 255
+        assert (second - x[1].reshape(20, 30)).abs().max() < 0.005
+
+
 @pytest.mark.parametrize("architecture", ["mlp", "residual", "conv"])
 @pytest.mark.parametrize("scale", [1.0, 30.0])  # and far from the start: logits of thousands
 def test_every_model_of_the_command_line_is_drawn(architecture, scale):

@@ -357,6 +357,27 @@ def test_growth_is_an_animation_of_equal_frames(tmp_path, latent_dim):
         save_gif([], tmp_path / "none.gif")
 
 
+@pytest.mark.parametrize("shape", [(600,), (20, 30), (1, 20, 30)])  # as the images are given
+def test_pictures_have_the_shape_that_the_model_knows(shape):
+    vae, x = VAE((20, 30), 2, 4), torch.rand(12, *shape)
+    labels = torch.arange(12)
+    first = x[0].reshape(20, 30)
+    assert torch.equal(reconstruction_grid(vae, x)[2:22, 2:32], first)
+    for figure in (reconstruction_figure(vae, x), interpolation_figure(vae, x[:2])):
+        table = torch.tensor(np.asarray(figure.axes[0].get_images()[0].get_array()))
+        assert torch.equal(table[2:22, 2:32], first)
+    for figure in (latent_scatter(vae, x, labels), traversal_figure(vae, x), kl_figure(vae, x)):
+        assert to_pixels(figure).size
+    assert manifold_grid(vae, rows=3).shape == (60, 90)
+    assert growth_frame(vae, x, 1).dtype == np.uint8
+
+
+def test_images_of_other_kinds_are_refused_by_their_shape():
+    for images in (torch.rand(4, 3, 8, 8), torch.rand(4, 600), torch.rand(4)):
+        with pytest.raises(ValueError, match=r"images have shape \(4.*(grey|square)"):
+            image_grid(images, 2)
+
+
 def test_two_dimensional_pictures_refuse_other_models():
     vae = VAE(latent_dim=3, intermediate_dim=4)
     for draw in (manifold_grid, lambda v: log_px_map(v, torch.rand(2, 784), torch.zeros(2))):

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from vae_torch.config import Config, ObjectiveConfig
 from vae_torch.data import seeded_generator
-from vae_torch.figures import DIGIT_COLOURS, squares, to_pixels
+from vae_torch.figures import DIGIT_COLOURS, pictures, to_pixels
 from vae_torch.likelihood import Bernoulli, ContinuousBernoulli, Gaussian
 from vae_torch.model import VAE
 from vae_torch.objective import ACTIVE_UNIT_VARIANCE, objective_terms
@@ -402,7 +402,7 @@ def _with_images(
         "classes": index.tolist(),
         "class_names": [names[k] if k < len(names) else str(k) for k in kinds.tolist()],
         "colours": [DIGIT_COLOURS[i % len(DIGIT_COLOURS)] for i in range(len(kinds))],
-        "sprite": _sprite(x),
+        "sprite": _sprite(pictures(vae, x)),
         "sprite_columns": _SPRITE_COLUMNS,
         "centre": _listed(mean.mean(0)),
         "spread": _listed(variance.sqrt()),
@@ -445,11 +445,10 @@ def _principal_components(means: Tensor) -> dict[str, Any]:
     return {"count": count, "share": _listed(share), "directions": _half_base64(directions)}
 
 
-def _sprite(x: Tensor) -> str:
-    """All images as one grey PNG, row by row without a gap, in base64."""
+def _sprite(images: Tensor) -> str:
+    """All images (n, H, W) as one grey PNG, row by row without a gap, in base64."""
     from PIL import Image
 
-    images = squares(x.flatten(1) if x.ndim == 2 else x)
     n, height, width = images.shape
     rows = -(-n // _SPRITE_COLUMNS)
     table = torch.zeros(rows * _SPRITE_COLUMNS, height, width)

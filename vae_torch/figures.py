@@ -70,8 +70,7 @@ def reconstruction_grid(vae: VAE, x: Tensor) -> Tensor:
         (height, width), two rows of n images.
     """
     n = len(x)
-    both = torch.cat([x.reshape(n, -1), vae.reconstruct(x).reshape(n, -1)])
-    return image_grid(both, n)
+    return image_grid(torch.cat([pictures(vae, x), pictures(vae, vae.reconstruct(x))]), n)
 
 
 def sample_grid(vae: VAE, *, rows: int = 8, seed: int = 0) -> Tensor:
@@ -185,7 +184,7 @@ def reconstruction_figure(vae: VAE, x: Tensor) -> "Figure":
     logits = vae.decode(mean)
     nats = -vae.likelihood.log_prob(x.reshape(-1, *vae.input_shape), logits)
     return image_table(
-        torch.cat([squares(x.flatten(1)), squares(vae.likelihood.mean(logits).flatten(1))]),
+        torch.cat([pictures(vae, x), pictures(vae, vae.likelihood.mean(logits))]),
         rows=["image", "decoded"],
         columns=[f"{number:.0f}" for number in nats.tolist()],
         caption="-log p(x | z) at the posterior mean, nats",
@@ -247,7 +246,7 @@ def interpolation_figure(vae: VAE, x: Tensor, *, steps: int = 9) -> "Figure":
     ways = {"straight": torch.lerp(means[0], means[1], torch.linspace(0, 1, steps)[:, None])}
     if vae.latent_dim > 1:
         ways["spherical"] = spherical_interpolation(means[0], means[1], steps=steps)
-    start, end = squares(x.flatten(1)).split(1)
+    start, end = pictures(vae, x).split(1)
     between = [""] * (steps // 2) + ["decoded on the way"] + [""] * (steps - steps // 2 - 1)
     return image_table(
         torch.cat([torch.cat([start, _decoded(vae, z), end]) for z in ways.values()]),
@@ -484,7 +483,7 @@ def _images(count: int) -> str:
 def _decoded(vae: VAE, z: Tensor) -> Tensor:
     """(n, latent_dim) -> (n, H, W) expected pixels."""
     weight = next(vae.parameters())
-    return squares(vae.likelihood.mean(vae.decode(z.to(weight))).flatten(1))
+    return pictures(vae, vae.likelihood.mean(vae.decode(z.to(weight))))
 
 
 def _figure(width: float, height: float) -> "tuple[Figure, Axes]":
@@ -555,11 +554,25 @@ def _subscript(dimension: int) -> str:
     return "".join(chr(0x2080 + int(digit)) for digit in str(dimension + 1))
 
 
+def pictures(vae: VAE, x: Tensor) -> Tensor:
+    """Images of a model, flat or not, in the shape that it knows: (N, H, W) on the CPU."""
+    return squares(x.reshape(-1, *vae.input_shape))
+
+
 def squares(images: Tensor) -> Tensor:
-    """(N, pixels) or (N, ..., H, W) -> (N, H, W) on the CPU; flat images must be square."""
+    """(N, pixels), (N, H, W) or (N, 1, H, W) -> (N, H, W) on the CPU; flat ones must be square.
+
+    Raises:
+        ValueError: They are of another shape.
+    """
     if images.ndim == 2:
         side = round(images.shape[1] ** 0.5)
         if side * side != images.shape[1]:
             raise ValueError(f"images have shape {tuple(images.shape)}; flat ones must be square")
         return images.detach().cpu().reshape(-1, side, side)
+    if images.ndim < 3 or any(size != 1 for size in images.shape[1:-2]):
+        raise ValueError(
+            f"images have shape {tuple(images.shape)}; they must be grey: (N, height, width) or "
+            "(N, 1, height, width)"
+        )
     return images.detach().cpu().reshape(images.shape[0], *images.shape[-2:])

@@ -23,12 +23,12 @@ from vae_torch.figures import (
     kl_figure,
     latent_scatter,
     manifold_grid,
+    pictures,
     read_png,
     reconstruction_figure,
     sample_grid,
     save_gif,
     save_png,
-    squares,
     to_png,
     traversal_figure,
 )
@@ -143,7 +143,7 @@ class RunLog:
             x: (N, *shape) test images; the first ten are reconstructed, all are encoded.
             labels: (N,).
         """
-        pictures: dict[str, Tensor | Figure] = {
+        drawn: dict[str, Tensor | Figure] = {
             "reconstructions": reconstruction_figure(vae, x[:10]),
             "samples": sample_grid(vae),
             "latent": latent_scatter(vae, x, labels),
@@ -151,14 +151,14 @@ class RunLog:
         }
         others = (labels != labels[0]).nonzero()
         if len(others):  # a way from one class to another
-            pictures["interpolation"] = interpolation_figure(vae, x[[0, int(others[0])]])
+            drawn["interpolation"] = interpolation_figure(vae, x[[0, int(others[0])]])
         if vae.latent_dim == 2:
-            pictures["manifold"] = manifold_grid(vae)
+            drawn["manifold"] = manifold_grid(vae)
         if isinstance(vae.prior, StandardNormal):
-            pictures["kl"] = kl_figure(vae, x)
+            drawn["kl"] = kl_figure(vae, x)
         for place, (name, description) in enumerate(_PICTURES.items(), 1):
-            if name in pictures:
-                picture = pictures[name]
+            if name in drawn:
+                picture = drawn[name]
                 scale = 1
                 if isinstance(picture, Tensor):
                     scale = 2 if name == "manifold" else _GRID_SCALE
@@ -194,7 +194,7 @@ class RunLog:
         # coloured by class on white, as the projector's page is, which itself begins without colour
         colours = torch.tensor([list(bytes.fromhex(c[1:])) for c in DIGIT_COLOURS]) / 255
         inks = colours[labels.cpu() % len(colours)]  # (N, 3)
-        thumbnails = 1 - squares(x)[:, None] * (1 - inks[:, :, None, None])
+        thumbnails = 1 - pictures(vae, x)[:, None] * (1 - inks[:, :, None, None])
         self._writer.add_embedding(
             means, metadata=names, label_img=thumbnails, tag="latents",
             global_step=self.config.train.epochs,
