@@ -487,14 +487,14 @@ def _decoded(vae: VAE, z: Tensor) -> Tensor:
 
 
 def _figure(width: float, height: float) -> "tuple[Figure, Axes]":
-    figure = _canvas()(figsize=(width, height), dpi=110, layout="constrained")
+    figure = import_matplotlib()(figsize=(width, height), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
-def _canvas() -> "type[Figure]":
-    """matplotlib, imported without its news.
+def import_matplotlib() -> "type[Figure]":
+    """Import what draws, without matplotlib's news.
 
     The first import on a machine tells at INFO that it has listed the fonts, which would go into
     a run's log. Its level is set aside for the import alone, and only where nobody chose one.
@@ -534,7 +534,7 @@ def image_table(
     left, right = (side + max(lacking, 0) / 2 for side in (left, right))
     bottom = line * (bool(any(columns)) + len(caption.splitlines())) + 6
     whole = (left + width + right, height + bottom)
-    figure = _canvas()(figsize=(whole[0] / dpi, whole[1] / dpi), dpi=dpi)
+    figure = import_matplotlib()(figsize=(whole[0] / dpi, whole[1] / dpi), dpi=dpi)
     axes = figure.add_axes(
         (left / whole[0], bottom / whole[1], width / whole[0], height / whole[1])
     )
