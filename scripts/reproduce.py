@@ -184,7 +184,7 @@ def table_of(config: ReproduceConfig) -> str:
     """The Markdown table of all rows that have runs, whatever was run this time."""
     lines = [
         "| row | figure (nats; lower is better) | ours: mean ± sd | seeds | reference | source "
-        "| command | minutes of training |",
+        "| command | minutes, wall clock |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in config.rows.items():

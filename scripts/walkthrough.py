@@ -5,21 +5,28 @@
 # through the latent space; then why its loss draws ten equal blurs, beside the loss that does not.
 #
 # Open it as a notebook in Jupyter (with jupytext) or VS Code, or run it: `python
-# scripts/walkthrough.py` writes its pictures to `outputs/walkthrough/`. A smaller budget:
-# `WALKTHROUGH_EPOCHS=2 WALKTHROUGH_IMAGES=5000 python scripts/walkthrough.py`.
+# scripts/walkthrough.py`. It trains twice, a few minutes on two cores. The data goes to `data/` and
+# the pictures to `outputs/walkthrough/` of the checkout, wherever it is started.
+#
+# Environment variables set the rest: `WALKTHROUGH_EPOCHS` (10), `WALKTHROUGH_IMAGES` (60000, of the
+# training set), `WALKTHROUGH_DATA` (mnist), and the folders `WALKTHROUGH_ROOT` and
+# `WALKTHROUGH_OUT`. A smaller budget: `WALKTHROUGH_EPOCHS=2 WALKTHROUGH_IMAGES=5000 python
+# scripts/walkthrough.py`.
 
 # %%
 import os
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from PIL import Image
 
 from vae_torch import VAE, ObjectiveConfig, kl_standard_normal, mnist_loaders, train
+from vae_torch.config import CHOICES
 from vae_torch.figures import (
-    image_grid,
+    image_table,
     interpolation_figure,
     latent_scatter,
     manifold_grid,
@@ -30,11 +37,58 @@ from vae_torch.figures import (
     traversal_figure,
 )
 
-EPOCHS = int(os.environ.get("WALKTHROUGH_EPOCHS", "10"))
-IMAGES = int(os.environ.get("WALKTHROUGH_IMAGES", "60000"))
+IN_NOTEBOOK = "get_ipython" in globals()
+HELP = """usage: python scripts/walkthrough.py
+
+The VAE notebook with vae_torch, from the data to the latent space. It has no options. Environment
+variables set what it does:
+
+  WALKTHROUGH_EPOCHS   epochs of each of its two trainings (10)
+  WALKTHROUGH_IMAGES   training images (60000)
+  WALKTHROUGH_DATA     mnist, fashion_mnist, kmnist, emnist or qmnist (mnist)
+  WALKTHROUGH_ROOT     folder of the data (data/ of the checkout)
+  WALKTHROUGH_OUT      folder of the pictures (outputs/walkthrough/ of the checkout)
+
+A small budget: WALKTHROUGH_EPOCHS=2 WALKTHROUGH_IMAGES=5000 python scripts/walkthrough.py"""
+
+
+def refuse(message: str) -> NoReturn:
+    """A user's mistake: one line, exit status 2."""
+    print(f"walkthrough.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def checkout() -> Path:
+    """The folder that holds scripts/walkthrough.py: a kernel starts in any folder below it."""
+    here = Path(globals().get("__file__", "walkthrough.py")).absolute()
+    for folder in here.parents:
+        if (folder / "scripts" / "walkthrough.py").is_file():
+            return folder
+    return Path.cwd()
+
+
+def count(name: str, default: int) -> int:
+    """A whole number from an environment variable."""
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal() or int(value) < 1:
+        refuse(f"{name}={value}: must be a whole number, 1 or more")
+    return int(value)
+
+
+if not IN_NOTEBOOK and sys.argv[1:]:  # a kernel has arguments of its own
+    if sys.argv[1] not in ("-h", "--help"):
+        refuse(f"{sys.argv[1]}: has no options; --help names its environment variables")
+    print(HELP)
+    sys.exit()
+
+EPOCHS = count("WALKTHROUGH_EPOCHS", 10)
+IMAGES = count("WALKTHROUGH_IMAGES", 60000)
 DATA = os.environ.get("WALKTHROUGH_DATA", "mnist")
-ROOT = os.environ.get("WALKTHROUGH_ROOT", "data")
-PICTURES = Path(os.environ.get("WALKTHROUGH_OUT", "outputs/walkthrough"))
+if DATA not in CHOICES["data.name"]:
+    refuse(f"WALKTHROUGH_DATA={DATA}: must be one of {', '.join(CHOICES['data.name'])}")
+ROOT = Path(os.environ.get("WALKTHROUGH_ROOT", checkout() / "data"))
+PICTURES = Path(os.environ.get("WALKTHROUGH_OUT", checkout() / "outputs" / "walkthrough"))
+print(f"data in {ROOT}, pictures in {PICTURES}")
 
 torch.set_flush_denormal(True)  # a trained model's step is nearly twice as slow without
 torch.manual_seed(0)
@@ -46,7 +100,7 @@ def show(name: str, picture: Any, scale: int = 1) -> None:
     path = PICTURES / f"{name}.png"
     save_png(picture, path, scale=scale)
     print(path)
-    if "get_ipython" in globals():
+    if IN_NOTEBOOK:
         from IPython.display import display  # type: ignore[import-not-found, unused-ignore]
 
         with Image.open(path) as image:
@@ -148,14 +202,20 @@ keras = train(
 
 # %%
 some = x[:10]
-both = torch.cat([some, collapsed.reconstruct(some), vae.reconstruct(some)])
-show("7_collapse_and_cure", image_grid(both, 10), scale=2)
+models = {"the notebook's loss": collapsed, "the ELBO": vae}
+images = torch.cat([some, *(model.reconstruct(some) for model in models.values())])
+names = [str(label) for label in labels[:10].tolist()]
+show("7_collapse_and_cure", image_table(images, rows=["image", *models], columns=names))
 
 # %% [markdown]
 # And their latent spaces, side by side: a heap that tells no digit from another, and a map.
 
 # %%
-planes = [to_pixels(latent_scatter(model, x, labels)) for model in (collapsed, vae)]
+planes = []
+for name, model in models.items():
+    plane = latent_scatter(model, x, labels)
+    plane.suptitle(name, weight="bold")
+    planes.append(to_pixels(plane))
 show("8_latent_collapse_and_cure", np.hstack(planes))
 
 # %%

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import time
 from contextlib import contextmanager
 
@@ -13,12 +14,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
-from tests.conftest import made_up_digits
+from tests.conftest import REPOSITORY, made_up_digits
 from tests.test_scripts import run_script
 from vae_torch import VAE
 from vae_torch import explorer as module
 from vae_torch.explorer import MAX_BYTES, ExplorerError, explorer_page, run_notes
+from vae_torch.likelihood import Bernoulli
+from vae_torch.model import Decoder
 
 
 @pytest.fixture(scope="module")
@@ -100,12 +104,186 @@ def test_notes_say_what_a_run_lacks(config, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     notes, epochs = run_notes(tmp_path, config)
     assert epochs == 1
-    assert "has not finished: it has had 1 of 30 epochs" in notes[0]
-    assert "has had 1 epoch of training" in notes[1]
+    assert "has not finished: it completed 1 of 30 epochs" in notes[0]
+    assert "was trained for 1 epoch." in notes[1]
     assert "3,000 images" in notes[2]
     (tmp_path / "summary.json").write_text("{}")
     config.data.limit_train = None
     assert run_notes(tmp_path, config) == ([], 30)
+
+
+def test_notes_of_a_run_that_stopped_in_its_first_epoch(config, tmp_path):
+    config.train.epochs = 30
+    notes, epochs = run_notes(tmp_path, config)
+    assert epochs is None
+    assert notes == [
+        "This run has not finished: how many of its 30 epochs it completed is not known. You see "
+        "the model of its last checkpoint."
+    ]
+    (tmp_path / "metrics.jsonl").write_text("")
+    notes, epochs = run_notes(tmp_path, config)
+    assert epochs == 0
+    assert "it completed none of 30 epochs" in notes[0]
+    assert "was trained for less than one epoch" in notes[1]
+
+
+def test_one_image_is_not_called_a_collapse(images):
+    x, labels = images
+    assert data_of(explorer_page(model(), x[:1], labels[:1]))["collapsed"] is False
+
+
+class Halves(nn.Module):
+    """No layers of the page's kind."""
+
+    def forward(self, z):
+        return z[..., :1].expand(*z.shape[:-1], 784)
+
+
+class Doubled(Decoder):
+    """Looks like the page's decoder and computes something else."""
+
+    def forward(self, z):
+        return 2 * super().forward(z)
+
+
+class Unskipped(nn.Module):
+    """Looks like a residual block and is none."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(16, 16), nn.ReLU())
+
+    def forward(self, x):
+        return self.body(x)
+
+
+class Inverted(Bernoulli):
+    def mean(self, logits):
+        return torch.sigmoid(-logits)
+
+
+class Logistic(nn.Module):
+    def mean(self, logits):
+        return logits.clamp(0, 1)
+
+
+def with_decoder(decoder):
+    vae = model()
+    vae.decoder = decoder
+    return vae
+
+
+def with_likelihood(likelihood):
+    vae = model()
+    vae.likelihood = likelihood
+    return vae
+
+
+def with_layer(*layers):
+    vae = model()
+    vae.decoder.trunk = nn.Sequential(nn.Linear(2, 16), *layers)
+    return vae
+
+
+@pytest.mark.parametrize(
+    ("vae", "words"),
+    [
+        (with_decoder(Halves()), ["decoder Halves", "no trunk and out", "Linear"]),
+        (with_decoder(Doubled((784,), 2, 16)), ["Doubled", "would not draw what the model does"]),
+        (with_layer(nn.BatchNorm1d(16).eval()), ["BatchNorm1d", "it runs Linear"]),
+        (with_layer(nn.Dropout(0.1)), ["Dropout"]),
+        (with_layer(nn.GELU(approximate="tanh")), ["GELU with approximate=tanh"]),
+        (with_layer(Unskipped()), ["would not draw what the model does"]),
+        (with_layer(nn.Unflatten(1, (4, 4)), nn.LayerNorm(4), nn.Flatten()), ["LayerNorm over"]),
+        (
+            with_layer(
+                nn.Unflatten(1, (4, 2, 2)), nn.ConvTranspose2d(4, 4, 1, groups=2), nn.Flatten()
+            ),
+            ["ConvTranspose2d with groups"],
+        ),
+        (
+            with_layer(
+                nn.Unflatten(1, (4, 2, 2)), nn.ConvTranspose2d(4, 4, (1, 3), padding=(0, 1)),
+                nn.Identity(), nn.Flatten(),
+            ),
+            ["ConvTranspose2d that is not square"],
+        ),
+        (with_likelihood(Logistic()), ["likelihood Logistic", "Bernoulli, ContinuousBernoulli"]),
+        (with_likelihood(Inverted()), ["Inverted", "would not draw what the model does"]),
+        (VAE((600,), 2, 4), ["images of shape (600,)"]),
+        (VAE((3, 8, 8), 2, 4), ["images of shape (3, 8, 8)"]),
+    ],
+)  # fmt: skip
+def test_what_the_page_cannot_draw_is_refused_in_one_line(vae, words):
+    with pytest.raises(ExplorerError) as refused:
+        explorer_page(vae)
+    message = str(refused.value)
+    assert message.startswith("the page ")
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    "vae",
+    [
+        with_decoder(nn.Sequential(nn.Linear(2, 16, bias=False), nn.Sigmoid(), nn.Linear(16, 784))),
+        with_layer(nn.LayerNorm(16, elementwise_affine=False), nn.Tanh(), nn.Identity()),
+        VAE((20, 30), 2, 4),
+        VAE((1, 28, 28), 1, 4, architecture="conv"),
+    ],
+)
+def test_layers_of_ones_own_that_the_page_knows_are_drawn(vae):
+    page = data_of(explorer_page(vae))
+    assert page["height"] * page["width"] == vae.decode(torch.zeros(1, vae.latent_dim)).numel()
+
+
+def test_images_that_are_not_square_keep_their_shape():
+    vae, x = VAE((20, 30), 2, 4), torch.rand(7, 600)
+    for given in (x, x.reshape(7, 20, 30), x.reshape(7, 1, 20, 30)):
+        page = data_of(explorer_page(vae, given, torch.arange(7)))
+        assert (page["height"], page["width"]) == (20, 30)
+        with Image.open(io.BytesIO(base64.b64decode(page["sprite"]))) as sprite:
+            second = torch.tensor(np.asarray(sprite))[:20, 30:60] / 255
+        assert (second - x[1].reshape(20, 30)).abs().max() < 0.005
+
+
+@pytest.mark.parametrize("architecture", ["mlp", "residual", "conv"])
+@pytest.mark.parametrize("scale", [1.0, 30.0])  # and far from the start: logits of thousands
+def test_every_model_of_the_command_line_is_drawn(architecture, scale):
+    for activation in ("relu", "tanh", "silu", "gelu"):
+        for likelihood in ("bernoulli", "continuous_bernoulli", "gaussian"):
+            vae = model(architecture, activation=activation, likelihood=likelihood)
+            with torch.no_grad():
+                for weight in vae.decoder.parameters():
+                    weight.mul_(scale)
+            assert data_of(explorer_page(vae))["ops"]
+
+
+def test_explore_refuses_a_model_that_it_cannot_draw(made_up_root, tmp_path):
+    run_dir = tmp_path / "run"
+    settings = ["data=fashion_mnist", f"data.root={made_up_root}", "model.intermediate_dim=16"]
+    quiet = ["train.epochs=1", "train.figure_every=0", f"hydra.run.dir={run_dir}"]
+    done = run_script("train.py", *settings, *quiet)
+    assert done.returncode == 0, done.stderr
+    script = f"""if True:
+        import runpy, sys
+        from vae_torch.likelihood import LIKELIHOODS, Bernoulli
+        class Dark(Bernoulli):
+            def mean(self, logits):
+                return 0 * logits
+        LIKELIHOODS["bernoulli"] = Dark
+        sys.argv = ["explore.py", "run={run_dir}"]
+        sys.path.insert(0, "scripts")
+        runpy.run_path("scripts/explore.py", run_name="__main__")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"explore.py: run={run_dir}: the page would not draw")
+    assert done.stderr.count("\n") == 1
+    assert not (run_dir / "explorer.html").exists()
 
 
 def test_a_run_becomes_a_page(made_up_root, tmp_path, monkeypatch):
@@ -124,7 +302,10 @@ def test_a_run_becomes_a_page(made_up_root, tmp_path, monkeypatch):
     assert data["title"].endswith("a=run, <b>")
     assert data["points"] == 200
     assert "coat" in data["class_names"]
-    assert "1 epoch of training" in data["notes"][0]
+    assert "trained for 1 epoch" in data["notes"][0]
+
+    done = run_script("explore.py", f"run={run_dir}", f"data_root={made_up_root}")
+    assert done.stdout.splitlines() == [str(path), f"open it in a browser: {path.as_uri()}"]
 
     nowhere = tmp_path / "file" / "data"  # cannot be made: nothing is fetched either
     nowhere.parent.write_text("")
@@ -434,6 +615,24 @@ def test_a_finger_decodes_and_draws_a_path(opened, images):
     assert len(js(browser, "explorer.path")) == 2
     assert js(browser, "explorer.playing")
     assert by_id(browser, "draw-path").get_attribute("aria-pressed") == "false"
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    ("touch", "said", "unsaid"), [(False, "click", "tap"), (True, "tap", "click")]
+)
+def test_the_words_fit_the_pointer(browser, opened, images, touch, said, unsaid):
+    emulate = "Emulation.setTouchEmulationEnabled"
+    browser.execute_cdp_cmd(emulate, {"enabled": touch, "maxTouchPoints": 5})
+    try:
+        opened(explorer_page(model(), *images))
+        assert js(browser, "matchMedia('(pointer: coarse)').matches") == touch
+        words = by_id(browser, "help").text + by_id(browser, "image-empty").text
+        words = (words + by_id(browser, "path-text").text).lower()
+        assert words.count(said) >= 3
+        assert unsaid not in words
+    finally:
+        browser.execute_cdp_cmd(emulate, {"enabled": False})
 
 
 @pytest.mark.browser

@@ -1,8 +1,16 @@
+import os
+import subprocess
+import sys
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from PIL import Image
 
+from tests.conftest import REPOSITORY
 from vae_torch import VAE
 from vae_torch.figures import (
     growth_frame,
@@ -127,8 +135,54 @@ def test_spherical_way_keeps_norm_and_pace():
         (way[1:] * way[:-1]).sum(1) / 9, torch.full((6,), np.cos(np.pi / 12))
     )
     torch.testing.assert_close(way[[0, -1]], torch.stack([start, end]))
-    opposite = spherical_interpolation(start, -start, steps=3)
-    torch.testing.assert_close(opposite[1], torch.zeros(3))
+
+
+NUMBERS = st.floats(-100, 100, allow_nan=False, width=32)
+
+
+@st.composite
+def pairs_of_latents(draw):
+    """Two latents of one to twenty dimensions; often in opposite directions, or zero."""
+    latent_dim = draw(st.integers(1, 20))
+    vectors = st.lists(NUMBERS, min_size=latent_dim, max_size=latent_dim).map(torch.tensor)
+    start = draw(vectors)
+    multiple = st.sampled_from([-2.0, -1.0, -1 / 3, 0.0, 0.5]).map(lambda by: by * start)
+    nearly = multiple.map(lambda v: v * (1 + 1e-6 * torch.arange(latent_dim)))
+    return start, draw(st.one_of(vectors, multiple, nearly))
+
+
+@given(pairs_of_latents())
+@example((torch.tensor([2.18, 0.1]), torch.tensor([-1.1, 0.01])))
+def test_spherical_way_never_leaves_the_ring_between_its_ends(ends):
+    way = spherical_interpolation(*ends, steps=11)
+    torch.testing.assert_close(way[[0, -1]], torch.stack(ends), rtol=1e-5, atol=1e-4)
+    expected = np.linspace(*(np.linalg.norm(end.double()) for end in ends), 11)
+    np.testing.assert_allclose(way.double().norm(dim=1), expected, rtol=1e-5, atol=1e-6)
+
+
+@given(st.complex_numbers(min_magnitude=0.1, max_magnitude=50), st.floats(-3.1, 3.1),
+       st.floats(0.1, 50), st.integers(2, 12))  # fmt: skip
+def test_spherical_way_in_a_plane_is_that_of_complex_numbers(start, angle, length, latent_dim):
+    t = torch.linspace(0, 1, 9, dtype=torch.float64)
+    turned = (
+        (abs(start) + t * (length - abs(start))) * start / abs(start) * torch.exp(1j * angle * t)
+    )
+    torch.manual_seed(latent_dim)
+    plane = torch.linalg.qr(torch.randn(latent_dim, 2, dtype=torch.float64)).Q  # (latent_dim, 2)
+    expected = torch.view_as_real(turned) @ plane.T
+    way = spherical_interpolation(expected[0], expected[-1], steps=9)
+    torch.testing.assert_close(way, expected, rtol=0, atol=1e-9 * 50)
+
+
+def test_spherical_way_where_no_arc_is_given():
+    start = torch.tensor([3.0, 0.0, 4.0])
+    opposite = spherical_interpolation(start, -2 * start, steps=3)[1]
+    torch.testing.assert_close(opposite, torch.tensor([0.0, 7.5, 0.0]))
+    zero = spherical_interpolation(torch.zeros(3), start, steps=3)
+    torch.testing.assert_close(zero, torch.tensor([0.0, 0.5, 1.0])[:, None] * start)
+    assert not spherical_interpolation(torch.zeros(3), torch.zeros(3), steps=3).any()
+    one = spherical_interpolation(torch.tensor([-1.0]), torch.tensor([3.0]), steps=5)
+    torch.testing.assert_close(one[:, 0], torch.tensor([-1.0, -1.5, 2.0, 2.5, 3.0]))
 
 
 def test_interpolation_ends_at_the_reconstructions(small_vae):
@@ -141,6 +195,8 @@ def test_interpolation_ends_at_the_reconstructions(small_vae):
         np.testing.assert_allclose(shown[[1, -2]], expected, atol=1e-6)
     with pytest.raises(ValueError, match="two ends"):
         interpolation_figure(small_vae, torch.rand(3, 784))
+    one = interpolation_figure(VAE(latent_dim=1, intermediate_dim=4), x)
+    assert names_of(one.axes[0].yaxis) == ["straight"]
 
 
 def test_kl_bars_have_the_heights_of_the_divergence():
@@ -151,7 +207,73 @@ def test_kl_bars_have_the_heights_of_the_divergence():
     kl = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).mean(0)
     heights = [bar.get_height() for bar in axes.patches]
     np.testing.assert_allclose(heights, kl.sort(descending=True).values, atol=1e-5, rtol=1e-4)
-    assert axes.get_title().startswith("2 of 4 dimensions active")
+    assert axes.get_title() == "2 of 4 dimensions active"
+    for bar, dimension in zip(axes.patches, kl.argsort(descending=True), strict=True):
+        active = mean[:, dimension].var() > 0.01
+        assert bar in axes.containers[0 if active else 1]
+        assert axes.containers[0 if active else 1].get_label() == (
+            "active" if active else "inactive"
+        )
+
+
+def test_kl_bars_show_their_activity_where_it_is_not_the_order_of_their_height():
+    """A constant mean costs nats and says nothing."""
+    vae = active_in([0], latent_dim=3)
+    with torch.no_grad():
+        vae.encoder.mean.bias[2] = 4.0  # 8 nats
+    axes = kl_figure(vae, torch.rand(200, 784)).axes[0]
+    assert names_of(axes.xaxis)[0] == "3"
+    active, inactive = ([bar.get_x() for bar in bars] for bars in axes.containers)
+    assert active[0] > inactive[0]
+    assert not axes.lines
+
+
+@pytest.mark.parametrize("latent_dim", [1, 2, 10, 40, 100])
+def test_kl_bars_fill_their_picture_and_their_names_can_be_read(latent_dim):
+    figure = kl_figure(active_in(range(latent_dim), latent_dim), torch.rand(50, 784))
+    image, axes = to_pixels(figure), figure.axes[0]
+    bars = axes.patches
+    low, high = axes.get_xlim()
+    assert len(bars) == latent_dim
+    assert sum(bar.get_width() for bar in bars) / (high - low) > (0.3 if latent_dim == 1 else 0.6)
+    assert bars[0].get_height() > 0.8 * axes.get_ylim()[1]
+    assert 300 < image.shape[1] <= 1100
+    names = [label.get_window_extent() for label in axes.get_xticklabels()]
+    assert all(a.x1 < b.x0 for a, b in pairwise(names))
+    shown = [axes.title, *names, *axes.texts]
+    for box in (text if hasattr(text, "x0") else text.get_window_extent() for text in shown):
+        assert box.x0 >= 0
+        assert box.x1 <= image.shape[1]
+
+
+@pytest.mark.parametrize("latent_dim", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 2])
+def test_pictures_of_one_or_two_images(latent_dim, count):
+    vae, x, labels = active_in([0], latent_dim), torch.rand(count, 784), torch.zeros(count).long()
+    pictures = {
+        "reconstructions": reconstruction_figure(vae, x),
+        "latent": latent_scatter(vae, x, labels),
+        "traversal": traversal_figure(vae, x, steps=3),
+        "kl": kl_figure(vae, x),
+    }
+    if latent_dim == 2:
+        pictures["map"] = log_px_map(vae, x, torch.linspace(-200, -100, count))
+    for name, figure in pictures.items():
+        width = to_pixels(figure).shape[1]
+        for text in [*figure.texts, figure.axes[0].title]:
+            box = text.get_window_extent()
+            assert box.x0 > -1, (name, text)
+            assert box.x1 < width + 1, (name, text)
+    assert np.isfinite(pictures_of(pictures["traversal"], 0, 3)).all()
+    axes = pictures["latent"].axes[0]
+    (places,) = [points.get_offsets() for points in axes.collections]
+    assert axes.get_ylim()[0] < places[:, 1].min() <= places[:, 1].max() < axes.get_ylim()[1]
+    noun = "image" if count == 1 else "images"
+    assert axes.get_title().startswith(f"Posterior means of {count} test {noun}")
+    if count == 1:  # nothing varies over one image, whatever the model
+        assert "no dimension is active" not in axes.get_title()
+        assert pictures["kl"].axes[0].get_title() == "one image: activity unknown"
+        assert "active" not in pictures["traversal"].get_supxlabel()
 
 
 def test_scatter_takes_the_two_most_active_dimensions():
@@ -182,6 +304,36 @@ def test_no_class_name_hides_another():
     assert torch.pdist(places).min() > wide / 30
 
 
+def test_numbers_tell_more_classes_than_there_are_colours():
+    x, labels = torch.rand(470, 784), torch.arange(470) % 47
+    axes = latent_scatter(active_in([0, 1], 2), x, labels).axes[0]
+    assert sorted(int(text.get_text()) for text in axes.texts) == list(range(47))
+    assert axes.get_legend() is None
+    one = latent_scatter(active_in([0], 1), x, labels).axes[0]
+    assert one.get_ylabel() == "class"
+    assert not one.texts  # the axis has them
+
+
+def test_the_first_picture_on_a_machine_tells_nothing_of_fonts(tmp_path):
+    """Whoever listens at INFO, as a run's log does; and the level is as it was."""
+    script = """if True:
+        import logging, torch
+        logging.basicConfig(level=logging.INFO)
+        from vae_torch import VAE
+        from vae_torch.figures import kl_figure, to_png
+        logger = logging.getLogger("matplotlib.font_manager")
+        to_png(kl_figure(VAE(intermediate_dim=4), torch.rand(9, 784)))
+        assert logger.level == logging.NOTSET
+        logger.info("of later")
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script], cwd=REPOSITORY, check=True,
+        env=os.environ | {"MPLCONFIGDIR": str(tmp_path)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert list(tmp_path.glob("fontlist*"))  # it was made
+    assert done.stderr == "INFO:matplotlib.font_manager:of later\n"
+
+
 def test_map_draws_the_posteriors_to_scale(small_vae):
     x = torch.rand(30, 784)
     figure = log_px_map(small_vae, x, torch.linspace(-200, -100, 30), ellipses=3)
@@ -203,6 +355,27 @@ def test_growth_is_an_animation_of_equal_frames(tmp_path, latent_dim):
         assert image.size == frames[0].shape[::-1]
     with pytest.raises(ValueError, match="no frames"):
         save_gif([], tmp_path / "none.gif")
+
+
+@pytest.mark.parametrize("shape", [(600,), (20, 30), (1, 20, 30)])  # as the images are given
+def test_pictures_have_the_shape_that_the_model_knows(shape):
+    vae, x = VAE((20, 30), 2, 4), torch.rand(12, *shape)
+    labels = torch.arange(12)
+    first = x[0].reshape(20, 30)
+    assert torch.equal(reconstruction_grid(vae, x)[2:22, 2:32], first)
+    for figure in (reconstruction_figure(vae, x), interpolation_figure(vae, x[:2])):
+        table = torch.tensor(np.asarray(figure.axes[0].get_images()[0].get_array()))
+        assert torch.equal(table[2:22, 2:32], first)
+    for figure in (latent_scatter(vae, x, labels), traversal_figure(vae, x), kl_figure(vae, x)):
+        assert to_pixels(figure).size
+    assert manifold_grid(vae, rows=3).shape == (60, 90)
+    assert growth_frame(vae, x, 1).dtype == np.uint8
+
+
+def test_images_of_other_kinds_are_refused_by_their_shape():
+    for images in (torch.rand(4, 3, 8, 8), torch.rand(4, 600), torch.rand(4)):
+        with pytest.raises(ValueError, match=r"images have shape \(4.*(grey|square)"):
+            image_grid(images, 2)
 
 
 def test_two_dimensional_pictures_refuse_other_models():

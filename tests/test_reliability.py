@@ -111,7 +111,7 @@ def what_stays(run_dir):
         for tag in events.Tags()["tensors"]
         if "second" not in tag
     }
-    assert {"test/elbo", "figures/1_reconstructions"} < stays["tensorboard"].keys()
+    assert {"test/elbo", "visuals/1_reconstructions"} < stays["tensorboard"].keys()
     return stays
 
 
@@ -554,7 +554,7 @@ def test_ten_thousand_epochs_and_500_figures_stay_flat(made_up_root, tmp_path):
     print(f"TensorBoard loads in {time.monotonic() - began:.0f} s")
     points = events.Scalars("z_test_kl/z100")
     assert [p.step for p in points] == list(range(1, 10001))
-    pictures = events.Tensors("figures/2_samples")
+    pictures = events.Tensors("visuals/2_samples")
     assert [p.step for p in pictures] == list(range(20, 10001, 20))
     with Image.open(run_dir / "figures" / "growth.gif") as animation:
         assert animation.n_frames <= 100

@@ -6,7 +6,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from vae_torch import load_run
+from vae_torch import load_run, runlog
 from vae_torch.cli.compose import compose
 from vae_torch.config import ConfigError
 from vae_torch.machine import cores_are_shared
@@ -68,6 +68,23 @@ def test_a_callback_sees_every_epoch_and_may_end_the_run(settings, tmp_path):
     run(settings, tmp_path / "whole")
     assert metrics_of(tmp_path / "cut") == metrics_of(tmp_path / "whole")
     assert run(settings, tmp_path / "cut") == resumed  # finished: its summary as it was
+
+
+def test_a_picture_that_fails_is_a_warning(settings, tmp_path, monkeypatch, caplog):
+    def fail(*_, **__):
+        raise ValueError("no picture today")
+
+    for name in ("sample_grid", "growth_frame"):
+        monkeypatch.setattr(runlog, name, fail)
+    settings.train.figure_every = 1
+    run(settings, tmp_path / "run")
+    warned = [r.message for r in caplog.records if r.levelname == "WARNING"]
+    assert sorted(warned) == [  # once each, in three epochs
+        "figures: no growth (ValueError: no picture today)",
+        "figures: no samples (ValueError: no picture today)",
+    ]
+    assert (tmp_path / "run" / "figures" / "manifold.png").exists()
+    assert not (tmp_path / "run" / "figures" / "samples.png").exists()
 
 
 def test_a_run_in_use_or_with_wrong_settings_is_refused(settings, tmp_path):

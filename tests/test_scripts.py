@@ -69,9 +69,9 @@ def test_a_run_leaves_everything_that_is_promised(small, tmp_path):
             assert [p.step for p in points] == [1, 2]
             assert points[-1].value == pytest.approx(epochs[-1][f"{split}/{name}"])
     others = events.Tags()["tensors"]
-    shown = {tag.split("_")[1] for tag in others if tag.startswith("figures/")}
+    shown = {tag.split("_")[1] for tag in others if tag.startswith("visuals/")}
     assert shown == pictures | {"kl"}
-    png = events.Tensors("figures/2_samples")[-1].tensor_proto.string_val[2]
+    png = events.Tensors("visuals/2_samples")[-1].tensor_proto.string_val[2]
     assert png == (run_dir / "figures" / "samples.png").read_bytes()
     assert {"config", "command"} <= set(others)
     hparams = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
@@ -135,7 +135,7 @@ def test_evaluation_card_of_a_run(small, tmp_path):
     points = events.Scalars("trained/log_px")
     assert points[-1].value == pytest.approx(stored["log_px"]["value"])
     assert (run_dir / "figures" / "log_px.png").stat().st_size > 0
-    assert {"evaluation", "figures/8_log_px"} <= set(events.Tags()["tensors"])
+    assert {"evaluation", "visuals/8_log_px"} <= set(events.Tags()["tensors"])
 
 
 def test_a_trial_of_the_results_table_touches_no_readme(made_up_root, tmp_path):

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from vae_torch.config import Config, ObjectiveConfig
 from vae_torch.data import seeded_generator
-from vae_torch.figures import DIGIT_COLOURS, squares, to_pixels
-from vae_torch.likelihood import ContinuousBernoulli, Gaussian
-from vae_torch.model import VAE, Decoder
+from vae_torch.figures import DIGIT_COLOURS, pictures, to_pixels
+from vae_torch.likelihood import Bernoulli, ContinuousBernoulli, Gaussian
+from vae_torch.model import VAE
 from vae_torch.objective import ACTIVE_UNIT_VARIANCE, objective_terms
 
 MAX_BYTES = 8_000_000
@@ -56,6 +56,14 @@ _ACTIVATION_OPS: dict[type[nn.Module], str] = {
     nn.SiLU: "silu",
     nn.GELU: "gelu",
     nn.Sigmoid: "sigmoid",
+}
+_LAYERS = "Linear, LayerNorm, ConvTranspose2d, Unflatten, residual blocks and " + ", ".join(
+    sorted(kind.__name__ for kind in _ACTIVATION_OPS)
+)
+_MEAN_OPS: dict[type[nn.Module], str] = {
+    Bernoulli: "sigmoid",
+    ContinuousBernoulli: "continuous",
+    Gaussian: "clamp",
 }
 
 
@@ -87,11 +95,14 @@ def explorer_page(
         points: Images at most, from the first on.
 
     Raises:
-        ExplorerError: The weights are not finite, or too many for a page of this size.
+        ExplorerError: The weights are not finite, or too many for a page of this size; or the page
+            cannot draw the decoder, the likelihood or the images.
     """
+    height, width = _image_size(vae)
+    mean = _mean_op(vae.likelihood)
     weights: list[Tensor] = []
-    ops = decoder_ops(vae.decoder, weights)
-    packed = torch.cat([w.detach().float().cpu().flatten() for w in weights])
+    ops = decoder_ops(vae.decoder, vae.latent_dim, weights)
+    packed = torch.cat([torch.zeros(0), *(w.detach().float().cpu().flatten() for w in weights)])
     if not bool(packed.half().isfinite().all()):
         raise ExplorerError("the decoder's weights are not finite; did it diverge?")
     if 2 * len(packed) * 4 / 3 > MAX_BYTES:
@@ -99,7 +110,7 @@ def explorer_page(
             f"the decoder has {len(packed):,} weights, which alone make a page larger than "
             f"{MAX_BYTES / 1e6:.0f} MB; explore a model with a smaller model.intermediate_dim"
         )
-    height, width = _image_size(vae)
+    _refuse_other_pixels(vae, ops, mean, packed)
     page: dict[str, Any] = {
         "title": title,
         "facts": facts,
@@ -109,7 +120,7 @@ def explorer_page(
         "width": width,
         "ops": ops,
         "weights": _half_base64(packed),
-        "mean": _mean_of(vae),
+        "mean": mean,
         "active_variance": ACTIVE_UNIT_VARIANCE,
         "noun": "digit" if data_name in ("mnist", "qmnist") else "class",
     }
@@ -128,43 +139,45 @@ def explorer_page(
         n = max(_FEWEST_POINTS, n // 2)
 
 
-def decoder_ops(decoder: Decoder, weights: list[Tensor]) -> list[dict[str, Any]]:
+def decoder_ops(decoder: nn.Module, latent_dim: int, weights: list[Tensor]) -> list[dict[str, Any]]:
     """The decoder as a list of operations for the page; appends their weights to `weights`.
 
     Each operation has a name under `op`, its sizes, and where its weights begin in all of them
     flattened one after the other.
 
     Raises:
-        TypeError: A layer that the page does not know.
+        ExplorerError: A layer that the page does not know.
     """
-    ops, shape = _ops(decoder.trunk, (decoder_inputs(decoder),), weights)
-    more, shape = _ops(decoder.out, shape, weights)
-    assert math.prod(shape) == math.prod(decoder.output_shape)
-    return ops + more
-
-
-def decoder_inputs(decoder: Decoder) -> int:
-    """Dimensions of the z that a decoder takes."""
-    return next(m for m in decoder.modules() if isinstance(m, nn.Linear)).in_features
+    trunk, out = (getattr(decoder, name, None) for name in ("trunk", "out"))
+    if isinstance(trunk, nn.Module) and isinstance(out, nn.Module):
+        return _ops(nn.Sequential(trunk, out), (latent_dim,), weights)[0]
+    if not isinstance(decoder, nn.Sequential):
+        raise ExplorerError(
+            f"the page cannot run the decoder {type(decoder).__name__}, which has no trunk and "
+            f"out; it runs {_LAYERS}"
+        )
+    return _ops(decoder, (latent_dim,), weights)[0]
 
 
 def run_notes(run_dir: Path, config: Config) -> tuple[list[str], int | None]:
-    """What is unusual about a run, in sentences, and the epochs it has had (None: not known)."""
+    """What is unusual about a run, in sentences, and the epochs it completed (None: not known)."""
     notes = []
     epochs = config.train.epochs
     done: int | None = epochs
     if not (run_dir / "summary.json").exists():
         metrics = run_dir / "metrics.jsonl"
         done = metrics.read_bytes().count(b"\n") if metrics.exists() else None
-        so_far = f"{done} of {epochs}" if done else f"an unknown part of {epochs}"
+        so_far = f"it completed {done or 'none'} of {epochs} epochs"
+        if done is None:
+            so_far = f"how many of its {epochs} epochs it completed is not known"
         notes.append(
-            f"This run has not finished: it has had {so_far} epochs. What you see is the model as "
-            "it was at its last checkpoint."
+            f"This run has not finished: {so_far}. You see the model of its last checkpoint."
         )
     if done is not None and done < _FEW_EPOCHS:
+        trained = f"{done} {'epoch' if done == 1 else 'epochs'}" if done else "less than one epoch"
         notes.append(
-            f"This model has had {done} {'epoch' if done == 1 else 'epochs'} of training. Its "
-            "digits are blurred and its classes overlap; train longer before you read much into it."
+            f"This model was trained for {trained}. Its images are blurred and its classes "
+            "overlap; train longer before you read much into it."
         )
     limit = config.data.limit_train
     if limit is not None and limit < _FEW_IMAGES:
@@ -202,6 +215,11 @@ def _ops(
             weights.append(tensor)
         return begins
 
+    def refused(reason: str) -> ExplorerError:
+        return ExplorerError(
+            f"the page cannot run the decoder's {type(module).__name__}{reason}; it runs {_LAYERS}"
+        )
+
     if isinstance(module, nn.Identity):
         return [], shape
     if isinstance(module, nn.Sequential):
@@ -210,34 +228,48 @@ def _ops(
             more, shape = _ops(layer, shape, weights)
             ops += more
         return ops, shape
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        weight, bias = stored(module.weight, module.bias)
+    if isinstance(module, nn.Linear):
+        weight, bias = stored(module.weight, _or_zeros(module.bias, module.out_features))
         sizes = {"inputs": module.in_features, "outputs": module.out_features}
         return [{"op": "linear", **sizes, "weight": weight, "bias": bias}], (module.out_features,)
     if isinstance(module, nn.LayerNorm):
-        weight, bias = stored(module.weight, module.bias)
+        if tuple(module.normalized_shape) != shape:
+            raise refused(f" over a part of {shape}")
+        ones = torch.ones(shape) if module.weight is None else module.weight
+        weight, bias = stored(ones, _or_zeros(module.bias, math.prod(shape)))
         return [{"op": "layer_norm", "eps": module.eps, "weight": weight, "bias": bias}], shape
     if isinstance(module, nn.ConvTranspose2d):
+        plain = ("kernel_size", "stride", "padding")
+        if len(shape) != 3 or any(len(set(getattr(module, name))) != 1 for name in plain):
+            raise refused(" that is not square")
+        if module.groups != 1 or set(module.dilation) != {1} or set(module.output_padding) != {0}:
+            raise refused(" with groups, dilation or output_padding")
         return _transposed(module, shape, stored)
     if isinstance(module, nn.Unflatten):
         return [], tuple(module.unflattened_size)
-    if type(module) in _ACTIVATION_OPS and getattr(module, "approximate", "none") == "none":
+    if type(module) in _ACTIVATION_OPS:
+        if getattr(module, "approximate", "none") != "none":
+            raise refused(f" with approximate={module.approximate}")
         return [{"op": _ACTIVATION_OPS[type(module)]}], shape
     body = getattr(module, "body", None)  # of model.py's residual block: x + body(x)
     if isinstance(body, nn.Sequential):
         ops, shape = _ops(body, shape, weights)
         return [{"op": "residual", "body": ops}], shape
-    raise TypeError(f"the page cannot run {module}; teach it in explorer.html")
+    raise refused("")
+
+
+def _or_zeros(bias: Tensor | None, size: int) -> Tensor:
+    return torch.zeros(size) if bias is None else bias
 
 
 def _transposed(
     module: nn.ConvTranspose2d, shape: tuple[int, ...], stored: Any
 ) -> tuple[list[dict[str, Any]], tuple[int, ...]]:
     channels, height, width = shape
-    (kernel, _), (stride, _) = module.kernel_size, module.stride
-    padding = int(module.padding[0])
-    assert module.bias is not None
-    weight, bias = stored(module.weight, module.bias)
+    kernel, stride, padding = (
+        int(n[0]) for n in (module.kernel_size, module.stride, module.padding)
+    )
+    weight, bias = stored(module.weight, _or_zeros(module.bias, module.out_channels))
     op = {
         "op": "conv_transpose",
         "channels": channels,
@@ -254,17 +286,88 @@ def _transposed(
     return [op], (module.out_channels, *grown)
 
 
-def _mean_of(vae: VAE) -> str:
+def _mean_op(likelihood: nn.Module) -> str:
     """How the page makes pixels of the decoder's output."""
-    if isinstance(vae.likelihood, Gaussian):
-        return "clamp"
-    return "continuous" if isinstance(vae.likelihood, ContinuousBernoulli) else "sigmoid"
+    for kind, op in _MEAN_OPS.items():
+        if isinstance(likelihood, kind):
+            return op
+    raise ExplorerError(
+        f"the page cannot draw the likelihood {type(likelihood).__name__}; it draws "
+        f"{', '.join(kind.__name__ for kind in _MEAN_OPS)}"
+    )
+
+
+@torch.no_grad()
+def _refuse_other_pixels(vae: VAE, ops: list[dict[str, Any]], mean: str, packed: Tensor) -> None:
+    """Whether the page's operations give the model's pixels: a layer may compute what it likes.
+
+    Raises:
+        ExplorerError: They do not.
+    """
+    weight = next(vae.parameters())
+    z = 2 * torch.randn(8, vae.latent_dim, generator=torch.Generator().manual_seed(0))
+    logits = vae.decode(z.to(weight))
+    pixels = vae.likelihood.mean(logits)
+    theirs = [part.float().cpu().flatten(1) for part in (logits, pixels)]
+    try:
+        ours = _run(ops, z, packed)
+        off = [
+            (got - right).abs().max().item() / max(1.0, right.abs().max().item())
+            for got, right in zip((ours, _run([{"op": mean}], ours, packed)), theirs, strict=True)
+        ]
+    except RuntimeError as error:  # of shapes that do not chain
+        raise ExplorerError(
+            f"the page cannot run the decoder {type(vae.decoder).__name__} ({error})"
+        ) from None
+    for part, by in zip((vae.decoder, vae.likelihood), off, strict=True):
+        if not by < 0.01:
+            raise ExplorerError(
+                f"the page would not draw what the model does: {type(part).__name__} is no chain "
+                f"of layers that the page knows; it runs {_LAYERS}"
+            )
+
+
+def _run(ops: list[dict[str, Any]], x: Tensor, packed: Tensor) -> Tensor:
+    """What explorer.html computes of x (n, inputs): (n, outputs)."""
+
+    def stored(begin: int, *shape: int) -> Tensor:
+        return packed[begin : begin + math.prod(shape)].view(shape)
+
+    functions = torch.nn.functional
+    elementwise: dict[str, Any] = {op: kind() for kind, op in _ACTIVATION_OPS.items()}
+    elementwise |= {op: kind().mean for kind, op in _MEAN_OPS.items()}
+    for op in ops:
+        name = op["op"]
+        if name == "linear":
+            weight = stored(op["weight"], op["outputs"], op["inputs"])
+            x = functions.linear(x, weight, stored(op["bias"], op["outputs"]))
+        elif name == "layer_norm":
+            size = x.shape[1]
+            weight, bias = stored(op["weight"], size), stored(op["bias"], size)
+            x = functions.layer_norm(x, (size,), weight, bias, op["eps"])
+        elif name == "conv_transpose":
+            sheet = x.view(-1, op["channels"], op["height"], op["width"])
+            weight = stored(op["weight"], op["channels"], op["outputs"], op["kernel"], op["kernel"])
+            bias = stored(op["bias"], op["outputs"])
+            sheet = functions.conv_transpose2d(sheet, weight, bias, op["stride"], op["padding"])
+            x = sheet.flatten(1)
+        elif name == "residual":
+            x = x + _run(op["body"], x, packed)
+        else:
+            x = elementwise[name](x)
+    return x
 
 
 def _image_size(vae: VAE) -> tuple[int, int]:
-    blank = torch.empty(1, *vae.input_shape)
-    height, width = squares(blank).shape[1:]
-    return height, width
+    shape = vae.input_shape
+    if len(shape) == 1 and math.isqrt(shape[0]) ** 2 == shape[0]:
+        return math.isqrt(shape[0]), math.isqrt(shape[0])
+    if len(shape) == 2 or (len(shape) == 3 and shape[0] == 1):
+        return shape[-2], shape[-1]
+    raise ExplorerError(
+        f"the page cannot draw images of shape {shape}; it draws grey ones: (height, width), "
+        "(1, height, width), or flat and square"
+    )
 
 
 @torch.no_grad()
@@ -287,7 +390,8 @@ def _with_images(
     classes = labels.cpu()
     kinds, index = classes.unique(return_inverse=True)
     names = _CLASS_NAMES.get(data_name, ())
-    collapsed = not bool((variance > ACTIVE_UNIT_VARIANCE).any())
+    # one image says nothing about how the means vary
+    collapsed = len(mean) > 1 and not bool((variance > ACTIVE_UNIT_VARIANCE).any())
     page = {
         "points": len(x),
         "available": available,
@@ -298,7 +402,7 @@ def _with_images(
         "classes": index.tolist(),
         "class_names": [names[k] if k < len(names) else str(k) for k in kinds.tolist()],
         "colours": [DIGIT_COLOURS[i % len(DIGIT_COLOURS)] for i in range(len(kinds))],
-        "sprite": _sprite(x),
+        "sprite": _sprite(pictures(vae, x)),
         "sprite_columns": _SPRITE_COLUMNS,
         "centre": _listed(mean.mean(0)),
         "spread": _listed(variance.sqrt()),
@@ -341,11 +445,10 @@ def _principal_components(means: Tensor) -> dict[str, Any]:
     return {"count": count, "share": _listed(share), "directions": _half_base64(directions)}
 
 
-def _sprite(x: Tensor) -> str:
-    """All images as one grey PNG, row by row without a gap, in base64."""
+def _sprite(images: Tensor) -> str:
+    """All images (n, H, W) as one grey PNG, row by row without a gap, in base64."""
     from PIL import Image
 
-    images = squares(x.flatten(1) if x.ndim == 2 else x)
     n, height, width = images.shape
     rows = -(-n // _SPRITE_COLUMNS)
     table = torch.zeros(rows * _SPRITE_COLUMNS, height, width)

@@ -4,6 +4,7 @@
 """
 
 import io
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,8 +70,7 @@ def reconstruction_grid(vae: VAE, x: Tensor) -> Tensor:
         (height, width), two rows of n images.
     """
     n = len(x)
-    both = torch.cat([x.reshape(n, -1), vae.reconstruct(x).reshape(n, -1)])
-    return image_grid(both, n)
+    return image_grid(torch.cat([pictures(vae, x), pictures(vae, vae.reconstruct(x))]), n)
 
 
 def sample_grid(vae: VAE, *, rows: int = 8, seed: int = 0) -> Tensor:
@@ -104,14 +104,13 @@ def latent_scatter(vae: VAE, x: Tensor, labels: Tensor) -> "Figure":
 
     With more than two latents: the two whose means vary most. With one: the class is the height.
     Two units around the origin are always in view, so that a collapsed posterior looks like one.
+    From the eleventh class on the colours repeat: then the numbers tell.
 
     Args:
         vae: The model.
         x: (N, *shape) in [0, 1].
         labels: (N,) classes.
     """
-    from matplotlib.patheffects import withStroke
-
     means, _ = _posterior(vae, x)
     classes = labels.cpu().numpy()
     first, *more = _most_active(means)
@@ -119,6 +118,8 @@ def latent_scatter(vae: VAE, x: Tensor, labels: Tensor) -> "Figure":
     spread = np.random.default_rng(0).uniform(-0.3, 0.3, len(classes))  # points, not a line
     up = means[:, more[0]].numpy() if more else classes + spread
     figure, axes = _figure(7, 6)
+    from matplotlib.patheffects import withStroke
+
     names = np.unique(classes)
     for i, digit in enumerate(names):
         chosen, colour = classes == digit, DIGIT_COLOURS[i % len(DIGIT_COLOURS)]
@@ -128,23 +129,25 @@ def latent_scatter(vae: VAE, x: Tensor, labels: Tensor) -> "Figure":
     middle = np.median(up)
     axes.update_datalim([(-2, -2 if more else middle), (2, 2 if more else middle)])
     axes.autoscale_view()
-    active = bool((means.var(0) > ACTIVE_UNIT_VARIANCE).any()) if len(x) > 1 else False
-    if len(names) <= len(DIGIT_COLOURS):
+    if not more:  # all of each class's points, however few the classes
+        axes.set_ylim(names[0] - 0.6, names[-1] + 0.6)
+    active = bool((_variances(means) > ACTIVE_UNIT_VARIANCE).any())
+    few = len(names) <= len(DIGIT_COLOURS)
+    if few:
         axes.legend(title="class", loc="center left", bbox_to_anchor=(1, 0.5), markerscale=4)
-    if len(names) <= len(DIGIT_COLOURS) and (active or not more):
+    if few and not more:
+        axes.set_yticks(names)
+    if len(names) > 1 and (active if more else few):
         low, high = np.array([axes.get_xlim(), axes.get_ylim()]).T
+        distance = (high - low).max() / (24 if few else 40)
         medians = [[np.median(v[classes == digit]) for v in (across, up)] for digit in names]
-        for digit, at in zip(
-            names, _apart(np.array(medians), (high - low).max() / 24), strict=True
-        ):
+        for digit, at in zip(names, _apart(np.array(medians), distance), strict=True):
             axes.annotate(
-                str(digit), at, fontsize=13, weight="bold", ha="center", va="center",
+                str(digit), at, fontsize=13 if few else 9, weight="bold", ha="center", va="center",
                 path_effects=[withStroke(linewidth=3, foreground="white")],
             )  # fmt: skip
-    if not more and len(names) <= len(DIGIT_COLOURS):
-        axes.set_yticks(names)
-    state = "" if active else "; no dimension is active"
-    axes.set_title(f"Posterior means of {len(x):,} test images{state}")
+    state = "; no dimension is active" if len(x) > 1 and not active else ""
+    axes.set_title(f"Posterior means of {_images(len(x))}{state}")
     axes.set_xlabel(f"z{_subscript(first)}")
     axes.set_ylabel(f"z{_subscript(more[0])}" if more else "class")
     if more:
@@ -180,8 +183,8 @@ def reconstruction_figure(vae: VAE, x: Tensor) -> "Figure":
     mean, _ = vae.encode(x)
     logits = vae.decode(mean)
     nats = -vae.likelihood.log_prob(x.reshape(-1, *vae.input_shape), logits)
-    return _tiles(
-        torch.cat([squares(x.flatten(1)), squares(vae.likelihood.mean(logits).flatten(1))]),
+    return image_table(
+        torch.cat([pictures(vae, x), pictures(vae, vae.likelihood.mean(logits))]),
         rows=["image", "decoded"],
         columns=[f"{number:.0f}" for number in nats.tolist()],
         caption="-log p(x | z) at the posterior mean, nats",
@@ -203,30 +206,31 @@ def traversal_figure(
         context: Images to encode.
     """
     means, _ = _posterior(vae, x[:context])
-    active = [d for d in _most_active(means) if means[:, d].var() > ACTIVE_UNIT_VARIANCE]
+    variances = _variances(means)
+    active = [d for d in _most_active(means) if variances[d] > ACTIVE_UNIT_VARIANCE]
     shown = active[:dimensions] or _most_active(means)[:1]
     ticks = torch.linspace(-3, 3, steps)
     ways = []
     for dim in shown:
         z = means[:1].repeat(steps, 1)
-        z[:, dim] = means[:, dim].mean() + ticks * means[:, dim].std()
+        z[:, dim] = means[:, dim].mean() + ticks * variances[dim].sqrt()
         ways.append(z)
     hidden = f", {len(active) - len(shown)} not shown" if len(active) > len(shown) else ""
-    return _tiles(
+    return image_table(
         _decoded(vae, torch.cat(ways)),
         rows=[f"z{_subscript(dim)}" for dim in shown],
         columns=[f"{t:+.1f}".replace("+0.0", "0").replace("-0.0", "0") for t in ticks.tolist()],
-        caption=f"standard deviations of the posterior means\n"
-        f"{len(active)} of {vae.latent_dim} dimensions active{hidden}",
+        caption=f"standard deviations of the posterior means\n{_activity(means)}{hidden}",
     )
 
 
 @torch.no_grad()
 def interpolation_figure(vae: VAE, x: Tensor, *, steps: int = 9) -> "Figure":
-    """The way from one image to another in latent space: straight, and on a sphere.
+    """The way from one image to another in latent space: straight, and around the origin.
 
     In many dimensions the prior's mass lies on a shell, which a straight way leaves; the spherical
-    one (White, *Sampling Generative Networks* (2016), section 2.1) stays on it.
+    one (White, *Sampling Generative Networks* (2016), section 2.1) stays on it. One latent has the
+    straight way alone.
 
     Args:
         vae: The model.
@@ -239,13 +243,12 @@ def interpolation_figure(vae: VAE, x: Tensor, *, steps: int = 9) -> "Figure":
     if len(x) != 2:
         raise ValueError(f"x has shape {tuple(x.shape)}; an interpolation has two ends")
     means, _ = _posterior(vae, x)
-    ways = {
-        "straight": torch.lerp(means[0], means[1], torch.linspace(0, 1, steps)[:, None]),
-        "spherical": spherical_interpolation(means[0], means[1], steps=steps),
-    }
-    start, end = squares(x.flatten(1)).split(1)
+    ways = {"straight": torch.lerp(means[0], means[1], torch.linspace(0, 1, steps)[:, None])}
+    if vae.latent_dim > 1:
+        ways["spherical"] = spherical_interpolation(means[0], means[1], steps=steps)
+    start, end = pictures(vae, x).split(1)
     between = [""] * (steps // 2) + ["decoded on the way"] + [""] * (steps - steps // 2 - 1)
-    return _tiles(
+    return image_table(
         torch.cat([torch.cat([start, _decoded(vae, z), end]) for z in ways.values()]),
         rows=list(ways),
         columns=["image", *between, "image"],
@@ -253,20 +256,47 @@ def interpolation_figure(vae: VAE, x: Tensor, *, steps: int = 9) -> "Figure":
 
 
 def spherical_interpolation(start: Tensor, end: Tensor, *, steps: int) -> Tensor:
-    """From `start` to `end` (latent_dim,) along the arc between them: (steps, latent_dim).
+    """From `start` to `end` around the origin: directions along an arc, lengths linearly.
 
-    Where the two point the same or the opposite way there is no one arc, and the way is straight.
+    After White (2016), section 2.1, whose weights are of vectors of one length: with other lengths
+    they lead far out where the angle is large. Here no point lies nearer to the origin than both
+    ends or farther away. Where no arc is given, these are the choices:
+
+    - Opposite directions: half a circle through the axis that is nearest to a right angle.
+    - A zero vector has no direction: the way is straight.
+    - One dimension: a circle of two points. The way jumps from one side to the other halfway.
+
+    Args:
+        start: (latent_dim,).
+        end: (latent_dim,).
+        steps: Points on the way, ends included.
+
+    Returns:
+        (steps, latent_dim).
     """
-    t = torch.linspace(0, 1, steps).to(start)[:, None]
-    cosine = torch.nn.functional.cosine_similarity(start, end, dim=0).clamp(-1, 1)
-    angle = cosine.acos()
-    if angle.sin() < 1e-4:
-        return torch.lerp(start, end, t)
-    return (((1 - t) * angle).sin() * start + (t * angle).sin() * end) / angle.sin()
+    t = torch.linspace(0, 1, steps, dtype=torch.float64, device=start.device)[:, None]
+    ends = torch.stack([start, end]).double()
+    lengths = torch.linalg.vector_norm(ends, dim=1, keepdim=True)
+    first, last = torch.where(lengths > 0, ends / lengths, ends.flip(0) / lengths.flip(0))
+    if not lengths.any():
+        directions = ends[:1]
+    elif len(first) == 1:
+        directions = torch.where(t < 0.5, first, last)
+    else:
+        # 2 atan2 keeps its digits near 0 and π, where acos of a cosine loses half of them
+        apart, joint = (torch.linalg.vector_norm(v) for v in (last - first, last + first))
+        side = last - (first @ last) * first
+        if torch.linalg.vector_norm(side) < 1e-12:  # the same direction, or opposite ones
+            axis = torch.nn.functional.one_hot(first.abs().argmin(), len(first)).to(first)
+            side = axis - (first @ axis) * first
+        angle = 2 * t * torch.atan2(apart, joint)
+        directions = angle.cos() * first + angle.sin() * torch.nn.functional.normalize(side, dim=0)
+        directions = torch.nn.functional.normalize(directions, dim=1)
+    return (torch.lerp(lengths[0], lengths[1], t) * directions).to(start)
 
 
 def kl_figure(vae: VAE, x: Tensor) -> "Figure":
-    """KL(q(z|x) || N(0, 1)) of each latent dimension, largest first, and where activity ends.
+    """KL(q(z|x) || N(0, 1)) of each latent dimension, largest first, coloured by activity.
 
     Args:
         vae: The model.
@@ -274,20 +304,29 @@ def kl_figure(vae: VAE, x: Tensor) -> "Figure":
     """
     means, logvars = _posterior(vae, x)
     kl = kl_per_dim(means, logvars).mean(0)
-    order = kl.argsort(descending=True)
-    active = (means.var(0) > ACTIVE_UNIT_VARIANCE)[order]
-    count = int(active.sum())
-    figure, axes = _figure(max(5, min(12, 2 + 0.22 * len(kl))), 4)
-    colours = [DIGIT_COLOURS[0] if on else DIGIT_COLOURS[4] for on in active.tolist()]
-    axes.bar(range(len(kl)), kl[order].numpy(), color=colours)
-    axes.axvline(count - 0.5, color="#555555", linestyle="--", linewidth=1)
-    axes.set_title(f"{count} of {len(kl)} dimensions active (left of the line)", fontsize=11)
-    half = max(len(kl), 6) / 2 + 0.3  # one bar is no wall
-    axes.set_xlim((len(kl) - 1) / 2 - half, (len(kl) - 1) / 2 + half)
-    axes.set_ylim(0, max(1.05 * kl.max().item(), 0.1))  # a collapsed one is no tower
-    every = -(-len(kl) // 40)
-    axes.set_xticks(range(0, len(kl), every), [str(int(d) + 1) for d in order[::every]], fontsize=8)
-    axes.set(xlabel="latent dimension", ylabel="KL to N(0, 1), nats per image")
+    order, n = kl.argsort(descending=True), len(kl)
+    active = (_variances(means) > ACTIVE_UNIT_VARIANCE)[order].numpy()
+    figure, axes = _figure(max(3.2, min(10, 2 + 0.3 * n)), 4)
+    colours = {"active": DIGIT_COLOURS[0], "inactive": DIGIT_COLOURS[4]}
+    for kind, chosen in {"active": active, "inactive": ~active}.items():
+        places = np.flatnonzero(chosen)
+        colour = colours[kind] if len(x) > 1 else DIGIT_COLOURS[9]
+        bars = axes.bar(places, kl[order[places]].numpy(), color=colour, label=kind)
+        if n <= 12:
+            axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
+    if 0 < active.sum() < n:
+        axes.legend(loc="upper right", frameon=False)
+    axes.set_title(_activity(means), fontsize=11)
+    half = max(n, 2) / 2 + 0.2  # one bar is no wall
+    axes.set_xlim((n - 1) / 2 - half, (n - 1) / 2 + half)
+    axes.set_ylim(0, max(1.08 * kl.max().item(), 0.1))  # a collapsed one is no tower
+    if n <= 40:
+        axes.set_xticks(range(n), [str(d + 1) for d in order.tolist()], fontsize=8)
+    else:  # names of each would be too small to read
+        ranks = [1, *range(10, n + 1, 10)]
+        axes.set_xticks([rank - 1 for rank in ranks], map(str, ranks))
+    axes.set_xlabel("latent dimension" if n <= 40 else "latent dimensions, largest KL first")
+    axes.set_ylabel("KL to N(0, 1), nats per image")
     return figure
 
 
@@ -303,12 +342,12 @@ def log_px_map(vae: VAE, x: Tensor, log_px: Tensor, *, ellipses: int = 12) -> "F
     Raises:
         ValueError: latent_dim is not 2.
     """
-    from matplotlib.patches import Ellipse
-
     if vae.latent_dim != 2:
         raise ValueError(f"latent_dim is {vae.latent_dim}; the map needs 2")
     means, logvars = _posterior(vae, x)
     figure, axes = _figure(7.5, 6)
+    from matplotlib.patches import Ellipse
+
     log_px = log_px.cpu()
     order = log_px.argsort(descending=True)  # the badly explained ones on top
     low, high = np.quantile(log_px.numpy(), [0.01, 0.99])
@@ -322,7 +361,8 @@ def log_px_map(vae: VAE, x: Tensor, log_px: Tensor, *, ellipses: int = 12) -> "F
         width, height = (4 * widths).tolist()  # two standard deviations to each side
         axes.add_patch(Ellipse(centre, width, height, fill=False, ec=DIGIT_COLOURS[4], lw=1.6))
     figure.colorbar(points, label="exact log p(x), nats", extend="both")
-    title = f"{len(x):,} test images at their posterior means; ellipses: q(z|x) of {ellipses}, 2 sd"
+    circled = "" if len(x) == 1 else f" of {min(ellipses, len(x))}"
+    title = f"Posterior means of {_images(len(x))}; ellipses: q(z|x){circled}, 2 sd"
     axes.set_title(title, fontsize=10)
     axes.set(xlabel="z₁", ylabel="z₂", aspect="equal")
     return figure
@@ -420,42 +460,81 @@ def _most_active(means: Tensor) -> list[int]:
     """Latent dimensions, the one whose means vary most first; of two the order is their own."""
     if means.shape[1] <= 2:
         return list(range(means.shape[1]))
-    return means.var(0).argsort(descending=True).tolist()
+    return _variances(means).argsort(descending=True).tolist()
+
+
+def _variances(means: Tensor) -> Tensor:
+    """(latent_dim,) over the images; one image has none."""
+    return means.var(0) if len(means) > 1 else torch.zeros(means.shape[1])
+
+
+def _activity(means: Tensor) -> str:
+    """How many dimensions are active."""
+    if len(means) == 1:
+        return "one image: activity unknown"
+    count, total = int((_variances(means) > ACTIVE_UNIT_VARIANCE).sum()), means.shape[1]
+    return f"{count} of {total} {'dimension' if total == 1 else 'dimensions'} active"
+
+
+def _images(count: int) -> str:
+    return f"{count:,} test {'image' if count == 1 else 'images'}"
 
 
 def _decoded(vae: VAE, z: Tensor) -> Tensor:
     """(n, latent_dim) -> (n, H, W) expected pixels."""
     weight = next(vae.parameters())
-    return squares(vae.likelihood.mean(vae.decode(z.to(weight))).flatten(1))
+    return pictures(vae, vae.likelihood.mean(vae.decode(z.to(weight))))
 
 
 def _figure(width: float, height: float) -> "tuple[Figure, Axes]":
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    figure = import_matplotlib()(figsize=(width, height), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
-def _tiles(
+def import_matplotlib() -> "type[Figure]":
+    """Import what draws, without matplotlib's news.
+
+    The first import on a machine tells at INFO that it has listed the fonts, which would go into
+    a run's log. Its level is set aside for the import alone, and only where nobody chose one.
+    """
+    logger = logging.getLogger("matplotlib.font_manager")
+    chosen = logger.level
+    logger.setLevel(chosen or logging.WARNING)
+    try:
+        from matplotlib.figure import Figure
+    finally:
+        logger.setLevel(chosen)
+    return Figure
+
+
+def image_table(
     images: Tensor, *, rows: Sequence[str], columns: Sequence[str], caption: str = ""
 ) -> "Figure":
-    """Pictures (rows * columns, H, W) in a table with names; on one axis, as many are slow.
+    """Images in a table whose rows and columns have names.
 
     An image pixel is two by two on the screen, and the text can be read where TensorBoard shows the
     whole in 350 pixels.
-    """
-    from matplotlib.figure import Figure
 
+    Args:
+        images: (rows * columns, pixels), (..., H, W) or (..., 1, H, W) in [0, 1], row by row; flat
+            ones must be square.
+        rows: A name for each row, to its left.
+        columns: A name for each column, under it; empty ones take no space.
+        caption: A line or more under the table.
+    """
+    images = squares(images)
     dpi, scale, size = 100, 2, 12  # size: of the text, in points
     gap, letter, line = 2, 0.6 * size * dpi / 72, 1.35 * size * dpi / 72
-    grid = image_grid(images[:, None], len(columns), gap=gap)
+    grid = image_grid(images[:, None], len(columns), gap=gap)  # on one axis: many are slow
     height, width = (scale * side for side in grid.shape)
-    left, right = letter * max(map(len, rows)) + 12, 4
+    left, right = letter * max(map(len, rows)) + 12, 4.0
+    lacking = letter * max(map(len, caption.splitlines()), default=0) - (left + width + right)
+    left, right = (side + max(lacking, 0) / 2 for side in (left, right))
     bottom = line * (bool(any(columns)) + len(caption.splitlines())) + 6
     whole = (left + width + right, height + bottom)
-    figure = Figure(figsize=(whole[0] / dpi, whole[1] / dpi), dpi=dpi)
+    figure = import_matplotlib()(figsize=(whole[0] / dpi, whole[1] / dpi), dpi=dpi)
     axes = figure.add_axes(
         (left / whole[0], bottom / whole[1], width / whole[0], height / whole[1])
     )
@@ -475,11 +554,25 @@ def _subscript(dimension: int) -> str:
     return "".join(chr(0x2080 + int(digit)) for digit in str(dimension + 1))
 
 
+def pictures(vae: VAE, x: Tensor) -> Tensor:
+    """Images of a model, flat or not, in the shape that it knows: (N, H, W) on the CPU."""
+    return squares(x.reshape(-1, *vae.input_shape))
+
+
 def squares(images: Tensor) -> Tensor:
-    """(N, pixels) or (N, ..., H, W) -> (N, H, W) on the CPU; flat images must be square."""
+    """(N, pixels), (N, H, W) or (N, 1, H, W) -> (N, H, W) on the CPU; flat ones must be square.
+
+    Raises:
+        ValueError: They are of another shape.
+    """
     if images.ndim == 2:
         side = round(images.shape[1] ** 0.5)
         if side * side != images.shape[1]:
             raise ValueError(f"images have shape {tuple(images.shape)}; flat ones must be square")
         return images.detach().cpu().reshape(-1, side, side)
+    if images.ndim < 3 or any(size != 1 for size in images.shape[1:-2]):
+        raise ValueError(
+            f"images have shape {tuple(images.shape)}; they must be grey: (N, height, width) or "
+            "(N, 1, height, width)"
+        )
     return images.detach().cpu().reshape(images.shape[0], *images.shape[-2:])

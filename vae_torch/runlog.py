@@ -1,9 +1,12 @@
 """A run's records: metrics.jsonl, TensorBoard, figures and summary.json, all in its folder."""
 
 import json
+import logging
 import re
 import shlex
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,22 +22,25 @@ from vae_torch.figures import (
     kl_figure,
     latent_scatter,
     manifold_grid,
+    pictures,
     read_png,
     reconstruction_figure,
     sample_grid,
     save_gif,
     save_png,
-    squares,
     to_png,
     traversal_figure,
 )
 from vae_torch.model import VAE
 from vae_torch.prior import StandardNormal
 from vae_torch.runs.identity import git_commit, versions
+from vae_torch.train import StoppedError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from tensorboard.compat.proto.summary_pb2 import Summary
+
+_log = logging.getLogger("vae_torch")
 
 _CURVES = {  # and what TensorBoard's chart of each is called
     "elbo": "elbo: lower bound on log p(x); higher is better",
@@ -45,7 +51,10 @@ _CURVES = {  # and what TensorBoard's chart of each is called
 # A group of its own, a chart for each of 40 latents, and after `train/`: TensorBoard's hparams show
 # the first five metrics of the alphabet, and draw only runs that have all of them.
 _KL_DIMS = "z_test_kl"
-# In TensorBoard's order, which is of the alphabet, and what is to be known of them there.
+# TensorBoard's first page shows groups by the alphabet: pictures come after the curves, and before
+# the many charts of `_KL_DIMS`.
+_VISUALS = "visuals"
+# In the order in which TensorBoard shows them, and what it says about each.
 _PICTURES = {
     "reconstructions": "Test images over their reconstructions; under each, -log p(x | z) in nats.",
     "samples": "Decoded draws from the prior, the same draws at every step.",
@@ -53,8 +62,8 @@ _PICTURES = {
     "manifold": "The decoded latent plane at coordinates that cut the prior into equal masses "
     "(Kingma and Welling, figure 4). The first latent grows to the right, the second upwards.",
     "traversal": "One test image, decoded while one latent moves: a row for each active latent.",
-    "interpolation": "From one test image to another: straight, and on a sphere around the origin.",
-    "kl": "KL to N(0, 1) of each latent, in nats per image; left of the line the active ones.",
+    "interpolation": "From one test image to another: straight, and in an arc around the origin.",
+    "kl": "KL to N(0, 1) of each latent, in nats per image, largest first.",
 }
 _GIF_FRAMES = 100  # of a long run at most: 25 s, about 8 MB
 _GRID_SCALE = 3  # a 28-pixel digit is a postage stamp on today's screens
@@ -87,14 +96,14 @@ class RunLog:
 
         self.run_dir = run_dir
         self.config = config
+        self._warned: set[str] = set()  # pictures that could not be drawn
         (run_dir / "figures").mkdir(parents=True, exist_ok=True)
         self._metrics = run_dir / "metrics.jsonl"
         lines = history_lines(history or {})
         write_atomically(self._metrics, "".join(lines).encode())
         # of a first epoch too: a run killed in it may have left points
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=len(lines) + 1)
-        command = shlex.join(["python", *sys.orig_argv[1:]])
-        self._add(_text("command", _verbatim(command)), 0)
+        self._add(_text("command", _verbatim(shlex.join(_command(run_dir)))), 0)
         self._add(_text("config", _verbatim(config_text)), 0)
         # regular expressions: `kl` alone would draw kl_per_dim too
         charts = {
@@ -134,28 +143,30 @@ class RunLog:
             x: (N, *shape) test images; the first ten are reconstructed, all are encoded.
             labels: (N,).
         """
-        pictures: dict[str, Tensor | Figure] = {
-            "reconstructions": reconstruction_figure(vae, x[:10]),
-            "samples": sample_grid(vae),
-            "latent": latent_scatter(vae, x, labels),
-            "traversal": traversal_figure(vae, x),
+        draw: dict[str, Callable[[], Tensor | Figure]] = {
+            "reconstructions": lambda: reconstruction_figure(vae, x[:10]),
+            "samples": lambda: sample_grid(vae),
+            "latent": lambda: latent_scatter(vae, x, labels),
+            "traversal": lambda: traversal_figure(vae, x),
         }
         others = (labels != labels[0]).nonzero()
         if len(others):  # a way from one class to another
-            pictures["interpolation"] = interpolation_figure(vae, x[[0, int(others[0])]])
+            draw["interpolation"] = lambda: interpolation_figure(vae, x[[0, int(others[0])]])
         if vae.latent_dim == 2:
-            pictures["manifold"] = manifold_grid(vae)
+            draw["manifold"] = lambda: manifold_grid(vae)
         if isinstance(vae.prior, StandardNormal):
-            pictures["kl"] = kl_figure(vae, x)
+            draw["kl"] = lambda: kl_figure(vae, x)
         for place, (name, description) in enumerate(_PICTURES.items(), 1):
-            if name in pictures:
-                picture = pictures[name]
+            if name not in draw:
+                continue
+            with self._warning_of(name):
+                picture = draw[name]()
                 scale = 1
                 if isinstance(picture, Tensor):
                     scale = 2 if name == "manifold" else _GRID_SCALE
                 png = to_png(picture, scale=scale)
                 write_atomically(self.run_dir / "figures" / f"{name}.png", png)
-                self._add(_image(f"figures/{place}_{name}", png, description), epoch)
+                self._add(_image(f"{_VISUALS}/{place}_{name}", png, description), epoch)
         self._writer.flush()
 
     def growth(self, epoch: int, vae: VAE, x: Tensor) -> None:
@@ -168,7 +179,8 @@ class RunLog:
         """
         folder = self.run_dir / "figures" / "growth"
         folder.mkdir(exist_ok=True)
-        save_png(growth_frame(vae, x, epoch), folder / f"{epoch:06}.png")
+        with self._warning_of("growth"):
+            save_png(growth_frame(vae, x, epoch), folder / f"{epoch:06}.png")
 
     def projector(self, vae: VAE, x: Tensor, labels: Tensor) -> None:
         """Posterior means for TensorBoard's projector, with classes and thumbnails.
@@ -178,6 +190,10 @@ class RunLog:
             x: (N, *shape) images.
             labels: (N,).
         """
+        with self._warning_of("projector"):
+            self._project(vae, x, labels)
+
+    def _project(self, vae: VAE, x: Tensor, labels: Tensor) -> None:
         means, _ = vae.encode(x)
         if vae.latent_dim < 3:  # the projector's own PCA shows nothing of fewer than three
             means = torch.nn.functional.pad(means, (0, 3 - vae.latent_dim))
@@ -185,11 +201,23 @@ class RunLog:
         # coloured by class on white, as the projector's page is, which itself begins without colour
         colours = torch.tensor([list(bytes.fromhex(c[1:])) for c in DIGIT_COLOURS]) / 255
         inks = colours[labels.cpu() % len(colours)]  # (N, 3)
-        thumbnails = 1 - squares(x)[:, None] * (1 - inks[:, :, None, None])
+        thumbnails = 1 - pictures(vae, x)[:, None] * (1 - inks[:, :, None, None])
         self._writer.add_embedding(
             means, metadata=names, label_img=thumbnails, tag="latents",
             global_step=self.config.train.epochs,
         )  # fmt: skip
+
+    @contextmanager
+    def _warning_of(self, picture: str) -> Iterator[None]:
+        """Within, a picture that cannot be drawn is a warning, once: the run is worth more."""
+        try:
+            yield
+        except (OSError, StoppedError):  # a full disk, Ctrl-C
+            raise
+        except Exception as error:
+            if picture not in self._warned:
+                _log.warning("figures: no %s (%s: %s)", picture, type(error).__name__, error)
+            self._warned.add(picture)
 
     def finish(self, history: dict[str, list[Any]], facts: dict[str, Any]) -> dict[str, Any]:
         """Write summary.json and the hparams, and close. A run without summary.json is unfinished.
@@ -249,6 +277,25 @@ class RunLog:
             if isinstance(value, bool | int | float | str) and key not in INCIDENTAL
         }
         self._add(hparams_pb(known, trial_id=trial_name(self.run_dir)), 0)
+
+
+def _command(run_dir: Path) -> list[str]:
+    """What was typed; for a job of a sweep, what runs that job alone."""
+    import yaml
+
+    typed = ["python", *sys.orig_argv[1:]]
+    try:
+        hydra, overrides = (
+            yaml.safe_load((run_dir / ".hydra" / f"{name}.yaml").read_text("utf-8"))
+            for name in ("hydra", "overrides")
+        )
+        in_sweep = hydra["hydra"]["mode"] == "MULTIRUN"
+        job = [str(override) for override in overrides]
+    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+        return typed  # a run that Hydra did not start
+    # what is about the sweep: where its jobs run, and its folder
+    own = [override for override in job if not override.startswith(("where=", "sweep.dir="))]
+    return ["python", "scripts/train.py", *own] if in_sweep else typed
 
 
 def trial_name(run_dir: Path) -> str:
@@ -315,7 +362,7 @@ def add_evaluation(
             png = to_png(log_px_map)
             write_atomically(run_dir / "figures" / "log_px.png", png)
             about = "Exact log p(x) of test images where their posteriors lie, and some posteriors."
-            records.append(_image(f"figures/{len(_PICTURES) + 1}_log_px", png, about))
+            records.append(_image(f"{_VISUALS}/{len(_PICTURES) + 1}_log_px", png, about))
         for record in records:
             writer._get_file_writer().add_summary(record, epoch)
 

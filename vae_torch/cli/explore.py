@@ -34,8 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ConfigError, CheckpointError) as error:
         refuse(str(error))
     print(shown(path))
-    if options.open and not webbrowser.open(path.as_uri()):
-        print("no browser was found here: open the file yourself", file=sys.stderr)
+    if not options.open:
+        print(f"open it in a browser: {path.as_uri()}")
+    elif not webbrowser.open(path.as_uri()):
+        print(f"no browser was found here; open {path.as_uri()} yourself", file=sys.stderr)
 
 
 def explore_run(config: ExploreConfig) -> Path:

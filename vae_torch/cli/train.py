@@ -153,6 +153,9 @@ def one_run(cfg: DictConfig, run_dir: Path) -> float:
 
 def import_libraries() -> None:
     """What a run imports: once in a worker, for all the runs that it forks."""
+    from vae_torch.figures import import_matplotlib
+
+    import_matplotlib()
     for name in (
         "matplotlib.backends.backend_agg",
         "torch._dynamo",
