@@ -537,6 +537,20 @@ def test_a_card_of_images_in_every_form_is_the_same(trained):
     assert unlabelled["train_elbo"]["num_images"] == labelled["train_elbo"]["num_images"]
 
 
+def test_estimators_read_pixels_of_every_precision(small_vae):
+    x = torch.rand(3, 784)
+    zero = torch.zeros(3, 2)
+    for call in (
+        lambda x: importance_log_px(small_vae, x, num_samples=2).log_px,
+        lambda x: posterior_elbo(small_vae, x, zero, zero, num_samples=3),
+        lambda x: torch.stack(aggregate_kl(small_vae, x)),
+        lambda x: exact_log_px(small_vae, x).log_px,
+        lambda x: fit_posterior(small_vae, x, steps=2)[0],
+        small_vae.reconstruct,
+    ):
+        assert torch.equal(call(x.double()), call(x))
+
+
 def test_nothing_to_evaluate_is_said(small_vae):
     for call in (card_of, lambda vae, x: bound_metrics(vae, x, ObjectiveConfig())):
         with pytest.raises(ValueError, match="no image to evaluate"):

@@ -127,7 +127,7 @@ def importance_log_px(
     """
     if num_samples < 1 or chunk < 1:
         raise ValueError(f"num_samples={num_samples}, chunk={chunk}: both must be 1 or more")
-    vae.check(x)
+    x = vae.check(x)
     mean, logvar = vae.encode(x) if proposal is None else proposal
     together = max(1, chunk // num_samples)  # images
     log_px, effective = [], []
@@ -179,7 +179,7 @@ def fit_posterior(
     Raises:
         ValueError: `VAE.check` refuses x.
     """
-    vae.check(x)
+    x = vae.check(x)
     noise = seeded_generator(x.device, seed, _FIT)
     with torch.no_grad():
         mean, logvar = (part.clone() for part in vae.encode(x))
@@ -205,7 +205,7 @@ def posterior_elbo(
     Raises:
         ValueError: `VAE.check` refuses x.
     """
-    vae.check(x)
+    x = vae.check(x)
     noise = seeded_generator(x.device, seed, _FIT, 1)
     total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     done = 0
@@ -231,7 +231,7 @@ def aggregate_kl(vae: VAE, x: Tensor, *, seed: int = 0) -> tuple[Tensor, Tensor]
     Raises:
         ValueError: `VAE.check` refuses x.
     """
-    vae.check(x)
+    x = vae.check(x)
     mean, logvar = vae.encode(x)
     noise = seeded_generator(x.device, seed, _AGGREGATE)
     eps = torch.randn(mean.shape, generator=noise, device=x.device, dtype=x.dtype)

@@ -308,14 +308,14 @@ class VAE(nn.Module):
         return self.encoder(as_images(x, self.input_shape))  # type: ignore[no-any-return]
 
     def check(self, x: Tensor) -> Tensor:
-        """Images from outside in this model's shape, after a look at their values.
+        """Images from outside in this model's shape and type, after a look at their values.
 
         Args:
             x: (B, *input_shape) or (B, pixels); (B, *any) with as many pixels where `input_shape`
                 is flat.
 
         Returns:
-            (B, *input_shape).
+            (B, *input_shape), in the type of the weights.
 
         Raises:
             ValueError: Another shape, integer pixels, or pixels that the likelihood has no density
@@ -323,7 +323,7 @@ class VAE(nn.Module):
         """
         x = as_images(x, self.input_shape)
         check_pixels(x, getattr(self.likelihood, "pixels", UNIT_INTERVAL))
-        return x
+        return x.to(next(self.parameters()).dtype)
 
     def decode(self, z: Tensor) -> Tensor:
         """Decoder outputs before any sigmoid: (..., latent_dim) -> (..., *input_shape).
@@ -356,8 +356,9 @@ class VAE(nn.Module):
         Raises:
             ValueError: Images of another shape, or pixels outside [0, 1].
         """
+        x = self.check(x)
+        check_pixels(x)  # a Gaussian's too: what it draws is held inside [0, 1]
         mean, _ = self.encode(x)
-        check_pixels(x)
         return self.likelihood.mean(self.decode(mean))
 
     @torch.no_grad()

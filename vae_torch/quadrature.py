@@ -223,7 +223,7 @@ class _NarrowPlaces:
     """
 
     def __init__(self, vae: VAE, x: Tensor) -> None:
-        means, logvars = (part.to(x) for part in vae.encode(x))
+        means, logvars = vae.encode(x)
         self.core = (torch.zeros_like(means[:1]), torch.ones_like(means[:1]))
         self.components: tuple[Tensor, Tensor] | None = None
         widest = _WIDEST
