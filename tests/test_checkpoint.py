@@ -159,3 +159,11 @@ def test_the_best_checkpoint_is_written_before_the_one_that_is_gone_on_from(
     monkeypatch.setattr(checkpoint, "write_atomically", lambda path, _: written.append(path.name))
     Checkpoints(tmp_path, config).save_epoch(epochs(1), best=True, final=True)
     assert written == ["best.pt", "last.pt"]
+
+
+def test_an_epoch_may_lack_what_another_has(tmp_path, config):
+    history = {"epoch": [1, 2, 3], "mine": [None, 0.5, None]}
+    Checkpoints(tmp_path, config).save({"epoch": 3, "history": history, "model": {}})
+    assert Checkpoints(tmp_path, config).load("cpu")["history"] == history
+    lines = (tmp_path / "history.jsonl").read_text().splitlines()
+    assert lines[0] == '{"epoch": 1}'

@@ -1,4 +1,5 @@
 import gzip
+import math
 import struct
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from torchvision.datasets import FashionMNIST
 
 from tests.conftest import REPOSITORY, made_up_digits
 from vae_torch import data, load_images, mnist_loaders
-from vae_torch.data import DataError, idx_bytes, read_idx
+from vae_torch.data import DataError, ImageDataset, binarize_images, idx_bytes, read_idx
 
 TRAIN = "FashionMNIST/raw/train-images-idx3-ubyte"
 
@@ -257,3 +258,39 @@ def test_real_mnist_is_mnist():
     assert test.images.shape == (10_000, 28, 28)
     assert train.labels[:5].tolist() == [5, 0, 4, 1, 9]  # as printed in every tutorial
     assert train.images.float().mean().item() / 255 == pytest.approx(0.1307, abs=1e-4)
+
+
+def test_floats_are_fetched_as_they_are_and_bytes_divided():
+    floats, labels = torch.rand(10, 3, 4), torch.zeros(10, dtype=torch.int64)
+    for images in (floats, floats.double(), floats.half()):
+        dataset = ImageDataset(images, labels)
+        x, _ = dataset.first(10)
+        assert torch.equal(x, images.float().flatten(1))
+        torch.testing.assert_close(dataset.mean(), images.float().mean(0).flatten())
+    bytes_ = (255 * floats).round().to(torch.uint8)
+    x, _ = ImageDataset(bytes_, labels).first(10)
+    torch.testing.assert_close(x, floats.flatten(1), rtol=0, atol=0.5 / 255 + 1e-6)
+    drawn = ImageDataset(floats, labels, binarize_generator=torch.Generator())
+    mean = torch.stack([drawn.first(10)[0] for _ in range(2000)]).mean(0)
+    torch.testing.assert_close(mean, floats.flatten(1), rtol=0, atol=0.06)
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        (torch.full((2, 4), 255.0), r"from 255 to 255.*divide bytes by 255"),
+        (torch.full((2, 4), math.nan), "from nan"),
+        (torch.full((2, 4), -0.1), "from -0.1"),
+        (torch.zeros(2, 4, dtype=torch.int64), "torch.int64"),
+        (torch.zeros(3, 4), "2 labels for 3 images"),
+        (torch.zeros(4), r"shape \(4,\)"),
+    ],
+)
+def test_images_that_are_neither_bytes_nor_floats_in_0_and_1_are_refused(images, words):
+    with pytest.raises(ValueError, match=words):
+        ImageDataset(images, torch.zeros(2, dtype=torch.int64))
+
+
+def test_only_bytes_are_binarised_once():
+    with pytest.raises(ValueError, match=r"torch\.float32"):
+        binarize_images(torch.rand(2, 4))

@@ -14,7 +14,15 @@ from torch.distributions import MultivariateNormal
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.conftest import REPOSITORY
-from vae_torch import VAE, ObjectiveConfig, evaluate_model, mnist_loaders, train
+from vae_torch import (
+    VAE,
+    ObjectiveConfig,
+    evaluate_model,
+    machine,
+    mnist_loaders,
+    quadrature,
+    train,
+)
 from vae_torch.config import ConfigError, EvalConfig, EvaluateConfig
 from vae_torch.evaluate import (
     aggregate_kl,
@@ -25,8 +33,9 @@ from vae_torch.evaluate import (
     posterior_elbo,
     verdict,
 )
+from vae_torch.likelihood import LIKELIHOODS
 from vae_torch.prior import Mixture
-from vae_torch.quadrature import exact_log_px
+from vae_torch.quadrature import QuadratureError, exact_log_px
 
 PIXELS = 6
 
@@ -322,12 +331,12 @@ def test_an_integral_that_fails_loses_nothing_else(trained, monkeypatch, exact):
     vae, _, test_loader = trained
 
     def fails(*_, **__):
-        raise ValueError("squares of 2e-06 are still too large")
+        raise QuadratureError("squares of 2e-06 are still too large")
 
     whole = evaluate_model(vae, test_loader, num_samples=5, fit_images=2, exact=False)
     monkeypatch.setattr("vae_torch.evaluate.exact_log_px", fails)
     card = evaluate_model(vae, test_loader, num_samples=5, fit_images=2, exact=exact)
-    assert card["verdict"][0].startswith("log p(x) could not be integrated: squares of 2e-06")
+    assert card["verdict"][0].startswith("log_px_exact is left out: squares of 2e-06")
     assert "log_px_exact" not in card
     del card["verdict"], whole["verdict"]
     assert card == whole
@@ -411,12 +420,10 @@ def run_of_the_script(made_up_root, tmp_path_factory):
 
 @pytest.fixture
 def script(monkeypatch):
-    """scripts/evaluate.py in this process, which keeps its processor settings."""
-    monkeypatch.syspath_prepend(REPOSITORY / "scripts")
-    module = importlib.import_module("evaluate")
+    """The command in this process, which keeps its processor settings."""
     for name in ("tune_cpu", "set_products"):
-        monkeypatch.setattr(module, name, lambda *_: None)
-    return module
+        monkeypatch.setattr(machine, name, lambda *_: None)
+    return importlib.import_module("vae_torch.cli.evaluate")
 
 
 def asked(run_dir, **settings):
@@ -589,3 +596,205 @@ def test_what_cannot_be_estimated_is_refused(small_vae):
         exact_log_px(VAE(latent_dim=3, intermediate_dim=4), x)
     with pytest.raises(ValueError, match="num_samples=0"):
         importance_log_px(small_vae, x, num_samples=0)
+
+
+@pytest.mark.parametrize("logvar", [-80.0, -40.0, -20.0, 8.0, 12.0, 20.0, 200.0])
+@pytest.mark.parametrize(("latent_dim", "variance"), [(1, 0.3), (2, 0.3), (2, 1e-2)])
+def test_the_integral_does_not_depend_on_what_the_encoder_says(logvar, latent_dim, variance):
+    vae, x = linear_gaussian(latent_dim, variance=variance)
+    usual = exact_log_px(vae, x)
+    vae.encoder.logvar.bias.data.fill_(logvar)
+    result = exact_log_px(vae, x)
+    torch.testing.assert_close(result.log_px, vae.true_log_px, atol=2e-3, rtol=0)
+    assert result.squares < 10 * usual.squares + 100
+
+
+@pytest.mark.parametrize("dims", [(-40.0, 12.0), (20.0, -40.0)])
+def test_the_integral_bears_posteriors_that_are_needles(dims):
+    vae, x = linear_gaussian(2)
+    vae.encoder.logvar.bias.data = torch.tensor(dims).double()
+    result = exact_log_px(vae, x)
+    torch.testing.assert_close(result.log_px, vae.true_log_px, atol=1e-3, rtol=0)
+    assert result.squares < 5000
+
+
+@pytest.mark.parametrize("factor", [1e2, 1e6])
+def test_the_integral_bears_posteriors_that_are_far_away(factor):
+    vae, x = linear_gaussian(2)
+    vae.encoder.mean.weight.data *= factor
+    result = exact_log_px(vae, x)
+    torch.testing.assert_close(result.log_px, vae.true_log_px, atol=0.05, rtol=0)
+    assert result.squares < 5000
+
+
+@pytest.mark.parametrize("logvar", [-40.0, 12.0])
+@pytest.mark.parametrize("prior", ["standard", "mixture"])
+def test_the_integral_in_single_precision_equals_a_fine_grid(logvar, prior):
+    torch.manual_seed(0)
+    vae = VAE((PIXELS,), 2, 8, prior=prior, prior_components=3, activation="tanh")
+    vae.decoder.out.weight.data *= 6
+    vae.encoder.logvar.weight.data.zero_()
+    vae.encoder.logvar.bias.data.fill_(logvar)
+    x = torch.rand(20, PIXELS)
+    got = exact_log_px(vae, x)
+    ticks = torch.linspace(-9, 9, 721).double()
+    z = torch.cartesian_prod(ticks, ticks)
+    double = vae.double()
+    with torch.no_grad():
+        log_pz = double.log_prior(z)
+        pixels = torch.distributions.Bernoulli(logits=double.decode(z), validate_args=False)
+        expected = [
+            (pixels.log_prob(image).sum(-1) + log_pz).logsumexp(0) + 2 * math.log(18 / 720)
+            for image in x.double()
+        ]
+    torch.testing.assert_close(got.log_px, torch.stack(expected), atol=1e-3, rtol=0)
+    assert got.squares < 2000
+
+
+def vamp_with_components_of(logvar):
+    torch.manual_seed(0)
+    vae = VAE((PIXELS,), 2, 8, prior="vamp", prior_components=4)
+    vae.encoder.logvar.weight.data.zero_()
+    vae.encoder.logvar.bias.data.fill_(logvar)
+    return vae
+
+
+@pytest.mark.parametrize("logvar", [12.0, 20.0])
+def test_components_of_the_prior_may_be_wide(logvar):
+    """p(z) is flat then where p(x|z) lives, so log p(x) falls by the logarithm of its area."""
+    x = torch.rand(5, PIXELS)
+    usual, wide = (vamp_with_components_of(v) for v in (12.0, logvar))
+    for vae in (usual, wide):  # log p(x|z) = -½ |z|² / 2 + a constant, about: a bump at 0
+        vae.likelihood = LIKELIHOODS["gaussian"]()
+        vae.decoder.trunk = nn.Identity()
+        vae.decoder.out = nn.Linear(2, PIXELS)
+        vae.decoder.out.weight.data = 0.5 * torch.linalg.qr(torch.randn(PIXELS, 2))[0]
+        vae.decoder.out.bias.data.zero_()
+    wide.decoder = usual.decoder
+    found = [exact_log_px(vae, x) for vae in (usual, wide)]
+    change = found[0].log_px - found[1].log_px
+    torch.testing.assert_close(change, torch.full_like(change, logvar - 12.0), atol=0.01, rtol=0)
+    assert max(r.squares for r in found) < 10_000
+
+
+def card_of(vae, x, **options):
+    return evaluate_model(vae, x, num_samples=5, fit_images=2, **options)
+
+
+@pytest.mark.parametrize("exact", [True, None])
+def test_a_card_comes_without_the_integral_where_it_cannot_be_made(exact):
+    """Single precision has no numbers between a component's mean and its edge."""
+    card = card_of(vamp_with_components_of(-40.0), torch.rand(5, PIXELS), exact=exact)
+    assert "log_px_exact" not in card
+    (sentence,) = (said for said in card["verdict"] if "log_px_exact is left out" in said)
+    assert "too large" in sentence
+    assert card["fitted_gap"]["value"] == pytest.approx(
+        card["approximation_gap"]["value"] + card["amortisation_gap"]["value"], rel=1e-6
+    )
+
+
+def test_integrals_that_need_too_much_are_refused_before_they_take_it(monkeypatch):
+    monkeypatch.setattr(quadrature, "_PAIRS", 1000)
+    vae, x = linear_gaussian(2)
+    with pytest.raises(QuadratureError, match=r"squares of .* for 40 images.*importance sampling"):
+        exact_log_px(vae, x)
+
+
+def test_an_integral_over_nan_is_refused():
+    for part, words in (("encoder", "posteriors"), ("decoder", "model's weights")):
+        vae, x = linear_gaussian(2)
+        (vae.encoder.mean if part == "encoder" else vae.decoder.out).bias.data[0] = math.nan
+        with pytest.raises(QuadratureError, match=words):
+            exact_log_px(vae, x)
+    vae, x = linear_gaussian(2)
+    vae.encoder.mean.bias.data[0] = 1e200  # whose square is infinite
+    with pytest.raises(QuadratureError, match="too large"):
+        exact_log_px(vae, x)
+
+
+def test_the_integral_takes_a_prior_of_ones_own():
+    vae, x = linear_gaussian(2)
+
+    class Narrow(nn.Module):
+        name = "narrow"
+
+        def log_prob(self, z, _):
+            return torch.distributions.Normal(0.0, 0.5).log_prob(z).sum(-1)
+
+    vae.prior = Narrow()
+    weight, bias = vae.decoder.out.weight.data, vae.decoder.out.bias.data
+    covariance = 0.25 * weight @ weight.T + 0.3 * torch.eye(PIXELS).double()
+    expected = MultivariateNormal(bias, covariance).log_prob(x)
+    torch.testing.assert_close(exact_log_px(vae, x).log_px, expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("value", [1.5, -0.5, 255.0, math.nan])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda vae, x: importance_log_px(vae, x, num_samples=2),
+        fit_posterior,
+        lambda vae, x: posterior_elbo(vae, x, torch.zeros(len(x), 2), torch.zeros(len(x), 2)),
+        aggregate_kl,
+        exact_log_px,
+        lambda vae, x: bound_metrics(vae, [(x, 0)], ObjectiveConfig()),
+        lambda vae, x: bound_metrics(vae, x, ObjectiveConfig()),
+        lambda vae, x: card_of(vae, [(x, torch.zeros(len(x)))]),
+        lambda vae, x: card_of(vae, x),
+        lambda vae, x: card_of(vae, torch.rand(3, 784), train_loader=[x]),
+    ],
+)
+def test_estimators_refuse_pixels_outside_0_and_1(small_vae, call, value):
+    with pytest.raises(ValueError, match=rf"\(3, 784\) has values from {value:g} .*\[0, 1\]"):
+        call(small_vae, torch.full((3, 784), value))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda vae, x: importance_log_px(vae, x, num_samples=2),
+        fit_posterior,
+        exact_log_px,
+        lambda vae, x: bound_metrics(vae, [x], ObjectiveConfig()),
+        card_of,
+    ],
+)
+def test_estimators_refuse_images_of_another_shape(small_vae, call):
+    with pytest.raises(ValueError, match=r"\(3, 3, 28, 28\).*\(B, 784\)"):
+        call(small_vae, torch.rand(3, 3, 28, 28))
+
+
+def test_a_card_of_images_in_every_form_is_the_same(trained):
+    vae, train_loader, test_loader = trained
+    x, y = (torch.cat(parts) for parts in zip(*test_loader, strict=True))
+    expected = card_of(vae, test_loader)
+    for data in (x, x.numpy(), [x], [[x]], [(x, y, "more")], (255 * x).round().to(torch.uint8)):
+        card = card_of(vae, data)
+        assert card["elbo"]["value"] == pytest.approx(expected["elbo"]["value"], abs=1e-3)
+        assert card["log_px"]["value"] == pytest.approx(expected["log_px"]["value"], abs=1e-3)
+    labelled = card_of(vae, test_loader, train_loader=train_loader)
+    assert "knn_accuracy" in labelled
+    assert "knn_accuracy" not in card_of(vae, x, train_loader=train_loader)  # nothing to compare
+    unlabelled = card_of(vae, test_loader, train_loader=[some for some, _ in train_loader])
+    assert "knn_accuracy" not in unlabelled
+    assert unlabelled["train_elbo"]["num_images"] == labelled["train_elbo"]["num_images"]
+
+
+def test_estimators_read_pixels_of_every_precision(small_vae):
+    x = torch.rand(3, 784)
+    zero = torch.zeros(3, 2)
+    for call in (
+        lambda x: importance_log_px(small_vae, x, num_samples=2).log_px,
+        lambda x: posterior_elbo(small_vae, x, zero, zero, num_samples=3),
+        lambda x: torch.stack(aggregate_kl(small_vae, x)),
+        lambda x: exact_log_px(small_vae, x).log_px,
+        lambda x: fit_posterior(small_vae, x, steps=2)[0],
+        small_vae.reconstruct,
+    ):
+        assert torch.equal(call(x.double()), call(x))
+
+
+def test_nothing_to_evaluate_is_said(small_vae):
+    for call in (card_of, lambda vae, x: bound_metrics(vae, x, ObjectiveConfig())):
+        with pytest.raises(ValueError, match="no image to evaluate"):
+            call(small_vae, [])

@@ -2,9 +2,11 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.autograd import forward_ad
 from torch.distributions import Bernoulli, ContinuousBernoulli, Normal
 
-from vae_torch.likelihood import LIKELIHOODS
+from vae_torch.likelihood import LIKELIHOODS, check_pixels
 
 
 def test_bernoulli_equals_torch_distributions():
@@ -97,3 +99,90 @@ def test_means_are_images_and_shapes_are_checked(name):
     assert torch.isfinite(likelihood.log_prob(torch.rand(3, 784), logits)).all()
     with pytest.raises(ValueError, match=r"\(3, 784\).*\(4, 784\)"):
         likelihood.log_prob(torch.rand(3, 784), torch.randn(4, 784))
+
+
+def cross_entropy(x, logits):
+    return -F.binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="none").sum(
+        -1
+    )
+
+
+def test_bernoulli_second_derivatives_pass_torchs_own_check():
+    x = torch.rand(3, 5).double().requires_grad_()
+    for shape in ((3, 5), (2, 3, 5)):
+        logits = torch.randn(shape).double().requires_grad_()
+        torch.autograd.gradgradcheck(LIKELIHOODS["bernoulli"]().log_prob, (x, logits))
+
+
+def test_a_gradient_penalty_equals_that_of_torchs_cross_entropy():
+    """After a sum the incoming gradient carries no graph, and yet all must be differentiated."""
+    x, z = torch.rand(6, 16).double(), torch.randn(6, 3).double()
+    weights = [torch.randn(s).double().requires_grad_() for s in ((8, 3), (16, 8))]
+
+    def penalty(log_prob):
+        loss = -log_prob(x, torch.tanh(z @ weights[0].T) @ weights[1].T).sum()
+        gradients = torch.autograd.grad(loss, weights, create_graph=True)
+        return torch.autograd.grad(sum((g**2).sum() for g in gradients), weights)
+
+    torch.testing.assert_close(penalty(LIKELIHOODS["bernoulli"]().log_prob), penalty(cross_entropy))
+
+
+def test_the_hessian_at_a_logit_of_zero_is_minus_a_quarter():
+    """Also of a product with many images, whose sum is made of |l| where nobody differentiates."""
+    likelihood = LIKELIHOODS["bernoulli"]()
+    for call in (likelihood.log_prob, likelihood.affine):
+        logits = torch.zeros(1, 4).double().requires_grad_()
+        (first,) = torch.autograd.grad(
+            call(torch.rand(1, 4).double(), logits).sum(), logits, create_graph=True
+        )
+        (second,) = torch.autograd.grad(first.sum(), logits)
+        torch.testing.assert_close(second, torch.full_like(second, -0.25))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+def test_bernoulli_works_under_torch_func():
+    x, logits = torch.rand(3, 5).double(), 20 * torch.randn(3, 5).double()
+    ours = LIKELIHOODS["bernoulli"]().log_prob
+    for transform in (torch.func.grad, torch.func.hessian, torch.func.jacfwd, torch.func.jacrev):
+        got, expected = (
+            transform(lambda logits, call=call: call(x, logits).sum())(logits)
+            for call in (ours, cross_entropy)
+        )
+        torch.testing.assert_close(got, expected)
+    one = torch.func.grad(lambda logits, x: ours(x[None], logits[None]).sum())
+    torch.testing.assert_close(torch.func.vmap(one)(logits, x), x - torch.sigmoid(logits))
+    tangent = torch.randn_like(logits)
+    value, along = torch.func.jvp(lambda logits: ours(x, logits), (logits,), (tangent,))
+    torch.testing.assert_close(value, cross_entropy(x, logits))
+    torch.testing.assert_close(along, (tangent * (x - torch.sigmoid(logits))).sum(-1))
+    with forward_ad.dual_level():
+        dual = ours(x, forward_ad.make_dual(logits, tangent))
+        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, along)
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_images_that_differ_in_dimensions_of_one_are_the_same_images(name):
+    likelihood = LIKELIHOODS[name]()
+    x, logits = torch.rand(5, 12), torch.randn(7, 5, 12)
+    expected = likelihood.log_prob(x, logits)
+    for here, there in (((12,), (1, 3, 4)), ((3, 4), (1, 3, 4)), ((1, 3, 4), (12,))):
+        got = likelihood.log_prob(x.reshape(5, *here), logits.reshape(7, 5, *there))
+        torch.testing.assert_close(got, expected)
+    for here, there in (((3, 4), (4, 3)), ((3, 2, 2), (2, 2, 3))):
+        with pytest.raises(ValueError, match=rf"{here}.*{there}".replace("(", "").replace(")", "")):
+            likelihood.log_prob(x.reshape(5, *here), logits.reshape(7, 5, *there))
+
+
+def test_pixels_are_looked_at_where_they_can_be():
+    for bad in (torch.tensor([[2.0]]), torch.tensor([[math.nan]]), torch.tensor([[-1e-6]])):
+        with pytest.raises(ValueError, match=r"\(1, 1\) has values from .*\[0, 1\]"):
+            check_pixels(bad)
+    check_pixels(torch.tensor([[-9.0, 9.0]]), LIKELIHOODS["gaussian"].pixels)
+    with pytest.raises(ValueError, match="inf; pixels are floats and finite"):
+        check_pixels(torch.tensor([[math.inf]]), LIKELIHOODS["gaussian"].pixels)
+    with pytest.raises(ValueError, match=r"torch\.uint8"):
+        check_pixels(torch.zeros(1, 1, dtype=torch.uint8))
+    check_pixels(torch.empty(0, 4))
+    check_pixels(torch.empty(2, 4, device="meta"))
+    checked = torch.func.vmap(lambda x: (check_pixels(x), x.sum())[1])
+    assert checked(torch.full((2, 3), 5.0)).tolist() == [15.0, 15.0]

@@ -104,3 +104,92 @@ def test_start_at_draws_the_mean_image_before_any_training():
         vae.init_output_bias(torch.zeros(17))
     with pytest.raises(ValueError, match="bias per pixel"):
         VAE((16,), architecture="conv").init_output_bias(mean)
+
+
+@pytest.mark.parametrize(
+    ("model", "accepted"),
+    [
+        ((784,), [(784,), (28, 28), (1, 28, 28), (28, 28, 1), (4, 14, 14)]),
+        ((1, 28, 28), [(784,), (28, 28), (1, 28, 28), (28, 28, 1)]),
+        ((3, 8, 12), [(3, 8, 12), (288,), (1, 3, 8, 12)]),
+    ],
+)
+def test_shapes_that_say_the_same_image_are_accepted(model, accepted):
+    vae = VAE(model, 2, 4)
+    x = torch.rand(2, math.prod(model))
+    expected, _ = vae.encode(x)
+    for shape in accepted:
+        torch.testing.assert_close(vae.encode(x.reshape(2, *shape))[0], expected)
+        assert vae.reconstruct(x.reshape(2, *shape)).shape == (2, *model)
+
+
+@pytest.mark.parametrize(
+    ("model", "refused"),
+    [
+        ((784,), [(3, 28, 28), (783,)]),
+        ((1, 28, 28), [(4, 14, 14), (14, 56), (3, 28, 28)]),
+        ((3, 28, 28), [(28, 28, 3), (28, 84), (3, 784), (784,)]),
+    ],
+)
+def test_shapes_that_say_another_image_are_refused_with_both(model, refused):
+    vae = VAE(model, 2, 4)
+    takes = ", ".join(map(str, model))
+    for shape in refused:
+        has = ", ".join(map(str, shape))
+        for call in (vae.encode, vae.check, vae.reconstruct, vae):
+            with pytest.raises(ValueError, match=rf"\(5, {has}\).*\(B, {takes}\)"):
+                call(torch.rand(5, *shape))
+
+
+@pytest.mark.parametrize("value", [1.5, -0.5, 255.0, math.nan, math.inf])
+def test_a_model_refuses_pixels_outside_0_and_1(small_vae, value):
+    for call in (small_vae.check, small_vae.reconstruct):
+        with pytest.raises(ValueError, match=rf"\(2, 784\) has values from {value:g} .*\[0, 1\]"):
+            call(torch.full((2, 784), value))
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        small_vae.init_output_bias(torch.full((784,), value))
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 12), (4, 32, 32), (2, 4, 4)])
+def test_convolutions_see_channels_rows_and_columns(shape):
+    """A convolution moves with its image: four pixels to the right are one feature to the right."""
+    vae = VAE(shape, 2, 4, architecture="conv")
+    first = next(m for m in vae.encoder.modules() if isinstance(m, torch.nn.Conv2d))
+    assert first.weight.shape[1] == shape[0]
+    features = vae.encoder.trunk[:4]
+    x = torch.zeros(1, *shape)
+    x[:, -1, -4, -4] = 1.0  # in the last channel, far from the upper left corner
+    with torch.no_grad():
+        change = features(x.flatten(1)) - features(torch.zeros(1, math.prod(shape)))
+        assert change.shape == (1, 64, shape[1] // 4, shape[2] // 4)
+        assert change[..., -1, -1].any() or change[..., -2, -2].any()
+        assert not change[..., : shape[1] // 4 - 2, :].any()
+        assert not change[..., : shape[2] // 4 - 2].any()
+    out = vae(torch.rand(5, *shape))
+    assert out.logits.shape == (5, *shape)
+    assert vae.sample(2).shape == (2, *shape)
+
+
+def test_grey_squares_make_the_same_convolutions_in_every_shape():
+    models = []
+    for shape in ((64,), (8, 8), (1, 8, 8), (8, 8, 1), (1, 1, 8, 8)):
+        torch.manual_seed(0)
+        models.append(VAE(shape, 2, 4, architecture="conv"))
+    x = torch.rand(3, 64)
+    for model in models[1:]:
+        assert model.state_dict().keys() == models[0].state_dict().keys()
+        assert torch.equal(model.encode(x)[0], models[0].encode(x)[0])
+
+
+@pytest.mark.parametrize(
+    "shape", [(3, 30, 30), (30, 30), (900,), (63,), (28, 28, 3), (2, 3, 8, 8), (3, 8, 10), (3,)]
+)
+def test_sizes_that_convolutions_cannot_halve_twice_are_refused(shape):
+    with pytest.raises(ValueError, match=r"conv.*shape \(.*\(channels, height, width\).*4 divides"):
+        VAE(shape, 2, 4, architecture="conv")
+
+
+@pytest.mark.parametrize("shape", [(-28, -28), (0,), (28, 2.5)])
+def test_sides_below_one_are_refused(shape):
+    with pytest.raises(ValueError, match=r"input_shape\[\d\] is"):
+        VAE(shape)

@@ -228,3 +228,100 @@ def test_importance_weighted_loss_equals_torch_distributions(small_vae, estimato
     log_w = pixels.log_prob(x).flatten(2).sum(-1) + beta * latents
     bound = log_w.double().exp().mean(0).log()
     assert loss.item() == pytest.approx(-bound.mean().item(), rel=1e-4)
+
+
+def second_derivative_of(loss, parameters):
+    gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+    squares = sum((g**2).sum() for g in gradients if g is not None)
+    return torch.autograd.grad(squares, parameters, allow_unused=True)
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.4])
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
+def test_second_derivatives_of_the_importance_weighted_bound(likelihood, beta):
+    torch.manual_seed(0)
+    vae = VAE((6,), 2, 5, likelihood=likelihood, activation="tanh").double()
+    x, eps = torch.rand(4, 6).double(), torch.randn(3, 4, 2).double()
+    parameters = list(vae.parameters())
+    mean, logvar = vae.encode(x)
+    q = Normal(mean, torch.exp(logvar / 2))
+    z = mean + torch.exp(logvar / 2) * eps
+    if likelihood == "bernoulli":
+        pixels = Bernoulli(logits=vae.decode(z), validate_args=False)
+    else:
+        pixels = Normal(vae.decode(z), torch.exp(vae.likelihood.logvar / 2))
+    latents = (Normal(0.0, 1.0).log_prob(z) - q.log_prob(z)).sum(-1)
+    log_w = pixels.log_prob(x).sum(-1) + beta * latents
+    expected = second_derivative_of(-(log_w.exp().mean(0).log()).mean(), parameters)
+    ours = objective_terms(vae, x, eps, ObjectiveConfig(name="iwae", num_samples=3), beta).loss
+    torch.testing.assert_close(second_derivative_of(ours, parameters), expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "chosen"), [({"estimator": "dreg"}, False), ({"resample": True}, True)]
+)
+def test_a_gradient_that_is_an_estimate_has_no_second_derivative(settings, chosen):
+    torch.manual_seed(0)
+    vae = VAE((6,), 2, 5).double()
+    x, eps = torch.rand(4, 6).double(), torch.randn(3, 4, 2).double()
+    objective = ObjectiveConfig(name="iwae", num_samples=3, **settings)
+    choice = torch.rand(4).double() if chosen else None
+    loss = objective_terms(vae, x, eps, objective, 1.0, choice).loss
+    with pytest.raises(RuntimeError, match=r"first derivative only.*estimator=standard"):
+        second_derivative_of(loss, list(vae.parameters()))
+
+
+@pytest.mark.parametrize("estimator", ["standard", "dreg"])
+@pytest.mark.parametrize("name", ["elbo", "iwae"])
+def test_gradients_of_each_image_come_from_torch_func(name, estimator):
+    if name == "elbo" and estimator == "dreg":
+        pytest.skip("of the importance-weighted bound only")
+    torch.manual_seed(0)
+    vae = VAE((6,), 2, 5).double()
+    x, eps = torch.rand(4, 6).double(), torch.randn(3, 4, 2).double()
+    objective = ObjectiveConfig(name=name, num_samples=3, estimator=estimator)
+
+    class Loss(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vae = vae
+
+        def forward(self, x, eps):
+            return objective_terms(self.vae, x[None], eps[:, None], objective).loss
+
+    loss = Loss()
+    parameters = dict(loss.named_parameters())
+    one = torch.func.grad(lambda p, x, eps: torch.func.functional_call(loss, p, (x, eps)))
+    each = torch.func.vmap(one, in_dims=(None, 0, 1))(parameters, x, eps)
+    got = torch.cat([gradient.mean(0).flatten() for gradient in each.values()])
+    torch.testing.assert_close(got, gradient_of(vae, x, eps, objective))
+
+
+@pytest.mark.parametrize("loss", [elbo, keras_loss])
+@pytest.mark.parametrize("value", [1.5, -0.5, 255.0, math.nan])
+def test_bounds_refuse_pixels_outside_0_and_1(loss, value):
+    x, zero = torch.full((2, 9), value), torch.zeros(2, 3)
+    with pytest.raises(ValueError, match=rf"\(2, 9\) has values from {value:g} .*\[0, 1\]"):
+        loss(x, torch.zeros(2, 9), zero, zero)
+
+
+@pytest.mark.parametrize("loss", [elbo, keras_loss])
+def test_bounds_refuse_images_whose_axes_are_in_another_order(loss):
+    zero = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match=r"\(2, 8, 8, 3\).*\(2, 3, 8, 8\)"):
+        loss(torch.rand(2, 8, 8, 3), torch.zeros(2, 3, 8, 8), zero, zero)
+    with pytest.raises(ValueError, match=r"\(6, 64\).*\(2, 3, 8, 8\)"):
+        loss(torch.rand(6, 64), torch.zeros(2, 3, 8, 8), torch.zeros(6, 3), torch.zeros(6, 3))
+    x = torch.rand(2, 3, 8, 8)
+    expected = loss(x, torch.ones(2, 3, 8, 8), zero, zero)
+    torch.testing.assert_close(loss(x.flatten(1), torch.ones(2, 3, 8, 8), zero, zero), expected)
+
+
+def test_channels_do_not_become_images():
+    vae = VAE((784,), 2, 4)
+    for images in (1, 5):
+        x = torch.rand(images, 3, 28, 28)
+        with pytest.raises(ValueError, match=rf"\({images}, 3, 28, 28\).*\(B, 784\)"):
+            objective_terms(vae, x, torch.randn(1, images, 2), ObjectiveConfig())
+        with pytest.raises(ValueError, match=rf"\({images}, 3, 28, 28\).*\(B, 784\)"):
+            log_weights(vae, x, (torch.zeros(images, 2),) * 2, torch.randn(1, images, 2))

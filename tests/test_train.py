@@ -1,17 +1,20 @@
 import json
 import math
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from tests.conftest import REPOSITORY
 from vae_torch import VAE, ObjectiveConfig, mnist_loaders, train
 from vae_torch.checkpoint import CheckpointError, Checkpoints, load_checkpoint, save_checkpoint
 from vae_torch.config import ConfigError, OptimizerConfig
+from vae_torch.data import ImageDataset, Images, image_loader
+from vae_torch.step import check_can_compile
 from vae_torch.train import (
     _DEFAULT_ADAM,
     DivergedError,
@@ -479,3 +482,231 @@ def test_a_checkpoint_from_before_a_setting_existed_goes_on_with_its_default(
     config.model.mean_bias = True
     with pytest.raises(CheckpointError, match=r"mean_bias=False, this one has True"):
         Checkpoints(tmp_path, config, every=1).load("cpu")
+
+
+def images_and_labels(root):
+    dataset = loaders(root)[0].dataset
+    return dataset.images, dataset.labels
+
+
+STILL = OptimizerConfig("sgd", 1e-30, 1e-8, "constant")  # so that all see the same model
+
+
+class Stream(IterableDataset):
+    """Batches from a source that does not know how many it has."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        yield from self.batches
+
+
+BATCHES = {
+    "pairs": lambda x, y: list(zip(x, y, strict=True)),
+    "lists of one": lambda x, _: [[some] for some in x],
+    "images alone": lambda x, _: list(x),
+    "tuples of three": lambda x, y: [(a, b, {"name": "any"}) for a, b in zip(x, y, strict=True)],
+    "arrays": lambda x, _: [some.numpy() for some in x],
+    "doubles": lambda x, _: [some.double() for some in x],
+    "squares": lambda x, _: [some.reshape(-1, 1, 28, 28) for some in x],
+    "a loader without a length": lambda x, y: DataLoader(
+        Stream(list(zip(x, y, strict=True))), batch_size=None
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BATCHES)
+def test_batches_of_every_form_train_alike(made_up_root, kind):
+    images, labels = images_and_labels(made_up_root)
+    batches = (images.float().div(255).split(100), labels.split(100))
+    whole, expected, got = new_vae(), new_vae(), new_vae()
+    loader = BATCHES["pairs"](*batches)
+    history = train(expected, loader, loader, epochs=2)
+    loader = BATCHES[kind](*batches)
+    same = train(got, loader, loader, epochs=2)
+    assert without_speed(same) == without_speed(history)
+    assert all(map(torch.equal, got.parameters(), expected.parameters()))
+    assert not torch.equal(got.decoder.out.weight, whole.decoder.out.weight)
+
+
+def test_all_images_at_once_train_as_a_loader_of_them_does(made_up_root):
+    images, labels = images_and_labels(made_up_root)
+    expected = new_vae()
+    dataset = ImageDataset(images, labels)
+    train(expected, image_loader(dataset, 128, shuffle=True, seed=3), epochs=2, seed=3)
+    floats = images.float() / 255
+    for data in (images, images.numpy(), floats, floats.numpy(), floats.double().numpy(),
+                 images.reshape(-1, 28, 28), Images(images, labels)):  # fmt: skip
+        vae = new_vae()
+        history = train(vae, data, data[:50] if isinstance(data, torch.Tensor) else None,
+                        epochs=2, seed=3)  # fmt: skip
+        assert all(map(torch.equal, vae.parameters(), expected.parameters()))
+        assert ("test/elbo" in history) == isinstance(data, torch.Tensor)
+
+
+def test_without_validation_there_is_no_best(made_up_root, tmp_path, config):
+    train_loader, test_loader = loaders(made_up_root)
+    alone, watched, checkpoints = new_vae(), new_vae(), Checkpoints(tmp_path, config)
+    history = train(alone, train_loader, epochs=2, checkpoints=checkpoints)
+    both = train(watched, train_loader, test_loader, epochs=2)
+    assert history["train/elbo"] == both["train/elbo"]
+    assert not any(name.startswith("test/") for name in history)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["history.jsonl", "last.pt"]
+    assert load_checkpoint(tmp_path / "last.pt")["best"] == -math.inf
+
+
+def test_without_validation_a_broken_last_step_is_found(made_up_root):
+    vae, steps = new_vae(), []
+
+    def break_the_last(*_):
+        steps.append(1)
+        if len(steps) == 6:  # of six an epoch
+            vae.encoder.mean.weight.data[0, 0] = math.nan
+
+    hook = register_optimizer_step_post_hook(break_the_last)
+    try:
+        with pytest.raises(DivergedError, match="epoch 1, step 6"):
+            train(vae, loaders(made_up_root)[0], epochs=1)
+    finally:
+        hook.remove()
+
+
+def test_a_run_that_gets_a_validation_set_later_goes_on(made_up_root, tmp_path, config):
+    train_loader, test_loader = loaders(made_up_root)
+    expected = train(new_vae(), train_loader, test_loader, epochs=3)
+
+    def run(epochs, test):
+        checkpoints = Checkpoints(tmp_path, config)
+        return train(new_vae(), train_loader, test, epochs=epochs, checkpoints=checkpoints)
+
+    run(1, None)
+    run(2, test_loader)
+    history = run(3, None)
+    assert history["train/elbo"] == expected["train/elbo"]
+    assert history["test/elbo"] == [None, expected["test/elbo"][1], None]
+    lines = (tmp_path / "history.jsonl").read_text().splitlines()
+    assert ["test/elbo" in json.loads(line) for line in lines] == [False, True, False]
+
+
+def test_what_cannot_be_read_again_and_again_is_refused():
+    x = torch.rand(8, 784)
+
+    class Once:
+        def __init__(self):
+            self.batches = iter([x])
+
+        def __iter__(self):
+            return self.batches
+
+    for data, words in (
+        ((part for part in [x]), "generator is exhausted after one epoch"),
+        (iter([x]), "list_iterator is exhausted after one epoch"),
+        (TensorDataset(x), "TensorDataset gives single images; pass .*DataLoader"),
+        (7, "images are a int; pass a DataLoader"),
+        ([{"x": x}], "a batch is a dict without images in front"),
+        ([], "0 batches to train on"),
+        (DataLoader(Stream([]), batch_size=None), "epoch 1: the training loader gave no batch"),
+        (Once(), "epoch 2: the training loader gave no batch"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            train(new_vae(), data, epochs=2)
+    with pytest.raises(ValueError, match="exhausted after one epoch"):
+        train(new_vae(), [x], iter([x]), epochs=2)
+
+
+def test_a_schedule_needs_a_loader_with_a_length():
+    stream = DataLoader(Stream([torch.rand(8, 784)] * 3), batch_size=None)
+    cosine = OptimizerConfig("adam", 1e-3, 1e-8, "cosine")
+    with pytest.raises(
+        ConfigError, match=r"optimizer\.schedule=cosine with a loader that does not"
+    ):
+        train(new_vae(), stream, epochs=1, optimizer=cosine)
+
+
+def test_an_epoch_may_have_more_steps_than_its_loader_said():
+    class Short(list):
+        def __len__(self):
+            return 2
+
+    batches = [torch.rand(4, 784) for _ in range(20)]
+    told, untold = (
+        train(new_vae(), data, epochs=1, optimizer=STILL)["train/elbo"]
+        for data in (batches, Short(batches))
+    )
+    assert untold == told
+
+
+@pytest.mark.parametrize("shape", [(3, 28, 28), (4, 783), (784, 2)])
+def test_images_of_another_shape_are_refused_with_both_shapes(shape):
+    text = ", ".join(map(str, shape))
+    for batch in (1, 5):
+        x = torch.rand(batch, *shape)
+        for data in ([x], x):
+            with pytest.raises(ValueError, match=rf"\({batch}, {text}\).*\(B, 784\)"):
+                train(new_vae(), data, epochs=1)
+
+
+def test_channels_in_the_last_place_are_refused():
+    vae = VAE((3, 8, 8), 2, 8)
+    x = torch.rand(6, 8, 8, 3)
+    for data in ([x], x, x.numpy(), (255 * x).byte()):
+        with pytest.raises(ValueError, match=r"\(6, 8, 8, 3\).*\(B, 3, 8, 8\) or \(B, 192\)"):
+            train(vae, data, epochs=1)
+    train(vae, x.movedim(-1, 1), x.movedim(-1, 1), epochs=1)
+
+
+GPU_STATE = torch.arange(16, dtype=torch.uint8)  # what a CUDA generator's looks like
+
+
+# `device` is in the checkpoints of this version; older ones are told by the size of the state
+@pytest.mark.parametrize("device", ["cuda", None])
+def test_a_run_stopped_on_a_gpu_goes_on_without_one(made_up_root, tmp_path, config, caplog, device):
+    def run(folder, stop=None):
+        vae = new_vae()
+        history = train(
+            vae,
+            *loaders(made_up_root, binarize="dynamic"),
+            epochs=3,
+            checkpoints=Checkpoints(tmp_path / folder, config),
+            stop=stop,
+        )
+        return without_speed(history), vae.state_dict()
+
+    asked = iter(range(1000))
+    with pytest.raises(StoppedError):
+        run("cut", stop=lambda: next(asked) == 8)
+    path = tmp_path / "cut" / "last.pt"
+    state = load_checkpoint(path)
+    assert state["device"] == "cpu"
+    assert (state["epoch"], state["step"]) == (1, 2)
+    state |= {"noise": GPU_STATE, "pixels": GPU_STATE, "device": device}
+    if device is None:
+        del state["device"]
+    save_checkpoint(state, path)
+    shutil.copytree(tmp_path / "cut", tmp_path / "again")
+    (history, weights), (same, same_weights) = run("cut"), run("again")
+    assert history == same  # other bits than the whole run's, but always these
+    assert all(torch.equal(same_weights[name], w) for name, w in weights.items())
+    whole, _ = run("whole")
+    assert history["train/elbo"][0] == whole["train/elbo"][0]
+    assert history["train/elbo"][1:] != whole["train/elbo"][1:]
+    assert history["test/elbo"] == pytest.approx(whole["test/elbo"], abs=3)
+    (warning, _) = (r.getMessage() for r in caplog.records)
+    assert (device or "another device") in warning
+    assert "epoch 2, step 3" in warning
+    assert "\n" not in warning
+
+
+@pytest.mark.parametrize(
+    ("version", "able"),
+    [
+        *(("2.7.0", False), ("2.9.1+cu128", False), ("2.13.0", False), ("1.13.1", False)),
+        *(("2.14.0", True), ("2.14.1+cpu", True), ("2.100.0", True), ("3.0.0", True)),
+    ],
+)
+@pytest.mark.parametrize("kind", [str, torch.torch_version.TorchVersion])
+def test_versions_of_torch_are_compared_as_versions(monkeypatch, version, able, kind):
+    monkeypatch.setattr(torch, "__version__", kind(version))
+    with nullcontext() if able else pytest.raises(ConfigError, match=r"needs torch 2\.14"):
+        check_can_compile()

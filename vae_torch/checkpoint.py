@@ -238,7 +238,8 @@ class _History:
             )
         rows = [json.loads(line) for line in content.splitlines()]
         self._epochs, self._size = len(rows), size
-        return {name: [row[name] for row in rows] for name in (rows[0] if rows else {})}
+        names = dict.fromkeys(name for row in rows for name in row)
+        return {name: [row.get(name) for row in rows] for name in names}
 
 
 def refuse_other_data(path: Path, state: dict[str, Any], now: dict[str, str], root: str) -> None:
@@ -262,9 +263,15 @@ def refuse_other_data(path: Path, state: dict[str, Any], now: dict[str, str], ro
 
 
 def history_lines(history: dict[str, list[Any]], first: int = 0) -> list[str]:
-    """A line of JSON for each epoch of a history from its `first` on."""
-    rows = zip(*(values[first:] for values in history.values()), strict=True)
-    return [json.dumps(dict(zip(history, row, strict=True)), default=list) + "\n" for row in rows]
+    """A line of JSON for each epoch of a history from its `first` on.
+
+    A line leaves out what its epoch lacks, which the history holds as None.
+    """
+    lines = []
+    for row in zip(*(values[first:] for values in history.values()), strict=True):
+        metrics = {name: v for name, v in zip(history, row, strict=True) if v is not None}
+        lines.append(json.dumps(metrics, default=list) + "\n")
+    return lines
 
 
 def load_run(

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vae_torch.config import CHOICES, Config
+from vae_torch.likelihood import check_pixels, check_shape
 
 # Folder under data.root, then images and labels of train and test: torchvision's own layout.
 _FILES: dict[str, tuple[str, tuple[str, str], tuple[str, str]]] = {
@@ -69,9 +70,15 @@ _BINARIZE_SEED = 2016
 
 _SIDE = 28
 
+# The label of an image that has none: no class has this number.
+_UNLABELLED = -(2**63)
+
 _log = logging.getLogger("vae_torch")
 
 Loader = DataLoader[tuple[Tensor, Tensor]]  # of x (B, *shape) in [0, 1] and labels (B,)
+
+# What `as_loader` takes: a loader, any other iterable of batches, or the images themselves.
+Data = Loader | Iterable[Any] | Tensor | np.ndarray
 
 
 class DataError(ValueError):
@@ -150,14 +157,19 @@ def load_images(
 
 
 class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Images as one uint8 tensor on one device; a whole batch is fetched at once.
+    """Images as one tensor on one device; a whole batch is fetched at once.
 
     Args:
-        images: (N, 28, 28) or (N, pixels) uint8.
+        images: (N, *shape), bytes (uint8) or floats in [0, 1]. Bytes are divided by 255 when they
+            are fetched, floats are fetched as they are.
         labels: (N,) int64.
         binarize_generator: With one, each fetch draws binary pixels anew with the grey values as
             probabilities (dynamic binarisation).
         device: Where the tensors live, and the batches too.
+
+    Raises:
+        ValueError: No image, pixels that are neither bytes nor floats in [0, 1], or another number
+            of labels.
     """
 
     def __init__(
@@ -168,6 +180,15 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
         binarize_generator: torch.Generator | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
+        if images.ndim < 2 or images.numel() == 0:
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}; must be (N, *shape), N >= 1"
+            )
+        if len(labels) != len(images):
+            raise ValueError(f"{len(labels)} labels for {len(images)} images; each needs one")
+        if images.dtype != torch.uint8:
+            check_pixels(images)
+            images = images.float()
         self.images = images.flatten(1).to(device)  # (N, pixels)
         self.labels = labels.to(device)
         self.binarize_generator = binarize_generator
@@ -177,6 +198,8 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
 
     def mean(self) -> Tensor:
         """The mean image, (pixels,) float32 in [0, 1]."""
+        if self.images.dtype != torch.uint8:
+            return self.images.double().mean(0).float()
         return (self.images.sum(0) / (255 * len(self))).float()
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
@@ -186,7 +209,9 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
     def __getitems__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels x (B, pixels) float32 in [0, 1], and labels (B,)."""
         indices = torch.as_tensor(indices, device=self.images.device)
-        x = self.images.index_select(0, indices).float().div_(255)
+        x = self.images.index_select(0, indices)
+        if x.dtype == torch.uint8:
+            x = x.float().div_(255)
         if self.binarize_generator is not None:
             x = torch.bernoulli(x, generator=self.binarize_generator)
         return x, self.labels.index_select(0, indices)
@@ -216,7 +241,8 @@ class EpochBatches(Sampler[Tensor]):
         Args:
             epoch: Counted from 0.
             skip: Batches to leave out: those that a stopped run has had.
-            pixels: What `pixels()` said after the last of them.
+            pixels: What `pixels()` said after the last of them. Without it, the binary pixels of
+                the rest are drawn anew, seeded by (seed, epoch, skip).
         """
         self.epoch, self._skip, self._pixels = epoch, skip, pixels
 
@@ -235,7 +261,8 @@ class EpochBatches(Sampler[Tensor]):
                 len(order), generator=seeded_generator("cpu", self.seed, self.epoch)
             )
         if self.dataset.binarize_generator is not None:
-            self.dataset.binarize_generator.manual_seed(mix_seed(self.seed, self.epoch, 1))
+            rest = (self._skip,) if self._skip else ()
+            self.dataset.binarize_generator.manual_seed(mix_seed(self.seed, self.epoch, 1, *rest))
             if self._pixels is not None:
                 self.dataset.binarize_generator.set_state(self._pixels.cpu())
         batches = order.to(self.dataset.images.device).split(self.batch_size)[self._skip :]
@@ -336,11 +363,100 @@ def loaders_of(config: Config, device: torch.device | str) -> tuple[Loader, Load
     )
 
 
+def as_loader(
+    data: Data,
+    input_shape: Sequence[int],
+    *,
+    batch_size: int = 128,
+    shuffle: bool = False,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Iterable[Any]:
+    """Whatever holds images as an iterable of batches that can be passed through again and again.
+
+    Args:
+        data: A DataLoader or another iterable of batches, which stays as it is; or the images
+            themselves, (N, *shape) bytes or floats in [0, 1]: a tensor, an array, or `Images`.
+        input_shape: Of the model's images.
+        batch_size: Of a loader that is made here; so are the others.
+        shuffle: Anew every epoch.
+        seed: Of the order.
+        device: Where the images live.
+
+    Raises:
+        ValueError: Images of another shape or type, or nothing that batches can be read from twice.
+    """
+    if isinstance(data, np.ndarray):
+        data = torch.from_numpy(np.ascontiguousarray(data))
+    if isinstance(data, Tensor):
+        data = Images(data, torch.full(data.shape[:1], _UNLABELLED))
+    if isinstance(data, Images):
+        check_shape(data.images, input_shape)
+        dataset = ImageDataset(*data, device=device)
+        return image_loader(dataset, batch_size, shuffle=shuffle, seed=seed)
+    kind = type(data).__name__
+    if isinstance(data, Iterator):
+        raise ValueError(
+            f"a {kind} is exhausted after one epoch; pass a DataLoader, a list of batches, or an "
+            "object whose __iter__ begins anew"
+        )
+    if isinstance(data, Dataset):
+        raise ValueError(
+            f"a {kind} gives single images; pass torch.utils.data.DataLoader(dataset, batch_size="
+            f"{batch_size})"
+        )
+    if not isinstance(data, Iterable):
+        raise ValueError(
+            f"images are a {kind}; pass a DataLoader, a list of batches, a tensor or an array"
+        )
+    return data
+
+
+def images_of(batch: Any) -> Tensor:
+    """The images x of a batch, which is x alone, [x], (x, label) or (x, label, anything).
+
+    Raises:
+        ValueError: No tensor and no array stands there.
+    """
+    x = batch[0] if isinstance(batch, list | tuple) and batch else batch
+    if isinstance(x, np.ndarray):
+        x = torch.from_numpy(np.ascontiguousarray(x))
+    if not isinstance(x, Tensor):
+        raise ValueError(
+            f"a batch is a {type(batch).__name__} without images in front; it must be x, [x], or "
+            "(x, label), x a tensor (B, *shape)"
+        )
+    return x
+
+
+def labels_of(batch: Any) -> Tensor | None:
+    """The labels (B,) of a batch, where all of its images have one: see `images_of`."""
+    if not isinstance(batch, list | tuple) or len(batch) < 2:
+        return None
+    labels = torch.as_tensor(batch[1]) if isinstance(batch[1], np.ndarray) else batch[1]
+    if not isinstance(labels, Tensor) or labels.shape != (len(batch[0]),):
+        return None
+    return None if (labels == _UNLABELLED).any() else labels
+
+
+def batches_in(loader: Iterable[Any]) -> int | None:
+    """How many batches an epoch has; None where the loader cannot tell."""
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):  # of an IterableDataset, a DataLoader's len raises
+        return None
+
+
 def binarize_images(images: Tensor, *, salt: int = 0) -> Tensor:
     """Grey bytes as probabilities, drawn once: (N, ...) uint8 -> (N, ...) uint8 of 0 and 255.
 
     The draw depends on `salt` and the images alone, never on a run's seed.
+
+    Raises:
+        ValueError: The images are no bytes.
     """
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images are {images.dtype}; must be bytes, torch.uint8")
     generator = seeded_generator("cpu", _BINARIZE_SEED, salt)
     drawn = torch.bernoulli(images.float().div_(255), generator=generator)
     return drawn.mul_(255).to(torch.uint8)

@@ -7,7 +7,7 @@ values beside the card.
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vae_torch.config import ObjectiveConfig
-from vae_torch.data import Loader, seeded_generator
+from vae_torch.data import Data, as_loader, images_of, labels_of, seeded_generator
 from vae_torch.likelihood import Bernoulli
 from vae_torch.model import VAE, reparameterize
 from vae_torch.objective import (
@@ -26,7 +26,7 @@ from vae_torch.objective import (
     objective_terms,
 )
 from vae_torch.prior import StandardNormal, log_mixture, log_normal
-from vae_torch.quadrature import check_few_latents, exact_log_px
+from vae_torch.quadrature import QuadratureError, check_few_latents, exact_log_px
 
 _log = logging.getLogger("vae_torch")
 
@@ -40,7 +40,7 @@ _FEW_SAMPLES = 100
 @torch.no_grad()
 def bound_metrics(
     vae: VAE,
-    loader: Iterable[tuple[Tensor, Tensor]],
+    loader: Data,
     objective: ObjectiveConfig,
     *,
     beta: float = 1.0,
@@ -51,19 +51,33 @@ def bound_metrics(
     The noise depends on `seed` and the number of draws alone, so the curves of a run move where the
     model moved; `loss` also where beta or the number of draws does.
 
+    Args:
+        vae: The model.
+        loader: Batches x, [x] or (x, label, ...), or all images as one tensor or array.
+        objective: Whose loss.
+        beta: The KL's weight.
+        seed: Of the noise.
+
     Returns:
         `loss`, `elbo`, `reconstruction`, `kl` in nats per image, and `kl_per_dim`, one per latent
         dimension, against the standard normal (left out for a learned prior, where it is no part of
         the KL).
+
+    Raises:
+        ValueError: No image, or images that `VAE.check` refuses.
     """
-    device = next(vae.parameters()).device
+    weight = next(vae.parameters())
+    device = weight.device
+    batches: Iterable[Any] = loader  # one pass: an iterator will do
+    if not isinstance(loader, Iterator):
+        batches = as_loader(loader, vae.input_shape, batch_size=1000, device=device)
     noise = seeded_generator(device, seed, _BOUND)
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     kl_dims = torch.zeros(vae.latent_dim, dtype=torch.float64, device=device)
     images = 0
     at_once = math.ceil(1000 / objective.num_samples)  # images: more would not stay in a cache
-    for batch, _ in loader:
-        for x in batch.to(device).split(at_once):
+    for batch in batches:
+        for x in vae.check(images_of(batch)).to(weight).split(at_once):
             shape = (objective.num_samples, len(x), vae.latent_dim)
             eps = torch.randn(shape, generator=noise, device=device)
             terms = objective_terms(vae, x, eps, objective, beta)
@@ -71,6 +85,8 @@ def bound_metrics(
             sums += len(x) * torch.stack(parts)
             kl_dims += len(x) * terms.kl_per_dim
             images += len(x)
+    if not images:
+        raise ValueError("there is no image to evaluate; the loader gave no batch")
     names = ("loss", "elbo", "reconstruction", "kl")
     metrics: dict[str, Any] = dict(zip(names, (sums / images).tolist(), strict=True))
     if isinstance(vae.prior, StandardNormal):
@@ -112,10 +128,11 @@ def importance_log_px(
         progress: Show a bar on a terminal.
 
     Raises:
-        ValueError: num_samples or chunk is below 1.
+        ValueError: num_samples or chunk is below 1, or `VAE.check` refuses x.
     """
     if num_samples < 1 or chunk < 1:
         raise ValueError(f"num_samples={num_samples}, chunk={chunk}: both must be 1 or more")
+    x = vae.check(x)
     mean, logvar = vae.encode(x) if proposal is None else proposal
     together = max(1, chunk // num_samples)  # images
     log_px, effective = [], []
@@ -170,7 +187,11 @@ def fit_posterior(
 
     Returns:
         Mean and log-variance, (N, latent_dim) each.
+
+    Raises:
+        ValueError: `VAE.check` refuses x.
     """
+    x = vae.check(x)
     noise = seeded_generator(x.device, seed, _FIT)
     with torch.no_grad():
         mean, logvar = (part.clone() for part in vae.encode(x))
@@ -192,7 +213,12 @@ def fit_posterior(
 def posterior_elbo(
     vae: VAE, x: Tensor, mean: Tensor, logvar: Tensor, *, num_samples: int = 1000, seed: int = 0
 ) -> Tensor:
-    """The ELBO of any Gaussian posteriors N(mean, exp(logvar)): (N,) nats, by Monte Carlo."""
+    """The ELBO of any Gaussian posteriors N(mean, exp(logvar)): (N,) nats, by Monte Carlo.
+
+    Raises:
+        ValueError: `VAE.check` refuses x.
+    """
+    x = vae.check(x)
     noise = seeded_generator(x.device, seed, _FIT, 1)
     total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     done = 0
@@ -214,7 +240,11 @@ def aggregate_kl(vae: VAE, x: Tensor, *, seed: int = 0) -> tuple[Tensor, Tensor]
     Returns:
         log q(z_n|x_n) - log q(z_n) and log q(z_n) - log p(z_n), (N,) each; their means are the two
         parts. The first mean cannot exceed log N.
+
+    Raises:
+        ValueError: `VAE.check` refuses x.
     """
+    x = vae.check(x)
     mean, logvar = vae.encode(x)
     noise = seeded_generator(x.device, seed, _AGGREGATE)
     eps = torch.randn(mean.shape, generator=noise, device=x.device, dtype=x.dtype)
@@ -238,9 +268,9 @@ class Evaluation(NamedTuple):
 
 def evaluate_model(
     vae: VAE,
-    loader: Loader,
+    loader: Data,
     *,
-    train_loader: Loader | None = None,
+    train_loader: Data | None = None,
     num_samples: int = 5000,
     fit_images: int = 100,
     chunk: int = 1024,
@@ -252,8 +282,10 @@ def evaluate_model(
 
     Args:
         vae: The model.
-        loader: Of the test set: (x, label), x in [0, 1].
-        train_loader: Adds the training bound, and probes of the latents fitted on it.
+        loader: Of the test set: batches x, [x] or (x, label, ...), or all images as one tensor or
+            array.
+        train_loader: Adds the training bound and, where both sets have labels, probes of the
+            latents fitted on it.
         num_samples: Of the importance-sampling estimate of log p(x).
         fit_images: How many images get a posterior of their own, to split the gap. The seed chooses
             them at random.
@@ -269,7 +301,7 @@ def evaluate_model(
 
     Raises:
         ValueError: num_samples, fit_images or chunk is below 1; an integral over more than two
-            latents is asked for.
+            latents is asked for; or no image, or images that `VAE.check` refuses.
     """
     return evaluate_images(
         vae,
@@ -286,9 +318,9 @@ def evaluate_model(
 
 def evaluate_images(
     vae: VAE,
-    loader: Loader,
+    loader: Data,
     *,
-    train_loader: Loader | None = None,
+    train_loader: Data | None = None,
     num_samples: int = 5000,
     fit_images: int = 100,
     chunk: int = 1024,
@@ -308,12 +340,14 @@ def evaluate_images(
             raise ValueError(f"{name}={given}: must be 1 or more")
     if exact:
         check_few_latents(vae)
+    if train_loader is not None:
+        train_loader = as_loader(train_loader, vae.input_shape)
     x, labels = _whole(vae, loader)
     card = _Card(len(x), seed)
 
     _put_bound(card, vae, x)
     if train_loader is not None:
-        bound, _, _ = _bounds(vae, (batch for batch, _ in train_loader), seed)
+        bound, _, _ = _bounds(vae, (vae.check(images_of(b)) for b in train_loader), seed)
         error = _standard_error(bound)
         card.put(
             "train_elbo",
@@ -338,10 +372,9 @@ def evaluate_images(
     if exact or (exact is None and vae.latent_dim <= 2):
         try:
             grid = exact_log_px(vae, x, progress=progress)
-        except ValueError as error:
+        except QuadratureError as error:
             said.append(
-                f"log p(x) could not be integrated: {error}. So there is no log_px_exact; log_px "
-                "is an estimate by importance sampling."
+                f"log_px_exact is left out: {error}. log_px is an estimate by importance sampling."
             )
         else:
             card.put(
@@ -419,11 +452,16 @@ class _Card:
         }
 
 
-def _whole(vae: VAE, loader: Loader) -> tuple[Tensor, Tensor]:
-    device = next(vae.parameters()).device
-    batches = list(loader)
-    x, labels = (torch.cat(parts).to(device) for parts in zip(*batches, strict=True))
-    return x, labels
+def _whole(vae: VAE, loader: Data) -> tuple[Tensor, Tensor | None]:
+    """All images (N, *shape), checked, and their labels (N,), where all have some."""
+    weight = next(vae.parameters())
+    batches = list(as_loader(loader, vae.input_shape, batch_size=1000))
+    if not batches:
+        raise ValueError("there is no image to evaluate; the loader gave no batch")
+    x = torch.cat([vae.check(images_of(batch)) for batch in batches])
+    labels = [some for some in map(labels_of, batches) if some is not None]
+    whole = torch.cat(labels).to(weight.device) if len(labels) == len(batches) else None
+    return x.to(weight), whole
 
 
 def _standard_error(values: Tensor) -> float | None:
@@ -542,7 +580,7 @@ def _put_gap(
 
 
 def _put_latents(
-    card: _Card, vae: VAE, x: Tensor, labels: Tensor, train_loader: Loader | None
+    card: _Card, vae: VAE, x: Tensor, labels: Tensor | None, train_loader: Iterable[Any] | None
 ) -> None:
     information, marginal = aggregate_kl(vae, x, seed=card.seed)
     card.put(
@@ -554,7 +592,7 @@ def _put_latents(
     full = information.mean() > math.log(len(x)) - 0.5
     note = "; only an upper bound, as I(x; z) stands at its ceiling of log N" if full else ""
     card.put("marginal_kl", marginal, f"KL(q(z) || p(z)), the rest of the mean KL{note}", 1)
-    if train_loader is None:
+    if train_loader is None or labels is None:
         return
     try:
         from sklearn.linear_model import LogisticRegression
@@ -564,6 +602,8 @@ def _put_latents(
         return
 
     train_x, train_labels = _whole(vae, train_loader)
+    if train_labels is None:
+        return
     with torch.no_grad():
         train_means, means = (vae.encode(part)[0].cpu().numpy() for part in (train_x, x))
     classes, train_classes = labels.cpu().numpy(), train_labels.cpu().numpy()

@@ -4,15 +4,21 @@ Each likelihood reads one decoder output per pixel (called `logits` for all of t
 same three methods: `log_prob(x, logits)`; `mean(logits)`, the expected pixel values in [0, 1]; and
 `affine(x, logits)`, which evaluates every image under every decoder output with one matrix product:
 all three log-densities are affine in x (the Gaussian up to a term without z).
+
+What an image may look like is decided here too: `as_images` its shape, `check_pixels` its values.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
+
+# The pixels that a likelihood has a density for, unless it says otherwise in `pixels`.
+UNIT_INTERVAL = (0.0, 1.0)
 
 
 class Bernoulli(nn.Module):
@@ -33,16 +39,23 @@ class Bernoulli(nn.Module):
 
         Returns:
             (..., B).
+
+        Raises:
+            ValueError: The images of x and of logits differ in shape or number.
         """
-        _check_shapes(x, logits)
-        terms: Tensor = _BernoulliTerms.apply(
-            x.flatten(1), logits.flatten(logits.ndim - x.ndim + 1)
-        )
+        x, logits = pair_images(x, logits)
+        if is_transformed(x, logits):  # torch.func sees through torch's own operations only
+            return (x * logits + F.logsigmoid(-logits)).sum(-1)
+        terms: Tensor = _BernoulliTerms.apply(x, logits)
         return terms
 
     def affine(self, x: Tensor, logits: Tensor) -> Tensor:
         """Nats of each image under each output: (N, pixels) and (G, pixels) -> (N, G)."""
-        return torch.addmm(_even_part(logits), x - 0.5, logits.T)
+        if logits.requires_grad or is_transformed(logits):
+            even = self.log_prob(torch.full_like(logits, 0.5), logits)  # smooth at 0, unlike |l|
+        else:
+            even = _even_part(logits)
+        return torch.addmm(even, x - 0.5, logits.T)
 
     def mean(self, logits: Tensor) -> Tensor:
         """Pixel probabilities, in the shape of `logits`."""
@@ -64,9 +77,8 @@ class _BernoulliTerms(torch.autograd.Function):
         return terms
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Of x too, where it is asked for."""
+        """Of x too, where it is asked for; in operations that can be differentiated again."""
         x, logits = ctx.saved_tensors
         grad_x = grad_logits = None
         grad = grad.unsqueeze(-1)
@@ -102,8 +114,8 @@ class ContinuousBernoulli(nn.Module):
 
     def log_prob(self, x: Tensor, logits: Tensor) -> Tensor:
         """Nats per image: (B, *shape) and (..., B, *shape) -> (..., B)."""
-        _check_shapes(x, logits)
-        return _sum_pixels(x * logits - F.softplus(logits) + _log_normalizer(logits), x)
+        x, logits = pair_images(x, logits)
+        return (x * logits - F.softplus(logits) + _log_normalizer(logits)).sum(-1)
 
     def affine(self, x: Tensor, logits: Tensor) -> Tensor:
         """Nats of each image under each output: (N, pixels) and (G, pixels) -> (N, G)."""
@@ -121,6 +133,7 @@ class Gaussian(nn.Module):
     """N(x; l, σ²) with one learned log-variance for all pixels; nats of density, not of mass."""
 
     name = "gaussian"
+    pixels = (-math.inf, math.inf)
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,9 +141,9 @@ class Gaussian(nn.Module):
 
     def log_prob(self, x: Tensor, logits: Tensor) -> Tensor:
         """Nats per image: (B, *shape) and (..., B, *shape) -> (..., B)."""
-        _check_shapes(x, logits)
+        x, logits = pair_images(x, logits)
         squares = (x - logits) ** 2 * torch.exp(-self.logvar)
-        return _sum_pixels(-0.5 * (squares + self.logvar + math.log(2 * math.pi)), x)
+        return (-0.5 * (squares + self.logvar + math.log(2 * math.pi))).sum(-1)
 
     def affine(self, x: Tensor, logits: Tensor) -> Tensor:
         """Nats of each image under each output: (N, pixels) and (G, pixels) -> (N, G)."""
@@ -163,13 +176,116 @@ def _log_normalizer(logits: Tensor) -> Tensor:
     return torch.where(near, series, exact)
 
 
-def _sum_pixels(terms: Tensor, x: Tensor) -> Tensor:
-    return terms.flatten(terms.ndim - x.ndim + 1).sum(-1)
+def as_images(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Images in the shape that a model reads: (B, *any) -> (B, *shape).
+
+    Args:
+        x: Images, floats.
+        shape: Of one image.
+
+    Raises:
+        ValueError: Another shape (see `check_shape`), or integer pixels.
+    """
+    check_shape(x, shape)
+    _check_floats(x)
+    return x.reshape(len(x), *shape)
 
 
-def _check_shapes(x: Tensor, logits: Tensor) -> None:
-    if logits.shape[logits.ndim - x.ndim :] != x.shape:
+def check_shape(x: Tensor, shape: Sequence[int]) -> None:
+    """Refuse what holds no images of this shape.
+
+    The shapes must be equal once dimensions of size 1 are dropped, or one of them flat. Whatever
+    else has as many pixels is refused: its channels would become images, or rows of pixels.
+
+    Args:
+        x: (B, *any).
+        shape: Of one image.
+
+    Raises:
+        ValueError: Shows both shapes.
+    """
+    if x.ndim > 1 and _same_image(x.shape[1:], shape):
+        return
+    flat, whole = f"(B, {math.prod(shape)})", f"(B, {', '.join(map(str, shape))})"
+    allowed = f"{flat}, or any shape with as many pixels after B"
+    if len(_without_ones(shape)) > 1:
+        allowed = f"{whole} or {flat}"
+    raise ValueError(f"x has shape {tuple(x.shape)}; this model takes {allowed}")
+
+
+def pair_images(x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Images beside what a decoder made for them: (B, pixels) and (..., B, pixels).
+
+    Args:
+        x: (B, *shape).
+        logits: (..., B, *shape), or either of them flat.
+
+    Raises:
+        ValueError: Images of other shapes, or other numbers of them.
+    """
+    if logits.shape[logits.ndim - x.ndim :] == x.shape:
+        return x.flatten(1), logits.flatten(logits.ndim - x.ndim + 1)
+    places = [  # of B in the shape of logits
+        place
+        for place, size in enumerate(logits.shape[:-1])
+        if x.ndim > 1 and size == len(x) and _same_image(x.shape[1:], logits.shape[place + 1 :])
+    ]
+    if len(places) != 1:
         raise ValueError(
-            f"x has shape {tuple(x.shape)} and logits {tuple(logits.shape)}; the last "
-            f"{x.ndim} dimensions of logits must be those of x"
+            f"x has shape {tuple(x.shape)} and logits {tuple(logits.shape)}; both must hold as "
+            "many images, of one shape, (B, *shape) and (..., B, *shape)"
         )
+    return x.flatten(1), logits.flatten(places[0] + 1)
+
+
+def check_pixels(x: Tensor, allowed: tuple[float, float] = UNIT_INTERVAL) -> None:
+    """Refuse pixels that are NaN, infinite or out of range.
+
+    Where values cannot be read (torch.func, torch.compile, a CUDA graph, the meta device), nothing
+    is checked.
+
+    Args:
+        x: Pixels, floats.
+        allowed: The lowest and the highest value that a pixel may have.
+
+    Raises:
+        ValueError: Shows the shape and the range of x, or the type where x holds integers.
+    """
+    _check_floats(x)
+    if x.numel() == 0 or not _can_be_read(x):
+        return
+    low, high = torch.stack(x.detach().aminmax()).tolist()
+    if not (math.isfinite(low) and math.isfinite(high) and allowed[0] <= low <= high <= allowed[1]):
+        needed = "in [0, 1] (divide bytes by 255)" if allowed == UNIT_INTERVAL else "and finite"
+        raise ValueError(
+            f"x of shape {tuple(x.shape)} has values from {low:g} to {high:g}; pixels are floats "
+            f"{needed}"
+        )
+
+
+def _check_floats(x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype}; pixels are floats in [0, 1] (divide bytes by 255)")
+
+
+def _same_image(a: Sequence[int], b: Sequence[int]) -> bool:
+    """Whether two shapes are those of one image."""
+    a, b = _without_ones(a), _without_ones(b)
+    return a == b or (math.prod(a) == math.prod(b) and min(len(a), len(b)) < 2)
+
+
+def _without_ones(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(n for n in shape if n != 1)
+
+
+def is_transformed(*tensors: Tensor) -> bool:
+    """Whether torch.func or forward-mode differentiation looks at these operations."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def _can_be_read(x: Tensor) -> bool:
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or x.is_meta:
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vae_torch.config import CHOICES, Config
-from vae_torch.likelihood import LIKELIHOODS
+from vae_torch.likelihood import LIKELIHOODS, UNIT_INTERVAL, as_images, check_pixels
 from vae_torch.prior import Mixture, StandardNormal, VampPrior
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -95,7 +95,7 @@ class Encoder(nn.Module):
         super().__init__()
         pixels = math.prod(input_shape)
         if architecture == "conv":
-            self.trunk: nn.Module = _conv_encoder(pixels, intermediate_dim, activation)
+            self.trunk: nn.Module = _conv_encoder(input_shape, intermediate_dim, activation)
         else:
             self.trunk = _dense_trunk(architecture, pixels, intermediate_dim, depth, activation)
         self.mean = nn.Linear(intermediate_dim, latent_dim)
@@ -126,7 +126,9 @@ class Decoder(nn.Module):
         pixels = math.prod(output_shape)
         if architecture == "conv":
             self.trunk: nn.Module = nn.Identity()
-            self.out: nn.Module = _conv_decoder(pixels, latent_dim, intermediate_dim, activation)
+            self.out: nn.Module = _conv_decoder(
+                output_shape, latent_dim, intermediate_dim, activation
+            )
         else:
             self.trunk = _dense_trunk(architecture, latent_dim, intermediate_dim, depth, activation)
             self.out = nn.Linear(intermediate_dim, pixels)
@@ -143,7 +145,8 @@ class VAE(nn.Module):
     Kernels start Glorot-uniform and biases at zero, as in Keras.
 
     Args:
-        input_shape: Shape of one image: (784,), or (1, 28, 28).
+        input_shape: Shape of one image: (784,), (1, 28, 28), or (3, 32, 32). `conv` reads it as
+            (channels, height, width); for it a flat image is square and grey.
         latent_dim: Dimensions of z.
         intermediate_dim: Units of a hidden layer.
         architecture: `mlp`, `residual` or `conv`.
@@ -154,7 +157,8 @@ class VAE(nn.Module):
         prior_components: Components of the mixture or VampPrior.
 
     Raises:
-        ValueError: A size below 1, or a name that is none of the above.
+        ValueError: A size below 1, a name that is none of the above, or a shape that `conv` cannot
+            halve twice.
 
     Example:
         >>> vae = VAE(latent_dim=2)
@@ -184,7 +188,7 @@ class VAE(nn.Module):
             "intermediate_dim": intermediate_dim,
             "depth": depth,
             "prior_components": prior_components,
-            "pixels": math.prod(self.input_shape),
+            **{f"input_shape[{i}]": size for i, size in enumerate(self.input_shape)},
         }
         for argument, size in sizes.items():
             if size < 1 or size != int(size):
@@ -275,13 +279,15 @@ class VAE(nn.Module):
             mean_image: Of the training images: as many values in [0, 1] as an image has pixels.
 
         Raises:
-            ValueError: Another number of pixels, or a decoder that ends in no linear layer.
+            ValueError: Another number of pixels, values outside [0, 1], or a decoder that ends in
+                no linear layer.
         """
         if not isinstance(self.decoder.out, nn.Linear):
             raise ValueError("the decoder has no bias per pixel; use architecture mlp or residual")
         pixels = self.decoder.out.bias.numel()
         if mean_image.numel() != pixels:
             raise ValueError(f"mean_image has {mean_image.numel()} pixels, an image {pixels}")
+        check_pixels(mean_image)
         logits = torch.logit(mean_image.clamp(0.001, 0.999))
         self.decoder.out.bias.copy_(logits.flatten())
 
@@ -289,22 +295,35 @@ class VAE(nn.Module):
         """Mean and log-variance of q(z|x).
 
         Args:
-            x: (B, *shape) in [0, 1], where shape has as many pixels as `input_shape`.
+            x: (B, *input_shape) or (B, pixels) in [0, 1]; (B, *any) with as many pixels where
+                `input_shape` is flat. Every training step comes through here, so the values are not
+                looked at: see `check`.
 
         Returns:
             mean (B, latent_dim) and logvar (B, latent_dim).
 
         Raises:
-            ValueError: Another number of pixels, or integer pixels.
+            ValueError: Another shape, or integer pixels.
         """
-        if x.ndim < 2 or math.prod(x.shape[1:]) != math.prod(self.input_shape):
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}; this model takes (B, {_words(self.input_shape)}), "
-                "or any shape with as many pixels after B"
-            )
-        if not x.is_floating_point():
-            raise ValueError(f"x is {x.dtype}; pixels are floats in [0, 1] (divide bytes by 255)")
-        return self.encoder(x.reshape(-1, *self.input_shape))  # type: ignore[no-any-return]
+        return self.encoder(as_images(x, self.input_shape))  # type: ignore[no-any-return]
+
+    def check(self, x: Tensor) -> Tensor:
+        """Images from outside in this model's shape and type, after a look at their values.
+
+        Args:
+            x: (B, *input_shape) or (B, pixels); (B, *any) with as many pixels where `input_shape`
+                is flat.
+
+        Returns:
+            (B, *input_shape), in the type of the weights.
+
+        Raises:
+            ValueError: Another shape, integer pixels, or pixels that the likelihood has no density
+                for: outside [0, 1], for a Gaussian NaN or infinite.
+        """
+        x = as_images(x, self.input_shape)
+        check_pixels(x, getattr(self.likelihood, "pixels", UNIT_INTERVAL))
+        return x.to(next(self.parameters()).dtype)
 
     def decode(self, z: Tensor) -> Tensor:
         """Decoder outputs before any sigmoid: (..., latent_dim) -> (..., *input_shape).
@@ -332,7 +351,13 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
-        """Expected pixels at the posterior mean: (B, *shape) -> (B, *input_shape) in [0, 1]."""
+        """Expected pixels at the posterior mean: (B, *shape) -> (B, *input_shape) in [0, 1].
+
+        Raises:
+            ValueError: Images of another shape, or pixels outside [0, 1].
+        """
+        x = self.check(x)
+        check_pixels(x)  # a Gaussian's too: what it draws is held inside [0, 1]
         mean, _ = self.encode(x)
         return self.likelihood.mean(self.decode(mean))
 
@@ -348,10 +373,6 @@ class VAE(nn.Module):
         weight = next(self.parameters())
         z = self.prior.sample(n, self.encoder, generator)
         return self.likelihood.mean(self.decode(z.to(weight)))
-
-
-def _words(shape: Sequence[int]) -> str:
-    return ", ".join(str(n) for n in shape)
 
 
 def _keras_init(module: nn.Module) -> None:
@@ -389,39 +410,51 @@ def _dense_trunk(
     return nn.Sequential(*layers)
 
 
-def _conv_side(pixels: int) -> int:
-    side = math.isqrt(pixels)
-    if side * side != pixels or side % 4:
+def _conv_shape(shape: Sequence[int]) -> tuple[int, int, int]:
+    """Channels, height and width of an image; a flat one is square and grey."""
+    sizes = [n for n in shape if n != 1]
+    if len(sizes) == 1:
+        sizes = [math.isqrt(sizes[0])] * 2
+    if len(sizes) == 2:
+        sizes = [1, *sizes]
+    pixels = math.prod(shape)
+    if len(sizes) != 3 or math.prod(sizes) != pixels or sizes[1] % 4 or sizes[2] % 4:
         raise ValueError(
-            f"architecture is 'conv' and an image has {pixels} pixels; it needs square grey images "
-            "with a side that 4 divides"
+            f"architecture is 'conv' and an image has shape {tuple(shape)}, {pixels} pixels; it "
+            "must be (channels, height, width), (height, width), or flat and square, with a height "
+            "and a width that 4 divides"
         )
-    return side
+    channels, height, width = sizes
+    return channels, height, width
 
 
-def _conv_encoder(pixels: int, width: int, activation: str) -> nn.Sequential:
-    side, act = _conv_side(pixels), ACTIVATIONS[activation]
+def _conv_encoder(shape: Sequence[int], width: int, activation: str) -> nn.Sequential:
+    channels, high, wide = _conv_shape(shape)
+    act = ACTIVATIONS[activation]
     return nn.Sequential(
-        nn.Unflatten(1, (1, side, side)),
-        nn.Conv2d(1, 32, 4, stride=2, padding=1),  # (B, 32, side/2, side/2)
+        nn.Unflatten(1, (channels, high, wide)),
+        nn.Conv2d(channels, 32, 4, stride=2, padding=1),  # (B, 32, high/2, wide/2)
         act(),
-        nn.Conv2d(32, 64, 4, stride=2, padding=1),  # (B, 64, side/4, side/4)
+        nn.Conv2d(32, 64, 4, stride=2, padding=1),  # (B, 64, high/4, wide/4)
         act(),
         nn.Flatten(),
-        nn.Linear(4 * pixels, width),
+        nn.Linear(4 * high * wide, width),
         act(),
     )
 
 
-def _conv_decoder(pixels: int, latent_dim: int, width: int, activation: str) -> nn.Sequential:
-    side, act = _conv_side(pixels), ACTIVATIONS[activation]
+def _conv_decoder(
+    shape: Sequence[int], latent_dim: int, width: int, activation: str
+) -> nn.Sequential:
+    channels, high, wide = _conv_shape(shape)
+    act = ACTIVATIONS[activation]
     return nn.Sequential(
         nn.Linear(latent_dim, width),
         act(),
-        nn.Linear(width, 4 * pixels),
+        nn.Linear(width, 4 * high * wide),
         act(),
-        nn.Unflatten(1, (64, side // 4, side // 4)),
-        nn.ConvTranspose2d(64, 32, 4, stride=2, padding=1),  # (B, 32, side/2, side/2)
+        nn.Unflatten(1, (64, high // 4, wide // 4)),
+        nn.ConvTranspose2d(64, 32, 4, stride=2, padding=1),  # (B, 32, high/2, wide/2)
         act(),
-        nn.ConvTranspose2d(32, 1, 4, stride=2, padding=1),  # (B, 1, side, side)
+        nn.ConvTranspose2d(32, channels, 4, stride=2, padding=1),  # (B, channels, high, wide)
     )

@@ -6,13 +6,14 @@ training loop takes the mean over images, once.
 
 import math
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vae_torch.config import ObjectiveConfig
+from vae_torch.likelihood import as_images, check_pixels, is_transformed, pair_images
 from vae_torch.model import VAE, reparameterize
 from vae_torch.prior import StandardNormal, log_normal
 
@@ -65,7 +66,7 @@ def elbo(x: Tensor, logits: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
         (B,), nats per image.
 
     Raises:
-        ValueError: Other numbers of images or pixels in one of them than in another.
+        ValueError: x is outside [0, 1], or one of them has other images than another.
     """
     return -_cross_entropy(x, logits, mean).sum(-1) - kl_standard_normal(mean, logvar)
 
@@ -113,13 +114,17 @@ def log_weights(vae: VAE, x: Tensor, q: tuple[Tensor, Tensor], eps: Tensor) -> T
 
     Returns:
         (K, B), nats.
+
+    Raises:
+        ValueError: x holds no images of the model's shape.
     """
+    x = as_images(x, vae.input_shape)
     z = reparameterize(*q, eps=eps)
     logits = vae.decode(z)
     if len(x) == 1:  # one product instead of passes over the pixels of every draw
         log_px_given_z = vae.likelihood.affine(x.flatten(1), logits.flatten(0, 1).flatten(1)).T
     else:
-        log_px_given_z = vae.likelihood.log_prob(x.reshape(-1, *vae.input_shape), logits)
+        log_px_given_z = vae.likelihood.log_prob(x, logits)
     return log_px_given_z + vae.log_prior(z) - log_normal(z, *q)
 
 
@@ -153,8 +158,12 @@ def objective_terms(
         choice: (B,) uniform noise in [0, 1), for iwae: with it the gradient goes through one draw
             an image, chosen by its weight. Of the same expectation, at K passes forward and one
             back: Burda et al. (2016), section 3.
+
+    Raises:
+        ValueError: x holds no images of the model's shape. Their values are not looked at: a check
+            would cost every training step.
     """
-    x = x.reshape(-1, *vae.input_shape)
+    x = as_images(x, vae.input_shape)
     q = mean, logvar = vae.encode(x)
     with nullcontext() if choice is None else torch.no_grad():
         draws = _draw(vae, x, q, eps)
@@ -226,6 +235,9 @@ def _weighted_bound(
         return draws.log_px_given_z + beta * (vae.log_prior(draws.z) - log_normal(draws.z, *seen))
 
     log_w = weigh(draws)  # (K, B)
+    if not dreg and choice is None:
+        # torch.func differentiates this as it is; the other gradient differs in rounding only
+        return iwae_bound(log_w) if is_transformed(log_w) else _weighted_by_softmax(log_w)
     bound = iwae_bound(log_w)
     weights = log_w.detach().softmax(0)
     shares = weights
@@ -238,21 +250,86 @@ def _weighted_bound(
         log_w = weigh(draws)  # (1, B)
     if dreg and draws.z.requires_grad:
         draws.z.register_hook(lambda grad: grad * (1 - beta + beta * weights).unsqueeze(-1))
-    surrogate = (shares * log_w).sum(0)
+    surrogate = (shares * _first_derivative_only(log_w)).sum(0)
     return bound.detach() + (surrogate - surrogate.detach())
+
+
+def _weighted_by_softmax(log_w: Tensor) -> Tensor:
+    """`iwae_bound`, whose gradient Σ_k w_k ∇ log w_k is written out: (K, B) -> (B,)."""
+    bound: Tensor = _WeightedBySoftmax.apply(log_w)
+    return bound
+
+
+class _WeightedBySoftmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, log_w: Tensor) -> Tensor:
+        ctx.save_for_backward(log_w)
+        return iwae_bound(log_w)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (log_w,) = ctx.saved_tensors
+        return grad * log_w.softmax(0)  # type: ignore[no-any-return]
+
+
+def _first_derivative_only(log_w: Tensor) -> Tensor:
+    """The same values; whoever differentiates twice through them gets an error.
+
+    What DReG and the choice of one draw pass back is an estimate of the bound's gradient, and the
+    derivative of an estimate is none of the bound.
+    """
+    same: Tensor = _FirstDerivativeOnly.apply(log_w)
+    return same
+
+
+class _FirstDerivativeOnly(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(log_w: Tensor) -> Tensor:
+        return log_w.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:  # noqa: ARG004
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():  # nobody will ask for a second derivative
+            return grad
+        return _Refusal.apply(grad, *ctx.saved_tensors)  # type: ignore[no-any-return]
+
+
+class _Refusal(torch.autograd.Function):
+    """Passes a gradient on and stands in the way of its derivative."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad: Tensor, log_w: Tensor) -> Tensor:  # noqa: ARG004
+        return grad.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG004
+        raise RuntimeError(
+            "objective.estimator=dreg and objective.resample=true have a first derivative only; "
+            "for a second one use objective.estimator=standard and objective.resample=false"
+        )
 
 
 def _cross_entropy(x: Tensor, logits: Tensor, mean: Tensor) -> Tensor:
     """(B, pixels), nats."""
-    flat = logits.flatten(1)
-    if x.numel() != flat.numel() or x.shape[0] != flat.shape[0]:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)} and logits {tuple(logits.shape)}; they must have "
-            "as many images and pixels"
-        )
+    check_pixels(x)
+    x, logits = pair_images(x, logits)
+    if logits.ndim != 2:
+        raise ValueError(f"logits of shape {tuple(logits.shape)}, pixels flat; must be (B, pixels)")
     if mean.shape[:-1] != x.shape[:1]:
         raise ValueError(
             f"x has shape {tuple(x.shape)} and mean {tuple(mean.shape)}; mean must be (B, "
             "latent_dim) with as many images"
         )
-    return F.binary_cross_entropy_with_logits(flat, x.reshape(flat.shape), reduction="none")
+    return F.binary_cross_entropy_with_logits(logits, x, reduction="none")

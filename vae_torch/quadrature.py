@@ -4,7 +4,7 @@ The truth that importance sampling is checked against: `exact_log_px`.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,11 +12,26 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vae_torch.model import VAE
-from vae_torch.prior import StandardNormal
 
 # Nats below an image's log p(x): a square in which even the highest point times its area is lower
 # is left as it is, though a narrow peak may stand between its points.
 _NEGLIGIBLE = 20.0
+
+# What an encoder says about its images must not decide the size of the work. Of the first squares,
+# no more than this many lie between 0 and the edge.
+_TO_THE_EDGE = 16
+# An encoder's deviations count up to this many of the prior's, whose mass bounds the posterior's.
+_WIDEST = 4.0
+# A posterior that fits changes p(x|z) p(z) by 4.5 nats within three of its deviations. One that
+# changes it by less than this is taken to be wider than it says.
+_FLAT = 0.5
+# Squares of one size: so many and so many more an image, and pairs of a square with an image, which
+# take 36 bytes each.
+_SQUARES, _SQUARES_PER_IMAGE, _PAIRS = 2**15, 64, 2**26
+
+
+class QuadratureError(ValueError):
+    """The integral cannot be computed: one line that says why."""
 
 
 class Quadrature(NamedTuple):
@@ -26,6 +41,7 @@ class Quadrature(NamedTuple):
     residual: float  # nats by which the mean still moved in the last refinements
     side: float  # of the smallest squares
     half_width: float  # the squares cover ± this in each dimension
+    squares: int  # of all sizes that were integrated over
 
 
 @torch.no_grad()
@@ -40,6 +56,10 @@ def exact_log_px(
     product. A square is quartered for the images to whose log p(x) that makes a difference, and for
     those whose narrow posterior lies in it, so that ever smaller squares see ever fewer images.
 
+    Time and memory are bounded whatever the encoder says. Its deviations are enlarged where
+    p(x|z) p(z) does not change within them, and cut where the prior has no mass; an integral that
+    still needs too many squares is refused.
+
     Args:
         vae: A model with latent_dim 1 or 2.
         x: (N, *shape) in [0, 1].
@@ -48,38 +68,57 @@ def exact_log_px(
         progress: Show a bar on a terminal.
 
     Raises:
-        ValueError: latent_dim is above 2, or the integral does not settle.
+        QuadratureError: The integral does not settle, needs too many squares, or meets values that
+            are not finite.
+        ValueError: latent_dim is above 2, or `VAE.check` refuses x.
     """
     check_few_latents(vae)
-    x = x.flatten(1)
+    x = vae.check(x).flatten(1)
+    off = None if progress else True
+    with tqdm(desc="exact log p(x)", unit="cell", disable=off, leave=False) as bar:
+        return _integrate(vae, x, tolerance, bar)
+
+
+def _integrate(vae: VAE, x: Tensor, tolerance: float, bar: Any) -> Quadrature:
     dims, everything = vae.latent_dim, torch.arange(len(x), device=x.device)
     narrow = _NarrowPlaces(vae, x)
     reach = max(5.0, narrow.reach())
-    side = min(max(2.0, reach / 8), 8.0)
-    bar = tqdm(desc="exact log p(x)", unit="cell", disable=None if progress else True, leave=False)
+    side = max(min(max(2.0, reach / 8), 8.0), reach / _TO_THE_EDGE)
+    levels = 20 + max(0, math.ceil(math.log2(side / 8)))
 
     nothing = x.new_full((len(x),), -math.inf)
     n = math.ceil(reach / side)
+    _refuse_too_many((2 * n) ** dims, (2 * n) ** dims * len(x), len(x), side)
     quartered = _quarter(
         vae, x, [_Cell(c, everything, nothing) for c in _ring(x, 0, n, side, dims)], side
     )
-    bar.update(len(quartered))
+    squares = len(quartered)
+    bar.update(squares)
     total = _sum_of(quartered, nothing)
     for _ in range(20):
+        if not total.isfinite().all():
+            raise QuadratureError(
+                f"log p(x) over ±{n * side:.3g} is not finite; look for NaN, or for numbers that "
+                "are too large, in the model's weights"
+            )
         wider = math.ceil(1.25 * n)
+        _refuse_too_many((2 * wider) ** dims, (2 * wider) ** dims * len(x), len(x), side)
         ring = [_Cell(c, everything, nothing) for c in _ring(x, n, wider, side, dims)]
         quartered += _quarter(vae, x, ring, side)
+        squares += len(ring)
         before, total, n = total, _sum_of(quartered, nothing), wider
         moved = (total - before).mean().abs().item()
         if moved < tolerance / 10:
             break
     else:
-        raise ValueError(f"widening to ±{n * side:.0f} still moves the mean by {moved:.3f} nats")
+        raise QuadratureError(
+            f"widening to ±{n * side:.0f} still moves the mean by {moved:.3f} nats"
+        )
     width_residual, half_width = moved, n * side
 
     settled = nothing.clone()  # log of what needs no smaller squares
     gains = torch.zeros_like(settled)  # share of p(x) by which the last quartering of it moved it
-    for _ in range(20):
+    for _ in range(levels):
         side /= 2
         total = _sum_of(quartered, settled)
         cells = []
@@ -98,15 +137,25 @@ def exact_log_px(
                 if open_.any():
                     cells.append(_Cell(center, images[open_], values[open_, j]))
         if not cells:
-            bar.close()
             residual = gains.mean().abs().item() + width_residual
-            return Quadrature(settled.double(), residual, side, half_width)
+            return Quadrature(settled.double(), residual, side, half_width, squares)
+        _refuse_too_many(len(cells), sum(len(cell.images) for cell in cells), len(x), side)
         quartered = _quarter(vae, x, cells, side)
+        squares += len(quartered)
         bar.update(len(quartered))
-    raise ValueError(
+    raise QuadratureError(
         f"squares of {side:.1g} are still too large for {len(cells)} places: the likelihood is "
         "rougher there than the arithmetic is exact"
     )
+
+
+def _refuse_too_many(squares: int, pairs: int, images: int, side: float) -> None:
+    most = _SQUARES + _SQUARES_PER_IMAGE * images
+    if squares > most or pairs > _PAIRS:
+        raise QuadratureError(
+            f"{squares:,} squares of {side:.2g} for {images:,} images, {pairs:,} pairs: at most "
+            f"{most:,} and {_PAIRS:,} are computed; use importance sampling, or fewer images"
+        )
 
 
 class _Cell(NamedTuple):
@@ -167,15 +216,26 @@ def _ring(like: Tensor, inner: int, outer: int, side: float, dims: int) -> Tenso
 
 
 class _NarrowPlaces:
-    """Where posteriors or the prior's components may be too narrow for the points of a cell."""
+    """Where posteriors or the prior's components may be too narrow for the points of a cell.
+
+    Raises:
+        QuadratureError: The encoder or the prior gives no numbers.
+    """
 
     def __init__(self, vae: VAE, x: Tensor) -> None:
-        self.means, logvars = vae.encode(x)
-        self.deviations = torch.exp(0.5 * logvars)
+        means, logvars = vae.encode(x)
+        self.core = (torch.zeros_like(means[:1]), torch.ones_like(means[:1]))
         self.components: tuple[Tensor, Tensor] | None = None
-        if not isinstance(vae.prior, StandardNormal):
-            means, logvars, _ = vae.prior.components(vae.encoder)
-            self.components = (means, torch.exp(0.5 * logvars))
+        widest = _WIDEST
+        if find := getattr(vae.prior, "components", None):  # the standard normal has none
+            centers, spreads, _ = find(vae.encoder)
+            self.components = (centers, torch.exp(0.5 * spreads))
+            widest *= max(1.0, self.components[1].max().item())
+        places = [means, logvars, *(self.components or ())]
+        if not (all(place.isfinite().all() for place in places) and math.isfinite(widest)):
+            raise QuadratureError("the posteriors or the prior's components are not finite")
+        deviations = torch.exp(0.5 * logvars).clamp(1e-9, widest)
+        self.means, self.deviations = means, _widened(vae, x, means, deviations, widest)
 
     def reach(self) -> float:
         """How far from 0 they come."""
@@ -189,7 +249,31 @@ class _NarrowPlaces:
         found = _narrow(self.means[images], self.deviations[images], centers, side)
         if self.components:
             found = found | _narrow(*self.components, centers, side).any(0)
-        return found
+        return found | _narrow(*self.core, centers, side)  # where every decoder was trained
+
+
+def _widened(vae: VAE, x: Tensor, means: Tensor, deviations: Tensor, widest: float) -> Tensor:
+    """Deviations (N, dims), doubled until p(x|z) p(z) changes within three of them, or `widest`."""
+
+    def log_joint(images: Tensor, z: Tensor) -> Tensor:  # (N,) and (K, N, dims) -> (K, N)
+        log_px = vae.likelihood.log_prob(x[images], vae.decode(z).flatten(2))
+        return log_px + vae.log_prior(z)
+
+    dims = means.shape[1]
+    axes = torch.eye(dims).to(means).unsqueeze(1)  # (dims, 1, dims)
+    found = deviations.clone()
+    for images in torch.arange(len(x), device=x.device).split(1000):  # bounds the memory
+        at_means = log_joint(images, means[images].unsqueeze(0))
+        while len(images):
+            steps = 3 * found[images] * axes  # (dims, N, dims)
+            around = torch.cat([means[images] + steps, means[images] - steps])
+            change = (log_joint(images, around) - at_means).abs()
+            flat = change.unflatten(0, (2, dims)).amax(0).T < _FLAT  # (N, dims)
+            flat &= found[images] < widest
+            found[images] = torch.where(flat, 2 * found[images], found[images]).clamp(max=widest)
+            again = flat.any(1)
+            images, at_means = images[again], at_means[:, again]
+    return found
 
 
 def _narrow(means: Tensor, deviations: Tensor, centers: Tensor, side: float) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
@@ -129,7 +130,7 @@ def check_can_compile() -> None:
     Raises:
         ConfigError: It is too old to trace a gradient into a graph.
     """
-    if torch.__version__ < "2.14":
+    if Version(torch.__version__) < Version("2.14"):
         raise ConfigError(
             f"compile=true: a whole step needs torch 2.14, this is {torch.__version__}; install "
             "it, or use compile=false"
