@@ -85,7 +85,7 @@ def while_data_is_read(reached):
 
 
 def in_an_evaluation(reached):
-    loop = importlib.import_module("vae_torch.train")  # `vae_torch.train` is its function
+    loop = importlib.import_module("vae_torch.training.loop")
     evaluate = loop.bound_metrics
 
     def end():

@@ -13,8 +13,8 @@ from vae_torch.config import ConfigError, OptimizerConfig
 from vae_torch.evaluate import importance_log_px
 from vae_torch.machine import set_products
 from vae_torch.objective import objective_terms
-from vae_torch.step import check_can_compile
-from vae_torch.train import StoppedError
+from vae_torch.training.errors import StoppedError
+from vae_torch.training.step import check_can_compile
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

@@ -29,7 +29,7 @@ from tests.test_untrusted_files import damaged
 from vae_torch import mnist_loaders
 from vae_torch.checkpoint import Checkpoints, load_checkpoint, load_run, write_atomically
 from vae_torch.data import image_dataset
-from vae_torch.runlog import RecordError, RunLog, read_metrics
+from vae_torch.runs.records import RecordError, RunLog, read_metrics
 from vae_torch.sweep import LOCK
 
 

@@ -6,13 +6,14 @@ import pytest
 import torch
 from filelock import FileLock
 
-from vae_torch import load_run, runlog
+from vae_torch import load_run
 from vae_torch.cli.compose import compose
 from vae_torch.config import ConfigError
 from vae_torch.machine import cores_are_shared
+from vae_torch.runs import records
 from vae_torch.runs.run import run
 from vae_torch.sweep import LOCK, read_runs
-from vae_torch.train import StoppedError
+from vae_torch.training.errors import StoppedError
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def test_a_picture_that_fails_is_a_warning(settings, tmp_path, monkeypatch, capl
         raise ValueError("no picture today")
 
     for name in ("sample_grid", "growth_frame"):
-        monkeypatch.setattr(runlog, name, fail)
+        monkeypatch.setattr(records, name, fail)
     settings.train.figure_every = 1
     run(settings, tmp_path / "run")
     warned = [r.message for r in caplog.records if r.levelname == "WARNING"]

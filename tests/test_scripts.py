@@ -12,7 +12,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from tests.conftest import REPOSITORY
 from vae_torch import load_run
-from vae_torch.runlog import trial_name
+from vae_torch.runs.records import trial_name
 
 
 def run_script(name, *arguments, cwd=REPOSITORY):

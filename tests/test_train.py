@@ -14,15 +14,10 @@ from vae_torch import VAE, ObjectiveConfig, mnist_loaders, train
 from vae_torch.checkpoint import CheckpointError, Checkpoints, load_checkpoint, save_checkpoint
 from vae_torch.config import ConfigError, OptimizerConfig
 from vae_torch.data import ImageDataset, Images, image_loader
-from vae_torch.step import check_can_compile
-from vae_torch.train import (
-    _DEFAULT_ADAM,
-    DivergedError,
-    StoppedError,
-    beta_at,
-    lr_factor,
-    samples_at,
-)
+from vae_torch.training.errors import DivergedError, StoppedError
+from vae_torch.training.loop import _DEFAULT_ADAM
+from vae_torch.training.schedules import beta_at, lr_factor, samples_at
+from vae_torch.training.step import check_can_compile
 
 EPOCHS = 4
 

@@ -9,7 +9,7 @@ from vae_torch.evaluate import evaluate_model
 from vae_torch.model import VAE, Decoder, Encoder, reparameterize
 from vae_torch.objective import elbo, iwae_bound, keras_loss, kl_standard_normal
 from vae_torch.runs.run import run
-from vae_torch.train import train
+from vae_torch.training.loop import train
 
 __version__ = "0.1.0"
 

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from vae_torch.bars import bar
 from vae_torch.config import ObjectiveConfig
 from vae_torch.data import Data, as_loader, images_of, labels_of, seeded_generator
 from vae_torch.likelihood import Bernoulli
@@ -137,7 +137,7 @@ def importance_log_px(
     together = max(1, chunk // num_samples)  # images
     log_px, effective = [], []
     steps = range(0, len(x), together)
-    for start in tqdm(steps, "log p(x)", disable=None if progress else True, leave=False):
+    for start in bar(steps, "log p(x)", show=progress):
         part = slice(start, start + together)
         eps = torch.stack(
             [
@@ -199,8 +199,8 @@ def fit_posterior(
     logvar.requires_grad_()
     optimizer = torch.optim.Adam([mean, logvar], lr=0.02)
     shape = (num_samples, *mean.shape)
-    bar = tqdm(range(steps), "fit of q(z|x)", disable=None if progress else True, leave=False)
-    for step in bar:
+    counted = bar(range(steps), "fit of q(z|x)", show=progress)
+    for step in counted:
         optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / steps)
         eps = torch.randn(shape, generator=noise, device=x.device, dtype=x.dtype)
         loss = -log_weights(vae, x, (mean, logvar), eps).mean(0).sum()

@@ -73,7 +73,7 @@ def check_compiler(device: torch.device) -> None:
     Raises:
         ConfigError: torch is too old, or a C++ compiler is needed and is not there.
     """
-    from vae_torch.step import check_can_compile
+    from vae_torch.training.step import check_can_compile
 
     check_can_compile()
     if device.type == "cpu":

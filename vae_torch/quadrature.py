@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
+from vae_torch.bars import hidden
 from vae_torch.model import VAE
 
 # Nats below an image's log p(x): a square in which even the highest point times its area is lower
@@ -74,7 +75,7 @@ def exact_log_px(
     """
     check_few_latents(vae)
     x = vae.check(x).flatten(1)
-    off = None if progress else True
+    off = hidden() if progress else True
     with tqdm(desc="exact log p(x)", unit="cell", disable=off, leave=False) as bar:
         return _integrate(vae, x, tolerance, bar)
 

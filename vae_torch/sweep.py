@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from vae_torch.config import INCIDENTAL, flatten
 from vae_torch.figures import DIGIT_COLOURS
-from vae_torch.runlog import RecordError, read_metrics
+from vae_torch.runs.records import RecordError, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -74,7 +74,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
     from vae_torch.evaluate import evaluate_images
     from vae_torch.figures import log_px_map
     from vae_torch.machine import resolve_device, set_products, tune_cpu
-    from vae_torch.runlog import add_evaluation
+    from vae_torch.runs.records import add_evaluation
 
     tune_cpu(None)
     device = resolve_device(config.device)

@@ -110,7 +110,7 @@ def one_run(cfg: DictConfig, run_dir: Path) -> float:
     from vae_torch.runs.prune import PrunedError, pruned_elbo, pruning
     from vae_torch.runs.run import run
     from vae_torch.runs.signals import StopSignals
-    from vae_torch.train import DivergedError, StoppedError
+    from vae_torch.training.errors import DivergedError, StoppedError
 
     logging.raiseExceptions = False  # where run.log cannot be written, the records say so, once
     threading.excepthook = leave_disk_errors_to_main

@@ -13,7 +13,7 @@ import numpy
 import torch
 
 # Where a run's numbers are made; what these import is followed.
-_ROOTS = ("vae_torch.train", "vae_torch.machine")
+_ROOTS = ("vae_torch.training.loop", "vae_torch.machine")
 
 _PACKAGE = Path(__file__).parent.parent
 

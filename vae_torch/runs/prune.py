@@ -9,7 +9,7 @@ from vae_torch.config import Config
 from vae_torch.model import VAE
 from vae_torch.runs.run import Callback
 from vae_torch.sweep import PRUNED, behind_median
-from vae_torch.train import StoppedError
+from vae_torch.training.errors import StoppedError
 
 
 class PrunedError(StoppedError):

@@ -27,11 +27,11 @@ from vae_torch.machine import (
     tune_cpu,
 )
 from vae_torch.model import VAE
-from vae_torch.runlog import RunLog
 from vae_torch.runs.identity import versions
+from vae_torch.runs.records import RunLog
 from vae_torch.runs.signals import StopSignals
 from vae_torch.sweep import LOCK
-from vae_torch.train import StoppedError, train
+from vae_torch.training.loop import train
 
 Callback = Callable[[dict[str, Any], VAE], None]
 
@@ -252,6 +252,3 @@ def finished_summary(run_dir: Path, config: Config) -> dict[str, Any]:
                 "choose another sweep.dir, or remove its folder to run it again"
             )
     return summary
-
-
-__all__ = ["Callback", "StoppedError", "lock_run", "run"]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import NoReturn
 
-from vae_torch.train import StoppedError
+from vae_torch.training.errors import StoppedError
 
 
 class StopSignals:

@@ -34,7 +34,7 @@ from vae_torch.figures import (
 from vae_torch.model import VAE
 from vae_torch.prior import StandardNormal
 from vae_torch.runs.identity import git_commit, versions
-from vae_torch.train import StoppedError
+from vae_torch.training.errors import StoppedError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.test_scripts import run_script
 from vae_torch import VAE
-from vae_torch.runlog import RunLog, add_evaluation
+from vae_torch.runs.records import RunLog, add_evaluation
 
 
 def events_of(run_dir):

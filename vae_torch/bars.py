@@ -1,0 +1,48 @@
+"""Progress bars: on a terminal and in a notebook, and silent elsewhere."""
+
+import sys
+from collections.abc import Iterable
+from typing import TypeVar
+
+from tqdm.auto import tqdm
+
+Item = TypeVar("Item")
+
+
+def bar(items: Iterable[Item], words: str, *, show: bool) -> Iterable[Item]:
+    """The items, with a bar that says how many of them are done where it is asked for."""
+    shown: Iterable[Item] = tqdm(items, words, disable=hidden() if show else True, leave=False)
+    return shown
+
+
+def hidden() -> bool | None:
+    """What tqdm calls `disable`: None leaves a bar to terminals, False shows it in a notebook."""
+    return False if "ipykernel" in sys.modules else None
+
+
+class StepBar:
+    """The steps of an epoch.
+
+    Args:
+        epochs: Of the run.
+        steps: Of an epoch; None where nobody knows.
+    """
+
+    def __init__(self, epochs: int, steps: int | None) -> None:
+        self.epochs = epochs
+        self._bar = tqdm(total=steps, disable=hidden(), unit="step", leave=False)
+
+    def begin_epoch(self, epoch: int, step: int) -> None:
+        """The bar of an epoch, counted from 0, of which `step` steps are done."""
+        self._bar.reset(self._bar.total)
+        self._bar.initial = self._bar.n = step  # of a resumed run
+        self._bar.set_description(f"epoch {epoch + 1}/{self.epochs}", refresh=False)
+
+    def show(self, step: int, loss: float) -> None:
+        """After `step` steps of the epoch."""
+        self._bar.set_postfix_str(f"train loss {loss:.2f}", refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self._bar.close()

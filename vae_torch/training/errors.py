@@ -1,0 +1,11 @@
+"""How training ends before its last epoch."""
+
+ADVICE = "try a smaller optimizer.lr, precision=fp32, or objective.beta_warmup_epochs"
+
+
+class DivergedError(ArithmeticError):
+    """The loss is no number any more."""
+
+
+class StoppedError(Exception):
+    """A caller asked the loop to end; what was done so far is in the checkpoint."""

@@ -1,0 +1,253 @@
+"""The training loop."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from vae_torch.bars import StepBar
+from vae_torch.checkpoint import Checkpoints
+from vae_torch.config import (
+    CHOICES,
+    ConfigError,
+    ObjectiveConfig,
+    OptimizerConfig,
+    check_objective,
+    check_optimizer,
+)
+from vae_torch.data import Data, as_loader, batches_in, images_of
+from vae_torch.evaluate import bound_metrics
+from vae_torch.likelihood import as_images, check_pixels
+from vae_torch.model import VAE
+from vae_torch.training.errors import ADVICE, DivergedError, StoppedError
+from vae_torch.training.progress import Metrics, Progress, plain
+from vae_torch.training.schedules import beta_at, lr_factor, samples_at
+from vae_torch.training.step import Step, compiled_step, eager_step, make_optimizer
+
+_DEFAULT_ADAM = OptimizerConfig(name="adam", lr=1e-3, eps=1e-8, schedule="constant")
+
+
+def train(
+    vae: VAE,
+    train_loader: Data,
+    test_loader: Data | None = None,
+    *,
+    epochs: int = 50,
+    objective: ObjectiveConfig | None = None,
+    optimizer: OptimizerConfig | None = None,
+    ema: float = 0.0,
+    precision: str = "fp32",
+    compile: bool = False,
+    seed: int = 0,
+    log: Callable[[Metrics, VAE], None] | None = None,
+    checkpoints: Checkpoints | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> dict[str, list[Any]]:
+    """Train `vae` in place and return its history.
+
+    Every epoch's data order and noise are seeded by (seed, epoch). A run continues from its
+    checkpoint, in the middle of an epoch too, with the bits that it would have had.
+
+    Args:
+        vae: The model, on the device to train on.
+        train_loader: One of `mnist_loaders`; another iterable of batches x, [x] or (x, label, ...)
+            with x (B, *shape) in [0, 1]; or all images as one tensor or array, bytes or floats in
+            [0, 1], which are shuffled and cut into batches of 128.
+        test_loader: The same, for validation. Without it there are no `test/...` metrics and no
+            `best.pt`: nothing tells which epoch is the best.
+        epochs: Passes over the training images.
+        objective: What to minimise; the ELBO when absent.
+        optimizer: Adam with a learning rate of 1e-3 when absent.
+        ema: Decay per step of averaged weights; they are evaluated, logged and kept in the end.
+        precision: `bf16` for autocast matrix products; else tensors and products are fp32, as
+            exact as `torch.set_float32_matmul_precision` says (convolutions on CUDA:
+            `torch.backends.cudnn`): `medium` does nothing here unless the caller has asked torch
+            for it, as `scripts/train.py` does.
+        compile: Loss, gradient and optimiser as one graph (torch.compile; on CUDA a CUDA graph).
+        seed: Of the noise, and of the order of images that come as one tensor or array.
+        log: Called after every epoch with its metrics and the model they belong to. It may raise
+            StoppedError, as `stop` does.
+        checkpoints: Where to keep the state, and where to continue from. Continuing inside an epoch
+            needs the loaders of `mnist_loaders`.
+        stop: Asked after every step; when true, a checkpoint is written and the loop ends.
+
+    Returns:
+        One list per metric, an entry per epoch: `train/loss`, `test/loss`, `train/elbo`, ...;
+        nats per image. None stands where an epoch lacks a metric that another has.
+
+    Raises:
+        DivergedError: The loss is NaN or infinite: says in which epoch, step and term.
+        StoppedError: `stop` said so.
+        CheckpointError: What `checkpoints` holds is damaged, or of another run.
+        ConfigError: The objective has options that it would ignore or that do not go with the
+            model, the optimiser has some that mean nothing, torch is too old to compile, or a
+            cosine schedule meets a loader that does not know its length.
+        ValueError: No epoch, no image, an unknown precision, images of another shape than the
+            model's, pixels outside [0, 1], or an iterator, which ends with the first epoch.
+    """
+    if precision not in CHOICES["precision"]:
+        raise ValueError(f"precision is {precision!r}; known are {', '.join(CHOICES['precision'])}")
+    weight = next(vae.parameters())
+    device, dtype = weight.device, weight.dtype
+    batches, tests, steps = _loaders(vae, train_loader, test_loader, epochs, seed)
+    objective = objective or ObjectiveConfig()
+    check_objective(objective, likelihood=vae.likelihood.name, prior=vae.prior.name)
+    settings = _checked_optimizer(optimizer, steps)
+    opt = make_optimizer(vae, settings)
+    averaged = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema else None
+    evaluated: VAE = averaged.module if averaged else vae  # type: ignore[assignment]
+    run = Progress(vae, averaged, opt, batches, seed)
+    if checkpoints:
+        run.resume(checkpoints)
+    take_step = _step(vae, opt, objective, precision, batches, compile=compile)
+
+    bar = StepBar(epochs, steps)
+    while run.epoch < epochs:
+        began, first = time.perf_counter(), run.step
+        beta = beta_at(objective, run.epoch)
+        beta_tensor = torch.tensor(beta, device=device)  # a float would be compiled every epoch
+        epoch_objective = replace(objective, num_samples=samples_at(objective, run.epoch))
+        run.begin_epoch()
+        bar.begin_epoch(run.epoch, run.step)
+        try:
+            for batch in batches:
+                x = images_of(batch)  # (B, *shape)
+                if run.order is None:  # not our loader, which makes no others
+                    check_pixels(as_images(x, vae.input_shape))
+                x = x.to(device, dtype, non_blocking=True)
+                shape = (epoch_objective.num_samples, len(x), vae.latent_dim)
+                eps = torch.randn(shape, generator=run.noise, device=device)  # (K, B, latent_dim)
+                choice = None
+                if objective.resample:
+                    choice = torch.rand(len(x), generator=run.noise, device=device)
+                done = (run.epoch + run.step / steps) / epochs if steps else 0.0
+                lr = settings.lr * lr_factor(settings.schedule, done)
+                terms = take_step(x, eps, choice, beta_tensor, lr)
+                if averaged:
+                    averaged.update_parameters(vae)
+
+                run.count(len(x), terms)
+                if run.step % 50 == 0 or run.step == steps:
+                    bar.show(run.step, run.means()["loss"])
+                if stop and stop():
+                    of = f" of {steps}" if steps else ""
+                    raise StoppedError(f"epoch {run.epoch + 1}, step {run.step}{of}")
+                if checkpoints and checkpoints.due():
+                    checkpoints.save(run.to_dict())
+
+            seconds = time.perf_counter() - began
+            metrics: Metrics = {
+                "epoch": run.epoch + 1,
+                **_means(run, evaluated, tests, epoch_objective, beta, stop),
+                "train/beta": beta,
+                "train/lr": opt.param_groups[0]["lr"],
+                "train/images_per_second": sum(run.sizes[first:]) / seconds,
+                "seconds": time.perf_counter() - began,  # evaluation included
+            }
+            if log:  # asked to stop in it, a resumed run evaluates and logs the epoch again
+                log(metrics, evaluated)
+        except StoppedError:
+            bar.close()
+            if checkpoints:
+                checkpoints.save(run.to_dict())
+            raise
+        improved = run.end_epoch(metrics)
+        if checkpoints:
+            checkpoints.save_epoch(run.to_dict(), best=improved, final=run.epoch == epochs)
+    bar.close()
+    if averaged:
+        vae.load_state_dict(evaluated.state_dict())
+    return {name: [plain(value) for value in values] for name, values in run.history.items()}
+
+
+def _loaders(
+    vae: VAE, train_loader: Data, test_loader: Data | None, epochs: int, seed: int
+) -> tuple[Iterable[Any], Iterable[Any] | None, int | None]:
+    """Batches to train on, batches to test on, and how many the first are, where that is known."""
+    device = next(vae.parameters()).device
+    batches = as_loader(train_loader, vae.input_shape, shuffle=True, seed=seed, device=device)
+    tests = test_loader
+    if tests is not None:
+        tests = as_loader(tests, vae.input_shape, batch_size=1000, device=device)
+    steps, test_steps = batches_in(batches), None if tests is None else batches_in(tests)
+    if epochs < 1 or 0 in (steps, test_steps):
+        raise ValueError(
+            f"epochs={epochs}, {steps} batches to train on and {test_steps} to test on: each must "
+            "be 1 or more"
+        )
+    return batches, tests, steps
+
+
+def _checked_optimizer(optimizer: OptimizerConfig | None, steps: int | None) -> OptimizerConfig:
+    settings = optimizer or _DEFAULT_ADAM
+    check_optimizer(settings)
+    if steps is None and settings.schedule != "constant":
+        raise ConfigError(
+            f"optimizer.schedule={settings.schedule} with a loader that does not know its length: "
+            "it needs the number of steps; use optimizer.schedule=constant, or give the loader a "
+            "__len__"
+        )
+    return settings
+
+
+def _step(
+    vae: VAE,
+    opt: torch.optim.Optimizer,
+    objective: ObjectiveConfig,
+    precision: str,
+    batches: Iterable[Any],
+    *,
+    compile: bool,
+) -> Step:
+    if not compile:
+        return eager_step(vae, opt, objective, precision)
+    # not learned from the first batch: a resumed run's may be the last of an epoch
+    size = getattr(getattr(batches, "batch_sampler", None), "batch_size", None)
+    return compiled_step(vae, opt, objective, precision, batch_size=size)
+
+
+def _means(
+    run: Progress,
+    evaluated: VAE,
+    tests: Iterable[Any] | None,
+    objective: ObjectiveConfig,
+    beta: float,
+    stop: Callable[[], bool] | None,
+) -> Metrics:
+    """The epoch's `train/...` and `test/...`, in nats per image.
+
+    Raises:
+        DivergedError: A loss is NaN or infinite.
+        ValueError: There was no batch.
+    """
+    if run.step == 0:
+        raise ValueError(
+            f"epoch {run.epoch + 1}: the training loader gave no batch; it must give the images "
+            "anew in every epoch"
+        )
+    means = run.means()
+    test: Metrics = {}
+    if tests is None:
+        run.refuse_broken_weights()
+    else:
+        batches = _until(stop, tests)
+        test = bound_metrics(evaluated, batches, objective, beta=beta, seed=run.seed)
+    if not math.isfinite(test.get("loss", 0.0)):
+        raise DivergedError(
+            f"epoch {run.epoch + 1}: the test loss is {test['loss']} after the last step, "
+            f"the training loss was {means['loss']:.6g}; {ADVICE}"
+        )
+    train = {f"train/{name}": value for name, value in means.items()}
+    return train | {f"test/{name}": value for name, value in test.items()}
+
+
+def _until(stop: Callable[[], bool] | None, loader: Iterable[Any]) -> Iterator[Any]:
+    """The loader's batches until `stop` says so: a signal does not wait for an evaluation."""
+    for batch in loader:
+        if stop and stop():
+            raise StoppedError("during the evaluation")
+        yield batch

@@ -1,0 +1,202 @@
+"""How far a run has come: what a checkpoint keeps, so that a resumed run has the same bits."""
+
+import logging
+import math
+from array import array
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+
+from vae_torch.checkpoint import CheckpointError, Checkpoints
+from vae_torch.data import EpochBatches, batches_in, mix_seed
+from vae_torch.model import VAE
+from vae_torch.training.errors import ADVICE, DivergedError
+from vae_torch.training.step import TERMS
+
+Metrics = dict[str, Any]
+
+_log = logging.getLogger("vae_torch")
+
+_NOISE = 2  # tells the noise of z from the data order, which is seeded by (seed, epoch) too
+
+
+class Progress:
+    """How far a run has come: all that a checkpoint keeps, so that the rest is the same bits."""
+
+    def __init__(
+        self,
+        vae: VAE,
+        averaged: AveragedModel | None,
+        optimizer: torch.optim.Optimizer,
+        loader: Iterable[Any],
+        seed: int,
+    ) -> None:
+        device = next(vae.parameters()).device
+        self.vae, self.averaged, self.optimizer = vae, averaged, optimizer
+        order = getattr(loader, "batch_sampler", None)
+        self.order = order if isinstance(order, EpochBatches) else None
+        self.seed = seed
+        self.epoch = 0  # finished ones
+        self.step = 0  # of the epoch under way
+        self.best = -math.inf
+        self.history: dict[str, list[Any]] = {}  # of many numbers an epoch: as arrays
+        self.noise = torch.Generator(device)
+        # loss, reconstruction and kl of the epoch's steps: on the device, to be read rarely
+        self.record = torch.zeros(batches_in(loader) or 100, 3, device=device)
+        self.sizes: list[int] = []  # images of these steps
+
+    def begin_epoch(self) -> None:
+        """Seed the epoch's order and noise, unless `load` has just put them in its middle."""
+        if self.step == 0:
+            self.sizes = []
+            self.noise.manual_seed(mix_seed(self.seed, self.epoch, _NOISE))
+            if self.order:
+                self.order.set_epoch(self.epoch)
+
+    def count(self, images: int, terms: Tensor) -> None:
+        """One step is done, with these means of TERMS."""
+        if self.step == len(self.record):  # a loader that did not know its length
+            self.record = torch.cat([self.record, torch.zeros_like(self.record)])
+        self.record[self.step] = terms
+        self.sizes.append(images)
+        self.step += 1
+
+    def means(self) -> dict[str, float]:
+        """Over the images of the epoch so far.
+
+        Raises:
+            DivergedError: A step's loss was NaN or infinite.
+        """
+        steps = self.record[: self.step].double().cpu()
+        bad = (~steps.isfinite()).any(1).nonzero()
+        if len(bad):
+            at = int(bad[0])
+            now, last = (
+                ", ".join(f"{n} {v:.6g}" for n, v in zip(TERMS, row.tolist(), strict=True))
+                for row in (steps[at], steps[max(at - 1, 0)])
+            )
+            before = f" (the step before: {last})" if at else ""
+            raise DivergedError(f"epoch {self.epoch + 1}, step {at + 1}: {now}{before}; {ADVICE}")
+        sizes = torch.tensor(self.sizes, dtype=torch.float64)
+        loss, reconstruction, kl = ((sizes @ steps) / sizes.sum()).tolist()
+        return {
+            "loss": loss,
+            "elbo": reconstruction - kl,
+            "reconstruction": reconstruction,
+            "kl": kl,
+        }
+
+    def end_epoch(self, metrics: Metrics) -> bool:
+        """Add to the history; whether the test elbo, where there is one, is the best so far."""
+        for name in [*self.history, *(name for name in metrics if name not in self.history)]:
+            values = self.history.setdefault(name, [None] * self.epoch)
+            values.append(_compact(metrics.get(name)))
+        elbo = metrics.get("test/elbo", -math.inf)
+        improved = bool(elbo > self.best)
+        self.best = max(self.best, elbo)
+        self.epoch, self.step = self.epoch + 1, 0
+        return improved
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a checkpoint.
+
+        Raises:
+            DivergedError: There is nothing worth keeping.
+        """
+        evaluated = self.averaged.module if self.averaged else self.vae
+        state: dict[str, Any] = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "best": self.best,
+            "history": self.history,
+            "model": evaluated.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        if self.averaged:
+            state["training"] = self.vae.state_dict()
+            state["averaged_steps"] = int(self.averaged.n_averaged)
+        if self.step:
+            self.refuse_broken_weights()
+            state["device"] = self.noise.device.type
+            state["noise"] = self.noise.get_state()
+            state["pixels"] = self.order.pixels() if self.order else None
+            state["record"] = self.record[: self.step].clone()
+            state["sizes"] = self.sizes
+        return state
+
+    def refuse_broken_weights(self) -> None:
+        """Where no evaluation has looked at them.
+
+        Raises:
+            DivergedError: A loss or a weight is NaN or infinite.
+        """
+        self.means()
+        if not all(parameter.isfinite().all() for parameter in self.vae.parameters()):
+            raise DivergedError(
+                f"epoch {self.epoch + 1}, step {self.step}: the gradient is NaN or infinite; "
+                f"{ADVICE}"
+            )
+
+    def resume(self, checkpoints: Checkpoints) -> None:
+        """Start where the last checkpoint ended, if there is one.
+
+        Raises:
+            CheckpointError: It is damaged, or of another run.
+        """
+        state = checkpoints.load(self.noise.device)
+        if state is None:
+            return
+        try:
+            self._load(state)
+        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+            raise CheckpointError(f"{checkpoints.folder}/last.pt: {error!r}"[:300]) from None
+
+    def _load(self, state: dict[str, Any]) -> None:
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.best = state["best"]
+        self.history = {n: [_compact(v) for v in values] for n, values in state["history"].items()}
+        self.vae.load_state_dict(state["training"] if self.averaged else state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.averaged:
+            self.averaged.module.load_state_dict(state["model"])
+            self.averaged.n_averaged.fill_(state["averaged_steps"])
+        if self.step:
+            if self.order is None:
+                raise ValueError("continuing inside an epoch needs the loaders of mnist_loaders")
+            pixels = state["pixels"]
+            if self._is_of_this_device(state):
+                self.noise.set_state(state["noise"].cpu())
+            else:
+                pixels = None  # the order of the images does not depend on the device
+                self.noise.manual_seed(mix_seed(self.seed, self.epoch, _NOISE, self.step))
+                _log.warning(
+                    "the checkpoint is of a run on %s: from epoch %d, step %d on, the noise is "
+                    "another one than an uninterrupted run has",
+                    state.get("device", "another device"),
+                    self.epoch + 1,
+                    self.step + 1,
+                )
+            self.order.set_epoch(self.epoch, skip=self.step, pixels=pixels)
+            self.record[: self.step] = state["record"]
+            self.sizes = state["sizes"]
+
+    def _is_of_this_device(self, state: dict[str, Any]) -> bool:
+        """Whether the generators' states in a checkpoint are of this kind of device."""
+        here = self.noise.device.type
+        own, pixels = self.noise.get_state(), self.order.pixels() if self.order else None
+        if state.get("device", here) != here or state["noise"].shape != own.shape:  # older: no key
+            return False
+        return pixels is None or state["pixels"] is None or state["pixels"].shape == pixels.shape
+
+
+def _compact(value: Any) -> Any:
+    """A list of floats in a quarter of its memory: of 10,000 epochs it would be felt."""
+    return array("d", value) if isinstance(value, list) else value
+
+
+def plain(value: Any) -> Any:
+    """A value of the history as numbers and lists of them."""
+    return value.tolist() if isinstance(value, array) else value
