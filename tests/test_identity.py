@@ -51,7 +51,8 @@ def test_what_is_left_is_the_same_program(module):
         if line.endswith(":") and indents[n + 1] <= indents[n]:
             lines[n] += " pass"
     again = without_docstrings(ast.parse("\n".join(lines)))
-    assert again.replace("body=[Pass()]", "body=[]") == without_docstrings(ast.parse(source))
+    expected = without_docstrings(ast.parse(source))
+    assert again.replace("body=[Pass()]", "body=[]") == expected.replace("body=[Pass()]", "body=[]")
 
 
 def test_the_hash_follows_imports():

@@ -1,6 +1,7 @@
 """A whole run from Python, without Hydra or a command line."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from vae_torch import load_run
 from vae_torch.cli.compose import compose
 from vae_torch.config import ConfigError
 from vae_torch.machine import cores_are_shared
-from vae_torch.runs import records
+from vae_torch.runs import identity, records
 from vae_torch.runs.run import run
 from vae_torch.sweep import LOCK, read_runs
 from vae_torch.training.errors import StoppedError
@@ -69,6 +70,29 @@ def test_a_callback_sees_every_epoch_and_may_end_the_run(settings, tmp_path):
     run(settings, tmp_path / "whole")
     assert metrics_of(tmp_path / "cut") == metrics_of(tmp_path / "whole")
     assert run(settings, tmp_path / "cut") == resumed  # finished: its summary as it was
+
+
+def test_a_run_is_not_resumed_with_other_code_without_a_word(
+    settings, tmp_path, monkeypatch, caplog
+):
+    def stop(*_):
+        raise StoppedError("enough")
+
+    with pytest.raises(StoppedError):
+        run(settings, tmp_path / "run", callbacks=[stop])
+    now = identity.versions()
+    monkeypatch.setattr(identity, "versions", lambda: now | {"code": "f" * 64})
+    settings.train.resume = "auto"
+    with pytest.raises(ConfigError, match=r"code .*, this is ffff.*train\.allow_other_code=true"):
+        run(settings, tmp_path / "run")
+    settings.train.allow_other_code = True
+    run(settings, tmp_path / "run")
+    assert "its bits may differ from here on" in caplog.text
+    with pytest.raises(ConfigError, match=r"summary\.json: its run was made with code"):
+        run(
+            replace(settings, train=replace(settings.train, allow_other_code=False)),
+            tmp_path / "run",
+        )
 
 
 def test_a_picture_that_fails_is_a_warning(settings, tmp_path, monkeypatch, caplog):

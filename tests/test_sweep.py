@@ -539,7 +539,7 @@ def test_a_sweep_survives_a_failed_job_and_goes_on(made_up_root, tmp_path, where
     third = run_script("train.py", *sweep, "optimizer.lr=1e-3,2e-3,1e-2")
     assert third.returncode == 1
     assert "does not fit the checkpoint beside it" in third.stdout
-    assert "is of code 000000000000, this is " in third.stdout
+    assert "its run was made with code 000000000000, this is " in third.stdout
     assert "1 of 3 runs finished" in third.stdout
 
     done = run_script("summarize.py", folder, "--out", tmp_path / "out")

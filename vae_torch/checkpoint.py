@@ -117,6 +117,7 @@ class Checkpoints:
         every: Time between two `last.pt`: epochs, or minutes as in `"10min"`. The final epoch and
             a run that is asked to stop always leave one.
         data_sha256: Of the images and labels, by split. A run does not go on with others.
+        versions: Of code and libraries; stored inside.
     """
 
     def __init__(
@@ -126,7 +127,9 @@ class Checkpoints:
         *,
         every: int | str = 1,
         data_sha256: dict[str, str] | None = None,
+        versions: dict[str, str] | None = None,
     ) -> None:
+        self.versions = versions
         self.folder = folder
         self.config = config
         self.data_sha256 = data_sha256
@@ -154,7 +157,11 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         rest = {key: value for key, value in state.items() if key != "history"}
         sealed = self._history.write(state.get("history", {}))
-        about = {"config": self.config.to_dict(), "data_sha256": self.data_sha256}
+        about = {
+            "config": self.config.to_dict(),
+            "data_sha256": self.data_sha256,
+            "versions": self.versions,
+        }
         paths = [self.folder / name for name in names]
         save_checkpoint({**about, **rest, "history_seal": sealed}, *paths)
         if "last.pt" in names:

@@ -189,6 +189,9 @@ class TrainConfig:
         BeforeValidator(_folder),
         about("DIR: resume the run in DIR; auto: the newest interrupted run of these settings"),
     ] = None
+    allow_other_code: Annotated[
+        Switch, about("resume a run, and count one as finished, that other code has made")
+    ] = False
     ema: Annotated[Decay, about("decay of averaged weights a step; 0: keep none")] = 0.0
     prune_after: Annotated[
         CountOrZero, about("epochs until a sweep's run that is behind stops; 0: none does")
@@ -281,6 +284,7 @@ INCIDENTAL = (
     "device",
     "threads",
     "train.resume",
+    "train.allow_other_code",
     "train.figure_every",
     "train.checkpoint_every",
     "train.prune_after",

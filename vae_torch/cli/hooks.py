@@ -226,13 +226,15 @@ def interrupted_runs(outputs: Path, settings: Config) -> tuple[Path | None, list
 
 def refuse_unfit_checkpoint(run_dir: Path, settings: Config) -> None:
     """A run is resumed with the settings that it was started with, and weights that fit them."""
-    from vae_torch.checkpoint import CheckpointError, Checkpoints, load_run
+    from vae_torch.checkpoint import Checkpoints, load_run
+    from vae_torch.runs.identity import refuse_other_code
 
-    try:
-        if Checkpoints(run_dir / "checkpoints", settings).load("cpu"):
-            load_run(run_dir)
-    except CheckpointError as error:
-        refuse(str(error))
+    state = Checkpoints(run_dir / "checkpoints", settings).load("cpu")
+    if state:
+        load_run(run_dir)
+        path = run_dir / "checkpoints" / "last.pt"
+        allowed = settings.train.allow_other_code
+        refuse_other_code(state.get("versions"), path=path, allowed=allowed)
 
 
 def refuse_occupied(run_dir: Path) -> None:

@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import io
+import logging
 import platform
 import subprocess
 import tokenize
@@ -11,6 +12,10 @@ from pathlib import Path
 
 import numpy
 import torch
+
+from vae_torch.config import ConfigError
+
+log = logging.getLogger("vae_torch")
 
 # Where a run's numbers are made; what these import is followed.
 _ROOTS = ("vae_torch.training.loop", "vae_torch.machine")
@@ -27,12 +32,39 @@ def versions() -> dict[str, str]:
     return {
         "vae_torch": __version__,
         "code": code_hash(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # of a class of its own
         "torchvision": torchvision.__version__,
         "numpy": numpy.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
     }
+
+
+def refuse_other_code(had: object, *, path: Path, allowed: bool) -> None:
+    """A run is resumed, and counts as finished, with the code that it was begun with.
+
+    Args:
+        had: Its `versions`; of older runs None.
+        path: Of what holds them.
+        allowed: Other code, or another torch, is only worth a warning.
+
+    Raises:
+        ConfigError: Its code was another one.
+    """
+    if not isinstance(had, dict):
+        return
+    now = versions()
+    for name in ("code", "vae_torch", "torch"):
+        before = str(had.get(name))
+        if before == now[name]:
+            continue
+        words = f"{path}: its run was made with {name} {before[:12]}, this is {now[name][:12]}"
+        if not allowed:
+            raise ConfigError(
+                f"{words}; choose another folder, or add train.allow_other_code=true to go on "
+                "deliberately"
+            )
+        log.warning("%s: its bits may differ from here on", words)
 
 
 @cache

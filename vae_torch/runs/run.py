@@ -27,7 +27,7 @@ from vae_torch.machine import (
     tune_cpu,
 )
 from vae_torch.model import VAE
-from vae_torch.runs.identity import versions
+from vae_torch.runs.identity import refuse_other_code, versions
 from vae_torch.runs.records import RunLog
 from vae_torch.runs.signals import StopSignals
 from vae_torch.sweep import LOCK
@@ -98,9 +98,19 @@ def _run(
         vae.init_output_bias(train_set.mean())
     kept = _with_absolute_root(config)
     checkpoints = Checkpoints(
-        run_dir / "checkpoints", kept, every=config.train.checkpoint_every, data_sha256=hashes
+        run_dir / "checkpoints",
+        kept,
+        every=config.train.checkpoint_every,
+        data_sha256=hashes,
+        versions=versions(),
     )
     state = checkpoints.load("cpu") if config.train.resume else None
+    if state:
+        refuse_other_code(
+            state.get("versions"),
+            path=run_dir / "checkpoints" / "last.pt",
+            allowed=config.train.allow_other_code,
+        )
     config_text = yaml.safe_dump(kept.to_dict(), sort_keys=False)
     write_atomically(run_dir / "config.yaml", config_text.encode())
     records = RunLog(
@@ -244,11 +254,5 @@ def finished_summary(run_dir: Path, config: Config) -> dict[str, Any]:
         raise ConfigError(
             f"{path}: does not fit the checkpoint beside it; remove its folder to run it again"
         )
-    now = versions()
-    for name in ("vae_torch", "torch", "code"):
-        if had.get(name) != now[name]:
-            raise ConfigError(
-                f"{path}: is of {name} {str(had.get(name))[:12]}, this is {now[name][:12]}; "
-                "choose another sweep.dir, or remove its folder to run it again"
-            )
+    refuse_other_code(had, path=path, allowed=config.train.allow_other_code)
     return summary
