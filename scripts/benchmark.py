@@ -29,11 +29,11 @@ from torchvision.transforms import ToTensor
 from tqdm import tqdm
 
 from vae_torch import VAE, train
-from vae_torch.checkpoint import write_atomically
 from vae_torch.cli.messages import Parser, make_folder, refuse, shown, tell_interrupts
 from vae_torch.config import CHOICES, ConfigError
 from vae_torch.data import ImageDataset, image_loader
 from vae_torch.evaluate import importance_log_px
+from vae_torch.files import write_atomically
 from vae_torch.machine import (
     bf16_factor,
     cpp_compiler,

@@ -7,6 +7,7 @@ import importlib
 import io
 import itertools
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -124,7 +125,7 @@ def in_a_write(stage, name, reached):
 
     def open_(path, mode="r", *more, **settings):
         file = opened(path, mode, *more, **settings)
-        scratch = path.name == f".{name}.part"
+        scratch = re.fullmatch(rf"\.{re.escape(name)}\.[0-9a-f]{{8}}\.part", path.name)
         written = not mode.startswith("r") or "+" in mode
         if not written or not (scratch or path.name == name) or not reached():
             return file

@@ -1,5 +1,6 @@
 import pickle
 import random
+import re
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from vae_torch.checkpoint import (
     Checkpoints,
     load_checkpoint,
     save_checkpoint,
-    write_atomically,
 )
+from vae_torch.files import remove_scratch, write_atomically
 
 
 @pytest.fixture
@@ -78,6 +79,59 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_every_write_has_a_scratch_file_of_its_own(tmp_path, monkeypatch):
+    path, seen = tmp_path / "file", []
+    replace = type(path).replace
+
+    def between(scratch, target):  # another writer comes and goes before this one renames
+        seen.append(scratch.name)
+        if len(seen) == 1:
+            write_atomically(path, b"quicker")
+            assert path.read_bytes() == b"quicker"
+        return replace(scratch, target)
+
+    monkeypatch.setattr(type(path), "replace", between)
+    write_atomically(path, b"slower")
+    assert path.read_bytes() == b"slower"
+    assert len(set(seen)) == 2
+    assert all(re.fullmatch(r"\.file\.[0-9a-f]{8}\.part", name) for name in seen)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_scratch_files_and_nothing_else_are_removed(tmp_path):
+    inner = tmp_path / "figures" / "growth"
+    inner.mkdir(parents=True)
+    kept = [tmp_path / "metrics.jsonl", tmp_path / "a.part", inner / ".hidden"]
+    for path in [*kept, tmp_path / ".metrics.jsonl.0123abcd.part", inner / ".last.pt.part"]:
+        path.write_bytes(b"x")
+    remove_scratch(tmp_path)
+    assert sorted(p for p in tmp_path.rglob("*") if p.is_file()) == sorted(kept)
+
+
+@pytest.mark.parametrize("history", [{}, {"epoch": [1, 2]}])
+def test_checkpoints_that_were_moved_away_are_not_made_again(tmp_path, config, history):
+    run_dir = tmp_path / "run"
+    written = Checkpoints(run_dir / "checkpoints", config)
+    written.save(epochs(1))
+    for _ in range(2):
+        if run_dir.exists():
+            run_dir.rename(tmp_path / "elsewhere")
+        with pytest.raises(FileNotFoundError):
+            written.save({"epoch": 2, "history": history, "model": {}})
+        assert not run_dir.exists()
+    assert Checkpoints(tmp_path / "elsewhere" / "checkpoints", config).load("cpu")["epoch"] == 1
+
+
+def test_a_run_moved_away_before_its_first_checkpoint_is_not_made_again(tmp_path, config):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    written = Checkpoints(run_dir / "checkpoints", config)
+    run_dir.rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError):
+        written.save(epochs(1))
+    assert not run_dir.exists()
 
 
 def test_folders_that_are_no_run_are_named(tmp_path, run_dir):

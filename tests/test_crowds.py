@@ -159,5 +159,7 @@ def test_a_folder_taken_away_is_told_in_one_line(made_up_root, tmp_path):
         _, error = process.communicate(timeout=60)
     assert process.returncode == 1
     (said,) = error.strip().splitlines()
-    assert "No such file or directory" in said
+    assert f"{run_dir}: No such file or directory" in said
+    assert said.endswith("the run's folder was moved or removed while the run wrote into it")
+    assert not run_dir.exists()
     load_run(tmp_path / "elsewhere")

@@ -108,3 +108,20 @@ def test_pictures_of_few_images_one_class_many_classes_and_a_collapsed_model(
     for name in drawn:
         with Image.open(tmp_path / "figures" / f"{name}.png") as image:
             assert len(image.convert("L").getcolors()) > 1  # no NaN and no blank sheet
+
+
+def test_records_that_were_moved_away_are_not_made_again(config, small_vae, tmp_path):
+    run_dir = tmp_path / "run"
+    records = RunLog(run_dir, config, config_text="")
+    x, labels = torch.rand(12, 784), torch.arange(12) % 10
+    run_dir.rename(tmp_path / "elsewhere")
+    for write in (
+        lambda: records.log({"epoch": 1, "test/elbo": 1.0}),
+        lambda: records.figures(1, small_vae, x, labels),
+        lambda: records.growth(1, small_vae, x[:10]),
+        lambda: records.projector(small_vae, x, labels),
+    ):
+        with pytest.raises(FileNotFoundError):
+            write()
+        assert not run_dir.exists()
+    records.close()

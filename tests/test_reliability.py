@@ -27,8 +27,9 @@ from tests.command_lines import CommandLines
 from tests.conftest import REPOSITORY
 from tests.test_untrusted_files import damaged
 from vae_torch import mnist_loaders
-from vae_torch.checkpoint import Checkpoints, load_checkpoint, load_run, write_atomically
+from vae_torch.checkpoint import Checkpoints, load_checkpoint, load_run
 from vae_torch.data import image_dataset
+from vae_torch.files import write_atomically
 from vae_torch.runs.records import RecordError, RunLog, read_metrics
 from vae_torch.sweep import LOCK
 
@@ -453,6 +454,18 @@ CAMPAIGN = {
         ],
     ),
 }
+
+
+def test_a_resumed_run_removes_what_a_killed_one_left(command_lines, made_up_root, tmp_path):
+    order = command(made_up_root, tmp_path / "run", "train.epochs=2", "data.limit_train=100")
+    order += ["train.figure_every=0", "train.resume=auto"]
+    for moment in (("half", 1, "last.pt"), ("before", 1, "last.pt")):
+        ended = command_lines.run("train.py", *order[2:], killed=moment)
+        assert ended.status == -signal.SIGKILL, (moment, ended)
+        assert len(list((tmp_path / "run").rglob(".*.part"))) == 1  # of this one alone
+    ended = command_lines.run("train.py", *order[2:])
+    assert ended.status == 0, ended.error
+    assert not list((tmp_path / "run").rglob(".*.part"))
 
 
 @pytest.mark.slow

@@ -7,17 +7,15 @@ A run's history grows with it, so it lies beside its checkpoints, in `history.js
 at its end: a checkpoint holds how many of its bytes belong to it, and their SHA-256.
 """
 
-import fcntl
 import hashlib
 import io
 import json
 import os
 import pickle
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 import torch
 
@@ -29,6 +27,7 @@ from vae_torch.config import (
     config_from_dict,
     flatten,
 )
+from vae_torch.files import write_atomically
 from vae_torch.model import VAE
 
 _MAGIC = b"VAETORCH"
@@ -78,41 +77,12 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     return cast(dict[str, Any], state)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside, flush to disk, rename over; who does so at the same time waits for it."""
-    scratch = path.with_name(f".{path.name}.part")
-    with _locked(scratch) as file:
-        try:
-            file.truncate(0)  # a process that was killed may have left something
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # the rename must not reach the disk before the bytes do
-            scratch.replace(path)
-        except BaseException:
-            scratch.unlink(missing_ok=True)
-            raise
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[BinaryIO]:
-    """A file for this process alone; made where it is not there."""
-    while True:
-        with path.open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            try:  # while this process waited, another may have renamed or removed it
-                same = os.path.samestat(path.stat(), os.fstat(file.fileno()))
-            except FileNotFoundError:
-                same = False
-            if same:
-                yield file
-                return
-
-
 class Checkpoints:
     """The checkpoints of one run: `last.pt` when it is due, `best.pt` when the test elbo rises.
 
     Args:
-        folder: `<run>/checkpoints`.
+        folder: `<run>/checkpoints`; made at the first write, and its parents if they are absent
+            when this object is made. A folder that is moved away later is not made again.
         config: Of the run; stored inside, so that a checkpoint explains itself.
         every: Time between two `last.pt`: epochs, or minutes as in `"10min"`. The final epoch and
             a run that is asked to stop always leave one.
@@ -136,6 +106,8 @@ class Checkpoints:
         self.epochs, self.seconds = checkpoint_interval(every)
         self._saved = time.monotonic()
         self._history = _History(folder / "history.jsonl")
+        self._made = False
+        self._parents = not folder.parent.exists()  # to be made too
 
     def due(self) -> bool:
         """Whether the minutes between two checkpoints are over."""
@@ -154,7 +126,10 @@ class Checkpoints:
             self._write(names, state)
 
     def _write(self, names: list[str], state: dict[str, Any]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self._made:
+            with suppress(FileExistsError):
+                self.folder.mkdir(parents=self._parents)
+            self._made = True
         rest = {key: value for key, value in state.items() if key != "history"}
         sealed = self._history.write(state.get("history", {}))
         about = {

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vae_torch.checkpoint import write_atomically
+from vae_torch.files import write_atomically
 from vae_torch.model import VAE
 from vae_torch.objective import ACTIVE_UNIT_VARIANCE, kl_per_dim
 

@@ -68,11 +68,11 @@ def evaluate_run(config: EvaluateConfig) -> None:
         load_checkpoint,
         load_run,
         refuse_other_data,
-        write_atomically,
     )
     from vae_torch.data import data_hash, image_dataset, loaders_of
     from vae_torch.evaluate import evaluate_images
     from vae_torch.figures import log_px_map
+    from vae_torch.files import write_atomically
     from vae_torch.machine import resolve_device, set_products, tune_cpu
     from vae_torch.runs.records import add_evaluation
 

@@ -42,9 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def explore_run(config: ExploreConfig) -> Path:
     """Write the page of a run, without points where its images cannot be had."""
-    from vae_torch.checkpoint import load_run, write_atomically
+    from vae_torch.checkpoint import load_run
     from vae_torch.data import DataError, image_dataset, loaders_of
     from vae_torch.explorer import explorer_page, run_facts, run_notes
+    from vae_torch.files import write_atomically
     from vae_torch.machine import resolve_device, set_products, tune_cpu
 
     tune_cpu(None)

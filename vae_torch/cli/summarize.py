@@ -12,9 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vae_torch.checkpoint import write_atomically
 from vae_torch.cli.messages import Parser, make_folder, program, refuse, shown, tell_interrupts
 from vae_torch.figures import save_png
+from vae_torch.files import write_atomically
 from vae_torch.sweep import (
     SweepError,
     plots,

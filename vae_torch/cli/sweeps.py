@@ -12,10 +12,10 @@ from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from vae_torch.checkpoint import write_atomically
 from vae_torch.cli.messages import command, shown, tensorboard, typed_as
 from vae_torch.cli.names import run_name
 from vae_torch.config import ConfigError
+from vae_torch.files import write_atomically
 from vae_torch.sweep import FAILED, SweepError, is_running, read_run, read_runs
 
 log = logging.getLogger("vae_torch")

@@ -171,7 +171,7 @@ def fail(reason: str, run_dir: Path) -> NoReturn:
     kept = run_dir / "checkpoints" / "last.pt"
     if not run_dir.is_dir():  # whatever was under way noticed it first: the kind of error varies
         reason = f"{run_dir}: No such file or directory"
-        left = "the folder was moved or removed while the run wrote into it"
+        left = "the run's folder was moved or removed while the run wrote into it"
     elif kept.exists():
         left = f"the last checkpoint is {kept}"
     else:

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vae_torch.checkpoint import write_atomically
 from vae_torch.config import Config
+from vae_torch.files import write_atomically
 from vae_torch.model import VAE
 from vae_torch.runs.run import Callback
 from vae_torch.sweep import PRUNED, behind_median

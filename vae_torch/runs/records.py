@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vae_torch.checkpoint import history_lines, write_atomically
+from vae_torch.checkpoint import history_lines
 from vae_torch.config import INCIDENTAL, Config, flatten
 from vae_torch.figures import (
     DIGIT_COLOURS,
@@ -31,6 +31,7 @@ from vae_torch.figures import (
     to_png,
     traversal_figure,
 )
+from vae_torch.files import write_atomically
 from vae_torch.model import VAE
 from vae_torch.prior import StandardNormal
 from vae_torch.runs.identity import git_commit, versions
@@ -97,7 +98,8 @@ class RunLog:
         self.run_dir = run_dir
         self.config = config
         self._warned: set[str] = set()  # pictures that could not be drawn
-        (run_dir / "figures").mkdir(parents=True, exist_ok=True)
+        # all folders now: a run folder that is moved away later must not be made again
+        (run_dir / "figures" / "growth").mkdir(parents=True, exist_ok=True)
         self._metrics = run_dir / "metrics.jsonl"
         lines = history_lines(history or {})
         write_atomically(self._metrics, "".join(lines).encode())
@@ -177,10 +179,9 @@ class RunLog:
             vae: The model.
             x: (n, *shape): the images to reconstruct.
         """
-        folder = self.run_dir / "figures" / "growth"
-        folder.mkdir(exist_ok=True)
         with self._warning_of("growth"):
-            save_png(growth_frame(vae, x, epoch), folder / f"{epoch:06}.png")
+            path = self.run_dir / "figures" / "growth" / f"{epoch:06}.png"
+            save_png(growth_frame(vae, x, epoch), path)
 
     def projector(self, vae: VAE, x: Tensor, labels: Tensor) -> None:
         """Posterior means for TensorBoard's projector, with classes and thumbnails.
@@ -198,6 +199,7 @@ class RunLog:
         if vae.latent_dim < 3:  # the projector's own PCA shows nothing of fewer than three
             means = torch.nn.functional.pad(means, (0, 3 - vae.latent_dim))
         names = [str(label) for label in labels.tolist()]
+        (self.run_dir / "tensorboard").stat()  # add_embedding would make a missing folder again
         # coloured by class on white, as the projector's page is, which itself begins without colour
         colours = torch.tensor([list(bytes.fromhex(c[1:])) for c in DIGIT_COLOURS]) / 255
         inks = colours[labels.cpu() % len(colours)]  # (N, 3)

@@ -15,8 +15,9 @@ from filelock import FileLock, Timeout
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from vae_torch import data
-from vae_torch.checkpoint import Checkpoints, write_atomically
+from vae_torch.checkpoint import Checkpoints
 from vae_torch.config import Config, ConfigError, check
+from vae_torch.files import remove_scratch, write_atomically
 from vae_torch.machine import (
     BusyCores,
     bf16_factor,
@@ -83,6 +84,7 @@ def run(
         elif (run_dir / "summary.json").exists():
             log.info("finished already: %s", run_dir)
             return finished_summary(run_dir, config)
+        remove_scratch(run_dir)  # of a process that was killed
         return _run(config, run_dir, callbacks, signals)
 
 
