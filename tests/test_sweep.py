@@ -562,16 +562,35 @@ def test_settings_lie_between_the_plugin_and_the_command_line():
 
 
 def test_work_in_a_child():
-    from vae_torch.cli.children import KilledError, in_a_child
+    script = """
+import math, multiprocessing, os, signal, sys
+from vae_torch.cli.children import KilledError, in_a_child
 
-    here = os.getpid()
-    assert in_a_child(lambda: 0.5 + (os.getppid() == here)) == 1.5
-    assert math.isnan(in_a_child(lambda: math.nan))
-    with pytest.raises(KilledError, match="killed by SIGKILL"):
-        in_a_child(lambda: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(SystemExit) as end:
-        in_a_child(lambda: sys.exit(130))
-    assert end.value.code == 130
+if __name__ == "__main__":
+    assert in_a_child(math.sqrt, 2.25) == 1.5
+    assert math.isnan(in_a_child(float, "nan"))
+    assert in_a_child(os.getpid) != os.getpid()
+    for work, arguments, words in (
+        (signal.raise_signal, [signal.SIGKILL], "killed by SIGKILL"),
+        (os._exit, [3], "ended with exit status 3"),
+        (os._exit, [0], "ended with exit status 0"),
+    ):
+        try:
+            in_a_child(work, *arguments)
+        except KilledError as error:
+            assert str(error) == words, error
+        else:
+            raise AssertionError(words)
+    try:
+        in_a_child(sys.exit, 130)
+    except SystemExit as end:
+        assert end.code == 130
+    print("all is well")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.stdout == "all is well\n", done.stderr
 
 
 def first(pattern, folder, process):

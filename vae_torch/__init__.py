@@ -1,32 +1,44 @@
 """A Variational Autoencoder whose numbers can be trusted: nats per image, everywhere."""
 
-from collections.abc import Sequence
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from vae_torch.checkpoint import load_run
-from vae_torch.config import Config, ConfigError, ObjectiveConfig, OptimizerConfig
-from vae_torch.data import load_images, mnist_loaders
-from vae_torch.evaluate import evaluate_model
-from vae_torch.model import VAE, Decoder, Encoder, reparameterize
-from vae_torch.objective import elbo, iwae_bound, keras_loss, kl_standard_normal
-from vae_torch.runs.run import run
-from vae_torch.training.loop import train
+if TYPE_CHECKING:
+    from vae_torch.checkpoint import load_run
+    from vae_torch.cli.compose import compose
+    from vae_torch.config import Config, ConfigError, ObjectiveConfig, OptimizerConfig
+    from vae_torch.data import load_images, mnist_loaders
+    from vae_torch.evaluate import evaluate_model
+    from vae_torch.model import VAE, Decoder, Encoder, reparameterize
+    from vae_torch.objective import elbo, iwae_bound, keras_loss, kl_standard_normal
+    from vae_torch.runs.run import run
+    from vae_torch.training.loop import train
 
 __version__ = "0.1.0"
 
-
-def compose(overrides: Sequence[str] = ()) -> Config:
-    """The settings of a run, as the command line composes them from `conf/`.
-
-    Args:
-        overrides: `model.latent_dim=8`, `experiment=strong`, ...
-
-    Raises:
-        ConfigError: A key or a value is wrong: one line that says what is allowed.
-    """
-    from vae_torch.cli.compose import compose as by_hydra  # only those who call it import Hydra
-
-    return by_hydra(overrides)
-
+# Where each name lives. It is imported when it is asked for: a command that only answers a
+# question need not wait for torch.
+_HOME = {
+    "VAE": "model",
+    "Config": "config",
+    "ConfigError": "config",
+    "Decoder": "model",
+    "Encoder": "model",
+    "ObjectiveConfig": "config",
+    "OptimizerConfig": "config",
+    "compose": "cli.compose",
+    "elbo": "objective",
+    "evaluate_model": "evaluate",
+    "iwae_bound": "objective",
+    "keras_loss": "objective",
+    "kl_standard_normal": "objective",
+    "load_images": "data",
+    "load_run": "checkpoint",
+    "mnist_loaders": "data",
+    "reparameterize": "model",
+    "run": "runs.run",
+    "train": "training.loop",
+}
 
 __all__ = [
     "VAE",
@@ -49,3 +61,15 @@ __all__ = [
     "run",
     "train",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'vae_torch' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"vae_torch.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

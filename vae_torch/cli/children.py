@@ -1,71 +1,84 @@
 """Work in a process of its own, so that what kills it kills nothing else."""
 
-import json
+import multiprocessing
 import os
-import select
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+# Imported once in the server that forks the children, not in each of them.
+_PRELOAD = [
+    "vae_torch.cli.train",
+    "vae_torch.runs.run",
+    "matplotlib.backends.backend_agg",
+    "torch._dynamo",
+    "torch.utils.tensorboard",
+]
 
 
 class KilledError(Exception):
     """The process that did the work was killed: says by which signal."""
 
 
-def in_a_child(work: Callable[[], float]) -> float:
-    """What `work` returns, computed by a fork of this process.
+def in_a_child(work: Callable[..., float], *arguments: Any) -> float:
+    """What `work` returns, computed in a child process.
+
+    The child ends, after a checkpoint, when this process or the one that started it is gone.
+
+    Args:
+        work: A function that can be pickled.
+        arguments: Of `work`; they can be pickled too.
 
     Raises:
-        KilledError: The fork was killed.
-        SystemExit: The fork ended so.
+        KilledError: The child was killed, or ended without a result.
+        SystemExit: Ctrl-C or SIGTERM ended the child.
     """
+    methods = multiprocessing.get_all_start_methods()
+    method = "forkserver" if "forkserver" in methods else "spawn"  # which is all that Windows has
+    multiprocessing.set_start_method(method, force=True)  # joblib's own is unknown to a child
+    context = multiprocessing.get_context()
+    context.set_forkserver_preload(_PRELOAD)
     parent = os.getppid()
-    reading, writing = os.pipe()
-    child = os.fork()
-    if not child:
-        os.close(reading)
-        _answer(work, writing)
-    os.close(writing)
-    while not select.select([reading], [], [], 0.5)[0]:
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_answer, args=(sender, work, arguments))
+    child.start()
+    sender.close()
+    answer = None
+    while not wait([receiver, child.sentinel], 0.5):
         if os.getppid() != parent:  # of a sweep that was killed, no run goes on unseen
-            os.kill(child, signal.SIGTERM)
+            child.terminate()
             break
-    with os.fdopen(reading) as pipe:
-        answer = pipe.read()
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if receiver.poll():
+        try:
+            answer = receiver.recv()
+        except EOFError:
+            answer = None
+    child.join()
     if os.getppid() != parent:
         os._exit(1)  # nobody is left to give this worker work
+    status = child.exitcode or 0  # known, after `join`
     if status < 0:
         raise KilledError(f"killed by {signal.Signals(-status).name}")
-    if status:
+    if status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
         sys.exit(status)
-    return float(json.loads(answer))
+    if answer is None:
+        raise KilledError(f"ended with exit status {status}")
+    return float(answer)
 
 
-def _answer(work: Callable[[], float], writing: int) -> None:
+def _answer(sender: Connection, work: Callable[..., float], arguments: tuple[Any, ...]) -> None:
     """The child's life."""
-    status = 1
-    try:
-        _end_with_parent()
-        os.write(writing, json.dumps(work()).encode())
-        status = 0
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else 1
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    sender.send(work(*arguments))
+    sender.close()
 
 
 def _end_with_parent() -> None:
     """Send this process SIGTERM when its parent is gone."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
         os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()

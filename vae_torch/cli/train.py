@@ -1,20 +1,21 @@
 """`train.py`, `vae-torch train`: one run, or a sweep with -m."""
 
-import importlib
 import logging
 import math
 import shutil
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import configure_log
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from vae_torch.cli.children import KilledError, in_a_child
 from vae_torch.cli.compose import (
@@ -72,26 +73,34 @@ def task(cfg: DictConfig) -> float:
     run_dir = Path(job.runtime.output_dir)
     if job.mode is not RunMode.MULTIRUN:
         try:
-            elbo = one_run(cfg, run_dir)
+            elbo = one_run(cfg, run_dir, in_sweep=False)
         except SystemExit:
             remove_if_unused(run_dir)
             raise
         tell_what_next(run_dir, elbo)
         return elbo
+    overrides = [str(override) for override in job.overrides.task]
     if job.runtime.choices["hydra/launcher"] != "joblib":
-        return sweep_job(cfg, run_dir)
-    import_libraries()
+        return sweep_job(cfg, run_dir, overrides)
+    log_settings = OmegaConf.to_container(job.job_logging, resolve=True)
     try:  # joblib itself gives up all jobs when the worker of one is killed
-        return in_a_child(lambda: sweep_job(cfg, run_dir))
+        return in_a_child(logged_job, log_settings, cfg, run_dir, overrides)
     except KilledError as error:
-        return note_failure(run_dir, str(error), job.overrides.task)
+        return note_failure(run_dir, str(error), overrides)
 
 
-def sweep_job(cfg: DictConfig, run_dir: Path) -> float:
+def logged_job(log_settings: dict[str, Any], cfg: DictConfig, run_dir: Path, *more: Any) -> float:
+    """`sweep_job` in a process that Hydra knows nothing of."""
+    register()
+    configure_log(OmegaConf.create(log_settings))
+    return sweep_job(cfg, run_dir, *more)
+
+
+def sweep_job(cfg: DictConfig, run_dir: Path, overrides: Sequence[str]) -> float:
     """One run of a sweep: NaN where it failed, after it left its reason in its folder."""
     began = time.monotonic()
     try:
-        elbo = one_run(cfg, run_dir)
+        elbo = one_run(cfg, run_dir, in_sweep=True)
     except EndedError as end:
         reason = end.reason
     except Exception as error:  # a programmer's mistake, but the other jobs may be sound
@@ -100,10 +109,10 @@ def sweep_job(cfg: DictConfig, run_dir: Path) -> float:
     else:
         log.info("%s: test elbo %.2f, %.0f s", run_dir.name, elbo, time.monotonic() - began)
         return elbo
-    return note_failure(run_dir, reason, HydraConfig.get().overrides.task)
+    return note_failure(run_dir, reason, overrides)
 
 
-def one_run(cfg: DictConfig, run_dir: Path) -> float:
+def one_run(cfg: DictConfig, run_dir: Path, *, in_sweep: bool) -> float:
     """From composed settings to a finished folder; what goes wrong is one line and a status."""
     from vae_torch.checkpoint import CheckpointError
     from vae_torch.data import DataError
@@ -114,7 +123,6 @@ def one_run(cfg: DictConfig, run_dir: Path) -> float:
 
     logging.raiseExceptions = False  # where run.log cannot be written, the records say so, once
     threading.excepthook = leave_disk_errors_to_main
-    in_sweep = HydraConfig.get().mode is RunMode.MULTIRUN
     try:
         with StopSignals() as signals:
             config = run_settings(cfg)
@@ -149,21 +157,6 @@ def one_run(cfg: DictConfig, run_dir: Path) -> float:
         fail(str(error), run_dir)
     except OSError as error:  # a full disk, a folder that was taken away
         fail(f"{error.filename or run_dir}: {error.strerror}", run_dir)
-
-
-def import_libraries() -> None:
-    """What a run imports: once in a worker, for all the runs that it forks."""
-    from vae_torch.figures import import_matplotlib
-
-    import_matplotlib()
-    for name in (
-        "matplotlib.backends.backend_agg",
-        "torch._dynamo",
-        "torch.utils.tensorboard",
-        "vae_torch.runs.run",
-    ):
-        importlib.import_module(name)
-    importlib.import_module("tqdm").tqdm.get_lock()  # a semaphore, which a fork would not give back
 
 
 def fail(reason: str, run_dir: Path) -> NoReturn:

@@ -98,7 +98,7 @@ def _run(
     vae = VAE.from_config(config).to(device)
     if config.model.mean_bias:
         vae.init_output_bias(train_set.mean())
-    kept = _with_absolute_root(config)
+    kept = _to_be_kept(config)
     checkpoints = Checkpoints(
         run_dir / "checkpoints",
         kept,
@@ -178,10 +178,14 @@ def _prepare_machine(config: Config) -> torch.device:
     return device
 
 
-def _with_absolute_root(config: Config) -> Config:
-    """So that the run finds its images again from any folder."""
+def _to_be_kept(config: Config) -> Config:
+    """The settings that the run's files hold: its images are found again from any folder."""
     root = str(Path(config.data.root).absolute())
-    return replace(config, data=replace(config.data, root=root))
+    return replace(
+        config,
+        data=replace(config.data, root=root),
+        train=replace(config.train, resume=None),  # how it was started this time, not what it is
+    )
 
 
 def say(line: str, *values: object) -> None:
