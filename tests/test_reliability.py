@@ -468,18 +468,6 @@ def test_a_resumed_run_removes_what_a_killed_one_left(command_lines, made_up_roo
     assert not list((tmp_path / "run").rglob(".*.part"))
 
 
-def test_a_resumed_run_removes_what_a_killed_one_left(command_lines, made_up_root, tmp_path):
-    order = command(made_up_root, tmp_path / "run", "train.epochs=2", "data.limit_train=100")
-    order += ["train.figure_every=0", "train.resume=auto"]
-    for moment in (("half", 1, "last.pt"), ("before", 1, "last.pt")):
-        ended = command_lines.run("train.py", *order[2:], killed=moment)
-        assert ended.status == -signal.SIGKILL, (moment, ended)
-        assert len(list((tmp_path / "run").rglob(".*.part"))) == 1  # of this one alone
-    ended = command_lines.run("train.py", *order[2:])
-    assert ended.status == 0, ended.error
-    assert not list((tmp_path / "run").rglob(".*.part"))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CAMPAIGN)
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_was_left_alone(
