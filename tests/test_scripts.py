@@ -2,6 +2,9 @@
 
 import json
 import os
+import re
+import shlex
+import signal
 import subprocess
 import sys
 
@@ -174,3 +177,70 @@ def test_a_trial_of_the_results_table_touches_no_readme(made_up_root, tmp_path):
     refused = run_script("reproduce.py", "only=[nothing]")
     assert refused.returncode == 2
     assert "only=nothing" in refused.stderr
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "explore", "summarize"])
+def test_without_the_environment_a_script_says_how_to_enter_it(name):
+    bare = [sys.executable, "-S", f"scripts/{name}.py"]  # finds no installed package
+    done = subprocess.run(bare, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2
+    (said,) = done.stderr.splitlines()
+    assert said.startswith(f"{name}.py: No module named ")
+    assert "source .venv/bin/activate, or make install" in said
+
+
+def test_make_hands_settings_over():
+    def would_run(*order):
+        done = subprocess.run(
+            ["make", "-n", *order], cwd=REPOSITORY, capture_output=True, text=True
+        )
+        return done.stdout.splitlines()[-1].split()[1:]
+
+    assert set(would_run("train", "train.epochs=2", "experiment=latent2")) == {
+        "scripts/train.py", "train.epochs=2", "experiment=latent2",
+    }  # fmt: skip
+    assert would_run("train", "ARGS=seed=1", "PYTHON=python3") == ["scripts/train.py", "seed=1"]
+    assert would_run("evaluate", "RUN=some/run", "eval.limit=9") == [
+        "scripts/evaluate.py", "some/run", "eval.limit=9",
+    ]  # fmt: skip
+
+
+def test_an_experiment_of_ones_own_chooses_where_and_can_be_resumed(made_up_root, tmp_path):
+    experiments = tmp_path / "mine" / "experiment"
+    experiments.mkdir(parents=True)
+    (experiments / "tiny.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /data: fashion_mnist\n  - _self_\n"
+        f"data: {{root: {made_up_root}}}\nmodel: {{intermediate_dim: 16}}\n"
+        "train: {epochs: 100000, figure_every: 0}\n"
+    )
+    (experiments / "grid.yaml").write_text(
+        "# @package _global_\ndefaults: [tiny, override /where: cores, _self_]\n"
+        "train: {epochs: 1}\n"
+    )
+    done = run_script(
+        "train.py", "--config-dir", "mine", "experiment=grid", "seed=0,1", "sweep.dir=s",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "2 of 2 runs finished in s" in done.stdout
+    assert "is launching 2 jobs" in done.stdout + done.stderr  # joblib's
+    summary = json.loads((tmp_path / "s" / "seed-0_grid" / "summary.json").read_text("utf-8"))
+    assert summary["config"]["threads"] == 1
+
+    script = [sys.executable, str(REPOSITORY / "scripts" / "train.py")]
+    order = [*script, "--config-dir", "mine", "experiment=tiny", "hydra.run.dir=r"]
+    with subprocess.Popen(order, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("epoch   2/"):
+                break
+        process.send_signal(signal.SIGINT)
+        said = process.stdout.read()
+    (command,) = re.findall(r"resume with +(.*)", said)
+    with subprocess.Popen(
+        shlex.split(command), cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    ) as process:
+        began = [next(process.stdout) for _ in range(3)]
+        process.send_signal(signal.SIGINT)
+        process.communicate()
+    assert began[1].startswith("resuming after epoch ")
+    assert int(re.match(r"epoch +(\d+)/100000", began[2])[1]) > 2
