@@ -12,8 +12,8 @@ from vae_torch.cli.compose import compose
 from vae_torch.config import ConfigError
 from vae_torch.machine import cores_are_shared
 from vae_torch.runs import identity, records
+from vae_torch.runs.folders import LOCK, read_runs
 from vae_torch.runs.run import run
-from vae_torch.sweep import LOCK, read_runs
 from vae_torch.training.errors import StoppedError
 
 

@@ -16,19 +16,12 @@ import pytest
 from filelock import FileLock
 
 from tests.conftest import REPOSITORY
-from vae_torch.sweep import (
-    SweepError,
-    behind_median,
-    direction_of,
-    higher_is_better,
-    plots,
-    read_runs,
-    summarize,
-    summarize_each,
-    to_csv,
-    to_markdown,
-    why_apart,
-)
+from vae_torch.runs.folders import SweepError, read_runs
+from vae_torch.runs.metrics import direction_of, higher_is_better
+from vae_torch.runs.prune import behind_median
+from vae_torch.runs.summary import summarize, summarize_each, why_apart
+from vae_torch.runs.summary_plots import plots
+from vae_torch.runs.summary_tables import to_csv, to_markdown
 
 
 def made_up_run(path, seed, elbo, *, epochs=2, test_set=None, final=None, seconds=60.0, **settings):

@@ -207,7 +207,7 @@ def interrupted_runs(outputs: Path, settings: Config) -> tuple[Path | None, list
     The others come with what is different about them, the youngest first.
     """
     from vae_torch.checkpoint import CheckpointError, Checkpoints
-    from vae_torch.sweep import is_running
+    from vae_torch.runs.folders import is_running
 
     others = []
     found = sorted(outputs.glob("*/*/checkpoints/last.pt"), key=lambda p: -p.stat().st_mtime)

@@ -15,15 +15,10 @@ from typing import TYPE_CHECKING
 from vae_torch.cli.messages import Parser, make_folder, program, refuse, shown, tell_interrupts
 from vae_torch.figures import save_png
 from vae_torch.files import write_atomically
-from vae_torch.sweep import (
-    SweepError,
-    plots,
-    read_runs,
-    summarize_each,
-    to_csv,
-    to_markdown,
-    why_apart,
-)
+from vae_torch.runs.folders import SweepError, read_runs
+from vae_torch.runs.summary import summarize_each, why_apart
+from vae_torch.runs.summary_plots import plots
+from vae_torch.runs.summary_tables import to_csv, to_markdown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,7 +16,7 @@ from vae_torch.cli.messages import command, shown, tensorboard, typed_as
 from vae_torch.cli.names import run_name
 from vae_torch.config import ConfigError
 from vae_torch.files import write_atomically
-from vae_torch.sweep import FAILED, SweepError, is_running, read_run, read_runs
+from vae_torch.runs.folders import FAILED, SweepError, is_running, read_run, read_runs
 
 log = logging.getLogger("vae_torch")
 

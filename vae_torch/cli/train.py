@@ -176,7 +176,7 @@ def fail(reason: str, run_dir: Path) -> NoReturn:
 
 def remove_if_unused(run_dir: Path) -> None:
     """Take away a folder in which nothing but notes was written."""
-    from vae_torch.sweep import LOCK
+    from vae_torch.runs.folders import LOCK
 
     if not run_dir.is_dir():
         return

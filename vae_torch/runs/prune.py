@@ -1,14 +1,17 @@
 """Runs of a sweep that are behind the others are stopped early."""
 
 import json
+import statistics
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from vae_torch.config import Config
 from vae_torch.files import write_atomically
 from vae_torch.model import VAE
+from vae_torch.runs.folders import PRUNED
+from vae_torch.runs.records import RecordError, read_metrics
 from vae_torch.runs.run import Callback
-from vae_torch.sweep import PRUNED, behind_median
 from vae_torch.training.errors import StoppedError
 
 
@@ -18,6 +21,32 @@ class PrunedError(StoppedError):
     def __init__(self, reason: str, elbo: float) -> None:
         super().__init__(reason)
         self.elbo = elbo
+
+
+def behind_median(run_dir: Path, *, least: int = 5) -> str | None:
+    """Why a run of a sweep is not worth going on with, or None where it is.
+
+    The median rule of Golovin et al., *Google Vizier* (2017), section 3.2.2: its best test elbo so
+    far is below the median of what the sweep's other runs had after as many epochs.
+
+    Args:
+        run_dir: The run's folder, beside those of the others.
+        least: Fewer others are no judges.
+    """
+    metric = "test/elbo"
+    own = [epoch[metric] for epoch in read_metrics(run_dir)]
+    others = []
+    for path in run_dir.parent.glob("*/metrics.jsonl"):
+        if path.parent != run_dir:
+            with suppress(RecordError, OSError):
+                others.append([epoch[metric] for epoch in read_metrics(path.parent)][: len(own)])
+    rivals = [max(elbos) for elbos in others if len(elbos) == len(own)]
+    if len(rivals) < least or max(own) >= (median := statistics.median(rivals)):
+        return None
+    return (
+        f"after {len(own)} epochs its best {metric} is {max(own):.2f}, "
+        f"the median of {len(rivals)} others {median:.2f}"
+    )
 
 
 def pruning(run_dir: Path, config: Config) -> Callback:

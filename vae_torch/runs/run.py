@@ -28,10 +28,10 @@ from vae_torch.machine import (
     tune_cpu,
 )
 from vae_torch.model import VAE
+from vae_torch.runs.folders import LOCK
 from vae_torch.runs.identity import refuse_other_code, versions
 from vae_torch.runs.records import RunLog
 from vae_torch.runs.signals import StopSignals
-from vae_torch.sweep import LOCK
 from vae_torch.training.loop import train
 
 Callback = Callable[[dict[str, Any], VAE], None]

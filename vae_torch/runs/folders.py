@@ -1,0 +1,150 @@
+"""What a run's folder says: its state, its settings, and its metrics."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from vae_torch.config import INCIDENTAL, flatten
+from vae_torch.runs.records import read_metrics
+from vae_torch.runs.values import is_number
+
+# Files in a run's folder.
+LOCK = ".lock"  # held by the process that writes it
+FAILED = "failed.json"  # why a sweep's job failed
+PRUNED = "pruned.json"  # why it was stopped early, and its figure until then
+
+_NO_SETTINGS = ("seed", *INCIDENTAL)  # settings are averaged over the seed
+
+
+class SweepError(ValueError):
+    """Nothing to summarise, or a question about figures that no run has."""
+
+
+@dataclass
+class Run:
+    """What a run's folder says."""
+
+    path: Path
+    state: str  # finished, running, unfinished, pruned, failed, broken
+    reason: str = ""  # of every state but finished
+    seed: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)  # flat: model.latent_dim -> 2
+    metrics: dict[str, float] = field(default_factory=dict)  # final test/elbo, ..., log_px
+    data_sha256: dict[str, str] = field(default_factory=dict)  # of the images, by split
+    protocols: dict[str, dict[str, Any]] = field(default_factory=dict)  # of the card's figures
+    epochs: list[dict[str, Any]] = field(default_factory=list)  # of metrics.jsonl
+
+    def at(self, key: str) -> Any:
+        """One of its settings, hashable; None where it has no such setting."""
+        value = self.settings.get(key)
+        return tuple(value) if isinstance(value, list) else value
+
+
+def read_runs(folder: Path) -> list[Run]:
+    """Every run at any depth below `folder`, by path.
+
+    Raises:
+        SweepError: No such folder, or no run in it.
+    """
+    if not folder.is_dir():
+        raise SweepError(f"{folder}: no such folder")
+    runs = [read_run(path) for path in _run_folders(folder)]
+    if not runs:
+        raise SweepError(f"{folder}: holds no run; name outputs/, a sweep's folder or a run's")
+    return runs
+
+
+def _run_folders(folder: Path) -> Iterator[Path]:
+    for path, folders, files in os.walk(folder):
+        empty = not folders and not files and Path(path) != folder
+        is_run = ".hydra" in folders or {"config.yaml", "metrics.jsonl", "summary.json"} & set(
+            files
+        )
+        # launchers keep notes in hidden folders
+        folders[:] = [] if is_run else sorted(f for f in folders if not f.startswith("."))
+        if empty or is_run:
+            yield Path(path)
+
+
+def read_run(path: Path) -> Run:
+    """One run's folder; damage becomes a state and a reason, never an exception."""
+    run = Run(path, "unfinished")
+    try:
+        if not any(path.iterdir()):
+            return Run(path, "broken", "the folder is empty")
+        summary = _json(path / "summary.json")
+        # a run writes config.yaml as soon as it begins, Hydra's copy is of older ones
+        files = (path / "config.yaml", path / ".hydra" / "config.yaml")
+        stored = summary["config"] if summary else next(filter(None, map(_yaml, files)), None)
+        if stored is None:
+            return Run(path, "broken", "has neither summary.json nor config.yaml")
+        flat = flatten(stored)
+        run.seed = int(flat.get("seed", 0))
+        run.settings = {k: v for k, v in flat.items() if k not in _NO_SETTINGS}
+        run.epochs = read_metrics(path)
+        failed, pruned = _json(path / FAILED), _json(path / PRUNED)
+        if summary and not failed:  # with both, a later attempt found the run damaged
+            run.state = "finished"
+            run.metrics = {k: v for k, v in summary["final"].items() if is_number(v)}
+            run.metrics["seconds"] = summary["seconds"]
+            hashes = summary.get("data_sha256") or {}
+            run.data_sha256 = {split: str(sha256) for split, sha256 in hashes.items()}
+            card = _json(path / "evaluation.json") or {}
+            for name, entry in card.items():
+                if isinstance(entry, dict) and is_number(entry.get("value")):
+                    run.metrics[name] = entry["value"]
+                    run.protocols[name] = _protocol(card, entry)
+            if bad := [k for k, v in summary["final"].items() if v != v]:
+                run.state, run.reason = "failed", f"{bad[0]} is NaN"
+            return run
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
+        run.state, run.reason = "broken", f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        return run
+    done, asked = len(run.epochs), flat.get("train.epochs", "?")
+    if is_running(path):
+        run.state, run.reason = "running", f"{done} of {asked} epochs"
+    elif failed:
+        run.state, run.reason = "failed", str(failed.get("reason", "no reason given"))
+    elif pruned:
+        run.state, run.reason = "pruned", str(pruned.get("reason", "no reason given"))
+    else:
+        run.reason = f"stopped after {done} of {asked} epochs"
+    return run
+
+
+def _protocol(card: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
+    """How a figure of the evaluation card was measured."""
+    protocol = {
+        "data_sha256.test": card.get("data", {}).get("sha256"),
+        "eval.num_samples": entry.get("num_samples"),
+        "eval.num_images": entry.get("num_images"),
+        "eval.seed": entry.get("seed"),
+        "eval.checkpoint": card.get("checkpoint", {}).get("name"),
+    }
+    return {key: None if value is None else str(value)[:12] for key, value in protocol.items()}
+
+
+def is_running(run_dir: Path) -> bool:
+    """Whether a process holds the run's lock."""
+    if not (run_dir / LOCK).exists():
+        return False
+    try:
+        with FileLock(run_dir / LOCK, blocking=False):
+            return False
+    except Timeout:
+        return True
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text("utf-8")) if path.exists() else None
+
+
+def _yaml(path: Path) -> Any:
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where it is there
+    return yaml.load(path.read_text("utf-8"), loader) if path.exists() else None

@@ -1,0 +1,90 @@
+"""Metrics: their units, their directions, and what they were measured with."""
+
+from typing import Any
+
+from vae_torch.runs.folders import Run
+
+# Unit of a figure, by the last part of its name, and whether higher is better. None: neither
+# direction is, since a collapsed model has the lowest KL and a perfect gap.
+_NATS = "nats per image"
+_FIGURES: dict[str, tuple[str, bool | None]] = {
+    "elbo": (_NATS, True),
+    "train_elbo": (_NATS, True),
+    "reconstruction": (_NATS, True),
+    "log_px": (_NATS, True),
+    "log_px_exact": (_NATS, True),
+    "loss": (_NATS, False),
+    "kl": (_NATS, None),
+    "gap": (_NATS, None),
+    "fitted_gap": (_NATS, None),
+    "approximation_gap": (_NATS, None),
+    "amortisation_gap": (_NATS, None),
+    "mutual_information": (_NATS, None),
+    "marginal_kl": (_NATS, None),
+    "entropy_floor": (_NATS, None),
+    "effective_samples": ("samples", None),
+    "active_units": ("dimensions", None),
+    "linear_probe_accuracy": ("share of images", True),
+    "knn_accuracy": ("share of images", True),
+    "seconds": ("seconds", False),
+}
+_DENSITIES = ("elbo", "train_elbo", "reconstruction", "log_px", "log_px_exact", "loss")
+_OBJECTIVE = tuple(f"objective.{key}" for key in ("name", "beta", "free_bits", "num_samples"))
+DATA = ("data.name", "data.binarize", "data.limit_test", "data.hold_out")
+
+# What figures are measured with, in words.
+MEASURED = {
+    "data_sha256.test": "test images",
+    "data_sha256.train": "training images",
+    **dict.fromkeys(DATA, "settings of the data"),
+    "likelihood": "likelihoods",
+    "eval.num_samples": "numbers of importance samples",
+    "eval.num_images": "numbers of images",
+    "eval.seed": "evaluation seeds",
+    "eval.checkpoint": "checkpoints",
+    **dict.fromkeys(_OBJECTIVE, "objectives"),
+}
+
+
+def unit_of(metric: str) -> str:
+    """The unit of a figure; empty where it is not known."""
+    return _FIGURES.get(last_part(metric), ("", None))[0]
+
+
+def direction_of(metric: str) -> bool | None:
+    """Whether a figure is better the higher it is; None where neither is, or it is not known."""
+    return _FIGURES.get(last_part(metric), ("", None))[1]
+
+
+def higher_is_better(metric: str) -> bool:
+    """Whether a figure is known to be better the higher it is: `elbo`, `log_px`, accuracies."""
+    return direction_of(metric) is True
+
+
+def last_part(metric: str) -> str:
+    """`elbo` of `test/elbo`."""
+    return metric.rpartition("/")[2]
+
+
+def of_card(metric: str) -> bool:
+    """Whether scripts/evaluate.py gives a run this figure."""
+    return "/" not in metric and metric in _FIGURES and metric != "seconds"
+
+
+def basis_of(run: Run, metric: str) -> dict[str, Any]:
+    """What a figure depends on besides the model: runs are compared where all of it is equal."""
+    basis = dict(run.protocols.get(metric, {}))
+    split = "train" if metric == "train_elbo" else metric.partition("/")[0]
+    if split in ("train", "test"):
+        basis.pop("data_sha256.test", None)
+        basis[f"data_sha256.{split}"] = run.data_sha256.get(split, "")[:12] or None
+    if None in (basis.get("data_sha256.test", ""), basis.get("data_sha256.train", "")):
+        defaults = {"data.binarize": "none", "data.hold_out": 0}
+        basis |= {key: run.settings.get(key) or defaults.get(key) for key in DATA}
+    if split == "train":  # the hash is of the grey images where they are binarised dynamically
+        basis.setdefault("data.binarize", run.settings.get("data.binarize"))
+    if last_part(metric) in _DENSITIES:
+        basis["likelihood"] = run.settings.get("likelihood")
+    if last_part(metric) == "loss":
+        basis |= {key: run.settings.get(key) for key in _OBJECTIVE}
+    return basis
