@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.conftest import REPOSITORY
 from vae_torch import load_run
-from vae_torch.runs.records import read_metrics
+from vae_torch.runs.folders import read_metrics
 
 # scripts/train.py whose mirror is a folder that counts its visitors
 COLD = """

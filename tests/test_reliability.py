@@ -30,8 +30,8 @@ from vae_torch import mnist_loaders
 from vae_torch.checkpoint import Checkpoints, load_checkpoint, load_run
 from vae_torch.data import image_dataset
 from vae_torch.files import write_atomically
-from vae_torch.runs.folders import LOCK
-from vae_torch.runs.records import RecordError, RunLog, read_metrics
+from vae_torch.runs.folders import LOCK, RecordError, read_metrics
+from vae_torch.runs.records import RunLog
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ import yaml
 from filelock import FileLock, Timeout
 
 from vae_torch.config import INCIDENTAL, flatten
-from vae_torch.runs.records import read_metrics
 from vae_torch.runs.values import is_number
 
 # Files in a run's folder.
@@ -24,6 +23,10 @@ _NO_SETTINGS = ("seed", *INCIDENTAL)  # settings are averaged over the seed
 
 class SweepError(ValueError):
     """Nothing to summarise, or a question about figures that no run has."""
+
+
+class RecordError(ValueError):
+    """A run's records are damaged: one line that names the file."""
 
 
 @dataclass
@@ -148,3 +151,26 @@ def _json(path: Path) -> Any:
 def _yaml(path: Path) -> Any:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where it is there
     return yaml.load(path.read_text("utf-8"), loader) if path.exists() else None
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The epochs in metrics.jsonl; a last line torn by a crash is left out.
+
+    Raises:
+        RecordError: Another line is damaged.
+    """
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_bytes().splitlines()
+    epochs = []
+    for number, line in enumerate(lines, 1):
+        try:
+            epochs.append(json.loads(line))
+            if not isinstance(epochs[-1]["epoch"], int):
+                raise TypeError
+        except (ValueError, TypeError, KeyError):
+            del epochs[number - 1 :]
+            if number < len(lines):
+                raise RecordError(f"{path}: line {number} is not the JSON of an epoch") from None
+    return epochs

@@ -9,8 +9,7 @@ from typing import Any
 from vae_torch.config import Config
 from vae_torch.files import write_atomically
 from vae_torch.model import VAE
-from vae_torch.runs.folders import PRUNED
-from vae_torch.runs.records import RecordError, read_metrics
+from vae_torch.runs.folders import PRUNED, RecordError, read_metrics
 from vae_torch.runs.run import Callback
 from vae_torch.training.errors import StoppedError
 

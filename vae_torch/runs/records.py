@@ -70,10 +70,6 @@ _GIF_FRAMES = 100  # of a long run at most: 25 s, about 8 MB
 _GRID_SCALE = 3  # a 28-pixel digit is a postage stamp on today's screens
 
 
-class RecordError(ValueError):
-    """A run's records are damaged: one line that names the file."""
-
-
 class RunLog:
     """Writes what happens in a run into its folder.
 
@@ -367,29 +363,6 @@ def add_evaluation(
             records.append(_image(f"{_VISUALS}/{len(_PICTURES) + 1}_log_px", png, about))
         for record in records:
             writer._get_file_writer().add_summary(record, epoch)
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The epochs in metrics.jsonl; a last line torn by a crash is left out.
-
-    Raises:
-        RecordError: Another line is damaged.
-    """
-    path = run_dir / "metrics.jsonl"
-    if not path.exists():
-        return []
-    lines = path.read_bytes().splitlines()
-    epochs = []
-    for number, line in enumerate(lines, 1):
-        try:
-            epochs.append(json.loads(line))
-            if not isinstance(epochs[-1]["epoch"], int):
-                raise TypeError
-        except (ValueError, TypeError, KeyError):
-            del epochs[number - 1 :]
-            if number < len(lines):
-                raise RecordError(f"{path}: line {number} is not the JSON of an epoch") from None
-    return epochs
 
 
 def _verbatim(text: str) -> str:
