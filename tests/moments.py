@@ -74,15 +74,15 @@ def at_steps(call):
 
 
 def while_data_is_read(reached):
-    data = importlib.import_module("vae_torch.data")
-    read = data.read_idx
+    sources = importlib.import_module("vae_torch.data.sources")
+    read = sources.read_idx
 
     def read_idx(*order, **settings):
         if reached():
             die()
         return read(*order, **settings)
 
-    data.read_idx = read_idx
+    sources.read_idx = read_idx
 
 
 def in_an_evaluation(reached):

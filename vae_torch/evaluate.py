@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vae_torch.bars import bar
 from vae_torch.config import ObjectiveConfig
-from vae_torch.data import Data, as_loader, images_of, labels_of, seeded_generator
+from vae_torch.data import Data, as_loader, images_of, labels_of
 from vae_torch.likelihood import Bernoulli
 from vae_torch.model import VAE, reparameterize
 from vae_torch.objective import (
@@ -27,11 +27,9 @@ from vae_torch.objective import (
 )
 from vae_torch.prior import StandardNormal, log_mixture, log_normal
 from vae_torch.quadrature import QuadratureError, check_few_latents, exact_log_px
+from vae_torch.seeds import Stream, seeded_generator
 
 _log = logging.getLogger("vae_torch")
-
-# Tell the streams of noise of one evaluation seed apart.
-_BOUND, _IMPORTANCE, _FIT, _AGGREGATE, _CHOICE = 3, 4, 5, 6, 7
 
 # Fewer importance samples cannot show whether they cover the posterior.
 _FEW_SAMPLES = 100
@@ -71,7 +69,7 @@ def bound_metrics(
     batches: Iterable[Any] = loader  # one pass: an iterator will do
     if not isinstance(loader, Iterator):
         batches = as_loader(loader, vae.input_shape, batch_size=1000, device=device)
-    noise = seeded_generator(device, seed, _BOUND)
+    noise = seeded_generator(device, seed, Stream.BOUND)
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     kl_dims = torch.zeros(vae.latent_dim, dtype=torch.float64, device=device)
     images = 0
@@ -144,7 +142,7 @@ def importance_log_px(
                 torch.randn(
                     num_samples,
                     vae.latent_dim,
-                    generator=seeded_generator(x.device, seed, i, _IMPORTANCE),
+                    generator=seeded_generator(x.device, seed, i, Stream.IMPORTANCE),
                     device=x.device,
                 )
                 for i in range(start, min(start + together, len(x)))
@@ -192,7 +190,7 @@ def fit_posterior(
         ValueError: `VAE.check` refuses x.
     """
     x = vae.check(x)
-    noise = seeded_generator(x.device, seed, _FIT)
+    noise = seeded_generator(x.device, seed, Stream.FIT)
     with torch.no_grad():
         mean, logvar = (part.clone() for part in vae.encode(x))
     mean.requires_grad_()
@@ -219,7 +217,7 @@ def posterior_elbo(
         ValueError: `VAE.check` refuses x.
     """
     x = vae.check(x)
-    noise = seeded_generator(x.device, seed, _FIT, 1)
+    noise = seeded_generator(x.device, seed, Stream.FIT, 1)
     total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     done = 0
     while done < num_samples:  # twenty at a time bound the memory
@@ -246,7 +244,7 @@ def aggregate_kl(vae: VAE, x: Tensor, *, seed: int = 0) -> tuple[Tensor, Tensor]
     """
     x = vae.check(x)
     mean, logvar = vae.encode(x)
-    noise = seeded_generator(x.device, seed, _AGGREGATE)
+    noise = seeded_generator(x.device, seed, Stream.AGGREGATE)
     eps = torch.randn(mean.shape, generator=noise, device=x.device, dtype=x.dtype)
     z = reparameterize(mean, logvar, eps=eps)
     uniform = mean.new_full((len(mean),), -math.log(len(mean)))
@@ -472,7 +470,7 @@ def _standard_error(values: Tensor) -> float | None:
 def _bounds(vae: VAE, batches: Iterable[Tensor], seed: int) -> Tensor:
     """The elbo, reconstruction and KL of each image from one draw of z: (3, N) nats, in double."""
     device = next(vae.parameters()).device
-    noise = seeded_generator(device, seed, _BOUND)
+    noise = seeded_generator(device, seed, Stream.BOUND)
     rows = []
     for batch in batches:
         for part in batch.to(device).split(1000):  # bounds the decoder's memory
@@ -530,7 +528,7 @@ def _put_gap(
     else:
         card.put("gap", exact - known["elbo"], "log_px_exact - elbo", 1)
 
-    choice = torch.randperm(len(x), generator=seeded_generator("cpu", seed, _CHOICE))
+    choice = torch.randperm(len(x), generator=seeded_generator("cpu", seed, Stream.CHOICE))
     chosen = choice[:fit_images].sort().values.to(x.device)
     x = x[chosen]
     with torch.no_grad():

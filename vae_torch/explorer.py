@@ -26,11 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from vae_torch.config import Config, ObjectiveConfig
-from vae_torch.data import seeded_generator
 from vae_torch.figures import DIGIT_COLOURS, pictures, to_pixels
 from vae_torch.likelihood import Bernoulli, ContinuousBernoulli, Gaussian
 from vae_torch.model import VAE
 from vae_torch.objective import ACTIVE_UNIT_VARIANCE, objective_terms
+from vae_torch.seeds import seeded_generator
 
 MAX_BYTES = 8_000_000
 

@@ -88,6 +88,8 @@ def modules() -> list[str]:
         if name in found:
             continue
         found.add(name)
+        if (package := name.rpartition(".")[0]) != "vae_torch":  # its __init__ runs first
+            waiting.append(package)
         for node in ast.walk(ast.parse(source_of(name))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vae_torch"):
                 assert node.module is not None

@@ -11,16 +11,15 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from vae_torch.checkpoint import CheckpointError, Checkpoints
-from vae_torch.data import EpochBatches, batches_in, mix_seed
+from vae_torch.data import EpochBatches, batches_in
 from vae_torch.model import VAE
+from vae_torch.seeds import Stream, mix_seed
 from vae_torch.training.errors import ADVICE, DivergedError
 from vae_torch.training.step import TERMS
 
 Metrics = dict[str, Any]
 
 _log = logging.getLogger("vae_torch")
-
-_NOISE = 2  # tells the noise of z from the data order, which is seeded by (seed, epoch) too
 
 
 class Progress:
@@ -52,7 +51,7 @@ class Progress:
         """Seed the epoch's order and noise, unless `load` has just put them in its middle."""
         if self.step == 0:
             self.sizes = []
-            self.noise.manual_seed(mix_seed(self.seed, self.epoch, _NOISE))
+            self.noise.manual_seed(mix_seed(self.seed, self.epoch, Stream.NOISE))
             if self.order:
                 self.order.set_epoch(self.epoch)
 
@@ -171,7 +170,7 @@ class Progress:
                 self.noise.set_state(state["noise"].cpu())
             else:
                 pixels = None  # the order of the images does not depend on the device
-                self.noise.manual_seed(mix_seed(self.seed, self.epoch, _NOISE, self.step))
+                self.noise.manual_seed(mix_seed(self.seed, self.epoch, Stream.NOISE, self.step))
                 _log.warning(
                     "the checkpoint is of a run on %s: from epoch %d, step %d on, the noise is "
                     "another one than an uninterrupted run has",

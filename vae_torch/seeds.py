@@ -1,0 +1,38 @@
+"""Random seeds: many independent streams of noise from one seed of a run."""
+
+import hashlib
+from enum import IntEnum
+
+import torch
+
+
+class Stream(IntEnum):
+    """Tells the streams of noise of one seed apart; a change of a value changes every run's bits.
+
+    The order of an epoch's images is seeded by (seed, epoch) alone.
+    """
+
+    PIXELS = 1  # dynamic binarisation: (seed, epoch, PIXELS), and the step in mid-epoch
+    NOISE = 2  # z in training: (seed, epoch, NOISE), and the step in mid-epoch
+    BOUND = 3  # z of the ELBO in evaluation: (seed, BOUND)
+    IMPORTANCE = 4  # importance samples of an image: (seed, image, IMPORTANCE)
+    FIT = 5  # fitted posteriors: (seed, FIT), and (seed, FIT, 1) for their ELBO
+    AGGREGATE = 6  # the aggregate posterior: (seed, AGGREGATE)
+    CHOICE = 7  # the images whose posteriors are fitted: (seed, CHOICE)
+
+
+# Static binarisation is the same in every run and on every machine, whatever the run's seed: it is
+# seeded by (BINARIZE_SEED, STATIC_TRAIN) and (BINARIZE_SEED, STATIC_TEST).
+BINARIZE_SEED = 2016
+STATIC_TRAIN, STATIC_TEST = 0, 1
+
+
+def mix_seed(*parts: int) -> int:
+    """One 32-bit seed of several small numbers, such that neighbours have nothing in common."""
+    words = ",".join(str(part) for part in parts).encode()
+    return int.from_bytes(hashlib.sha256(words).digest()[:4], "little")
+
+
+def seeded_generator(device: torch.device | str, *parts: int) -> torch.Generator:
+    """A generator on `device`, seeded by `mix_seed(*parts)`."""
+    return torch.Generator(device).manual_seed(mix_seed(*parts))
