@@ -117,9 +117,10 @@ def test_records_that_were_moved_away_are_not_made_again(config, small_vae, tmp_
     run_dir = tmp_path / "run"
     records = RunLog(run_dir, config, config_text="")
     x, labels = torch.rand(12, 784), torch.arange(12) % 10
+    records.log({"epoch": 1, "test/elbo": 1.0})  # waits for the thread that writes TensorBoard's
     run_dir.rename(tmp_path / "elsewhere")
     for write in (
-        lambda: records.log({"epoch": 1, "test/elbo": 1.0}),
+        lambda: records.log({"epoch": 2, "test/elbo": 1.0}),
         lambda: records.figures(1, small_vae, x, labels),
         lambda: records.growth(1, small_vae, x[:10]),
         lambda: records.projector(small_vae, x, labels),
