@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -28,6 +29,15 @@ def test_public_names_are_there():
 
     for name in vae_torch.__all__:
         assert getattr(vae_torch, name).__doc__, name
+
+
+def test_every_package_is_installed():
+    settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))
+    packages = {
+        ".".join(path.parent.relative_to(REPOSITORY).parts)
+        for path in (REPOSITORY / "vae_torch").rglob("__init__.py")
+    }
+    assert set(settings["tool"]["setuptools"]["packages"]) == {*packages, "vae_torch.conf"}
 
 
 @pytest.mark.network
