@@ -15,8 +15,8 @@ from typing import Annotated, Any
 from pydantic import ConfigDict
 
 from vae_torch.cli.compose import compose
-from vae_torch.cli.line import parser, settings_of
 from vae_torch.cli.messages import refuse, tell_interrupts
+from vae_torch.cli.settings_line import parser, settings_of
 from vae_torch.config import ConfigError, about
 from vae_torch.files import write_atomically
 

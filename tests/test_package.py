@@ -49,5 +49,6 @@ def test_readme_python_blocks_run(tmp_path):
     command = [sys.executable, "scripts/train.py", "train.epochs=1", "data.limit_train=1000"]
     subprocess.check_output([*command, f"hydra.run.dir={run_dir}"], cwd=REPOSITORY)
     script = "\n".join(blocks).replace('"outputs/my-run"', repr(str(run_dir)))
+    script = script.replace('"outputs/from-python"', repr(str(tmp_path / "from-python")))
     script = script.replace("epochs=50", "epochs=1")  # of two minutes' time
     subprocess.run([sys.executable, "-W", "error", "-c", script], cwd=REPOSITORY, check=True)

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.test_scripts import run_script
 from vae_torch import VAE
-from vae_torch.runs.records import RunLog, add_evaluation
+from vae_torch.runs.records import Records, add_evaluation
 
 
 def events_of(run_dir):
@@ -36,7 +36,7 @@ def test_curves_come_before_pictures_and_these_before_the_curves_of_single_laten
     config, small_vae, tmp_path
 ):
     """By the alphabet, in which TensorBoard's first page shows its groups."""
-    records = RunLog(tmp_path, config, config_text="")
+    records = Records(tmp_path, config, config_text="")
     records.log({"epoch": 1, "train/elbo": 1.0, "test/elbo": 1.0, "test/kl_per_dim": [0.5, 0.5]})
     records.figures(1, small_vae, torch.rand(20, 784), torch.arange(20) % 10)
     records.close()
@@ -82,7 +82,7 @@ def test_the_command_of_a_run_without_hydras_notes_is_what_was_typed(config, tmp
         if hydra is not None:
             (notes / "overrides.yaml").write_text("[seed=1]")
             (notes / "hydra.yaml").write_bytes(hydra.encode("latin-1"))
-        RunLog(tmp_path, config, config_text="").close()
+        Records(tmp_path, config, config_text="").close()
         assert text_of(tmp_path, "command").strip() == "python mine.py 'a b'"
 
 
@@ -96,7 +96,7 @@ def test_pictures_of_few_images_one_class_many_classes_and_a_collapsed_model(
     vae, x = VAE(latent_dim=latent_dim, intermediate_dim=8), torch.rand(count, 784)
     with torch.no_grad():
         vae.encoder.mean.weight.mul_(gain)
-    records = RunLog(tmp_path, config, config_text="")
+    records = Records(tmp_path, config, config_text="")
     labels = torch.arange(count) % classes
     records.figures(1, vae, x, labels)
     records.growth(1, vae, x[:10])
@@ -115,7 +115,7 @@ def test_pictures_of_few_images_one_class_many_classes_and_a_collapsed_model(
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_records_that_were_moved_away_are_not_made_again(config, small_vae, tmp_path):
     run_dir = tmp_path / "run"
-    records = RunLog(run_dir, config, config_text="")
+    records = Records(run_dir, config, config_text="")
     x, labels = torch.rand(12, 784), torch.arange(12) % 10
     records.log({"epoch": 1, "test/elbo": 1.0})  # waits for the thread that writes TensorBoard's
     run_dir.rename(tmp_path / "elsewhere")

@@ -31,7 +31,7 @@ from vae_torch.checkpoint import Checkpoints, load_checkpoint, load_run
 from vae_torch.data import image_dataset
 from vae_torch.files import write_atomically
 from vae_torch.runs.folders import LOCK, RecordError, read_metrics
-from vae_torch.runs.records import RunLog
+from vae_torch.runs.records import Records
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +264,7 @@ def test_points_are_on_disk_before_the_checkpoint_that_counts_on_them(
     """However slow the thread that writes them: a run may be killed right after."""
     write = RecordWriter.write
     monkeypatch.setattr(RecordWriter, "write", lambda *a: (time.sleep(0.05), write(*a)))
-    records = RunLog(tmp_path, config, config_text="")
+    records = Records(tmp_path, config, config_text="")
     records.log({"epoch": 1, "test/loss": 3.5, "test/kl_per_dim": [0.5] * 9})
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert len(events.Tags()["scalars"]) == 10
@@ -275,7 +275,7 @@ def test_a_continued_runs_metrics_are_those_of_its_checkpoint(config, tmp_path):
     rows = [{"epoch": n, "test/elbo": n / 3, "kl": [n / 7, -n]} for n in (1, 2, 3)]
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 1, "test/elbo": 7}\n{"epo')
     history = {name: [row[name] for row in rows] for name in rows[0]}
-    RunLog(tmp_path, config, config_text="", history=history).close()
+    Records(tmp_path, config, config_text="", history=history).close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == rows
 
@@ -286,7 +286,7 @@ def test_texts_in_tensorboard_show_what_they_are(config, tmp_path, monkeypatch):
 
     evil = "a: '```'\n\nb: <script>alert(1)</script>\n\n# c\n- '[x](javascript:alert(1)) `'"
     monkeypatch.setattr(sys, "orig_argv", ["python", "train.py", "a=`<b>x</b>`\n\n*y*"])
-    RunLog(tmp_path, config, config_text=evil).close()
+    Records(tmp_path, config, config_text=evil).close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     for name, expected in (
         ("config", evil),

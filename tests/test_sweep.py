@@ -489,9 +489,26 @@ def test_an_interrupted_sweep_counts_the_jobs_that_were_asked_for(made_up_root, 
     assert "0 of 3 runs finished, 1 interrupted, 2 not started" in said
 
 
+def test_ctrl_c_lets_the_runs_of_all_cores_write_a_checkpoint(made_up_root, tmp_path):
+    folder = tmp_path / "s"
+    sweep = tiny_sweep(made_up_root, folder, "train.epochs=100000", "seed=0,1", "where=cores")
+    process = start_script("train.py", *sweep, start_new_session=True)
+    for seed in (0, 1):
+        first(f"seed-{seed}*/checkpoints/last.pt", folder, process)
+    os.killpg(process.pid, signal.SIGINT)
+    said, _ = process.communicate()
+    assert process.returncode in (-signal.SIGINT, 130)
+    assert "0 of 2 runs finished, 2 interrupted in" in said
+    for seed in (0, 1):
+        (log,) = folder.glob(f"seed-{seed}*/run.log")
+        assert f"{log.parent.name}: stopped: epoch" in log.read_text("utf-8")
+
+
 def test_more_jobs_in_a_sweeps_folder_are_counted_alone(made_up_root, tmp_path):
     sweep = tiny_sweep(made_up_root, tmp_path / "s", "train.epochs=1")
     assert "2 of 2 runs" in run_script("train.py", *sweep, "model.latent_dim=2,3").stdout
+    (third,) = (tmp_path / "s").glob("model.latent_dim-3*")
+    (third / "failed.json").write_text('{"reason": "of an earlier attempt"}')
     done = run_script("train.py", *sweep, "model.latent_dim=3,4,5")
     assert "3 of 3 runs finished in" in done.stdout
     assert done.stdout.count("finished already") == 1
@@ -595,15 +612,15 @@ def first(pattern, folder, process):
     raise AssertionError(f"ended with {process.returncode} before there was {pattern}")
 
 
-def start_script(script, *arguments, env=None):
+def start_script(script, *arguments, **settings):
     return subprocess.Popen(
         [sys.executable, f"scripts/{script}", *map(str, arguments)],
-        cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, env=env,
+        cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, **settings,
     )  # fmt: skip
 
 
 def writer_of(run_dir):
-    """The process that has the run's log open."""
+    """The process that holds the run's lock file open."""
     for descriptors in Path("/proc").glob("[0-9]*/fd"):
         try:
             open_files = {path.readlink() for path in descriptors.iterdir()}

@@ -1,4 +1,12 @@
-"""Work in a process of its own, so that what kills it kills nothing else."""
+"""Work in a process of its own, so that what kills it kills nothing else.
+
+A sweep with where=cores has four kinds of processes:
+
+    train.py -> joblib's workers -> a server each, which has imported torch -> a child for each run
+
+A worker watches train.py, a child its worker: where the one is gone, the run ends by SIGTERM, after
+a checkpoint.
+"""
 
 import multiprocessing
 import os
@@ -41,14 +49,16 @@ def in_a_child(work: Callable[..., float], *arguments: Any) -> float:
     multiprocessing.set_start_method(method, force=True)  # joblib's own is unknown to a child
     context = multiprocessing.get_context()
     context.set_forkserver_preload(_PRELOAD)
-    parent = os.getppid()
+    sweep = os.getppid()
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_answer, args=(sender, work, arguments))
     child.start()
+    # Ctrl-C reaches the child too, which ends after a step: this process waits for it
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if _in_main_thread() else None
     sender.close()
     answer = None
     while not wait([receiver, child.sentinel], 0.5):
-        if os.getppid() != parent:  # of a sweep that was killed, no run goes on unseen
+        if os.getppid() != sweep:  # of a sweep that was killed, no run goes on unseen
             child.terminate()
             break
     if receiver.poll():
@@ -57,7 +67,9 @@ def in_a_child(work: Callable[..., float], *arguments: Any) -> float:
         except EOFError:
             answer = None
     child.join()
-    if os.getppid() != parent:
+    if before is not None:
+        signal.signal(signal.SIGINT, before)
+    if os.getppid() != sweep:
         os._exit(1)  # nobody is left to give this worker work
     status = child.exitcode or 0  # known, after `join`
     if status < 0:
@@ -67,6 +79,10 @@ def in_a_child(work: Callable[..., float], *arguments: Any) -> float:
     if answer is None:
         raise KilledError(f"ended with exit status {status}")
     return float(answer)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def _answer(sender: Connection, work: Callable[..., float], arguments: tuple[Any, ...]) -> None:

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vae_torch.cli.line import parser, settings_of
 from vae_torch.cli.messages import leave_disk_errors_to_main, refuse, shown, tell_interrupts
+from vae_torch.cli.settings_line import parser, settings_of
 from vae_torch.config import ConfigError, EvaluateConfig
 
 _WIDTH = 100  # columns of the printed card

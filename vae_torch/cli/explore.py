@@ -8,8 +8,8 @@ import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
-from vae_torch.cli.line import parser, settings_of
 from vae_torch.cli.messages import refuse, shown, tell_interrupts
+from vae_torch.cli.settings_line import parser, settings_of
 from vae_torch.config import ConfigError, ExploreConfig
 
 

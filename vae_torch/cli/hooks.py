@@ -3,6 +3,8 @@
 import functools
 import os
 import re
+import signal
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,10 +17,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vae_torch.cli.compose import run_settings
 from vae_torch.cli.messages import make_folder, refuse, shown
-from vae_torch.cli.sweeps import jobs_of, report
+from vae_torch.cli.sweeps import jobs_of, report_sweep
 from vae_torch.config import INCIDENTAL, Config, ConfigError, config_from_dict, flatten
 
-# The sweep under way, to be reported when it ends: its folder and its jobs' names. One at most.
+# The sweep under way: its folder and its jobs' names, or None where they are not known before. It
+# is reported by `on_multirun_end`, or when the command ends without having come there.
 UNREPORTED: list[tuple[Path, list[str] | None]] = []
 
 # How to write what was once chosen by a launcher's name.
@@ -77,7 +80,7 @@ class Hooks(Callback):
 
     @firm
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """A sweep: the values that it does not vary; each job checks its own again."""
+        """A sweep: the values that it does not vary; `one_run` checks each job's own."""
         launcher = str(config.hydra.runtime.choices["hydra/launcher"])
         if launcher in WHERE and config.hydra.runtime.choices["where"] == "here":
             refuse(f"hydra/launcher={launcher}: type where={WHERE[launcher]} instead")
@@ -101,11 +104,13 @@ class Hooks(Callback):
         folder = Path(config.hydra.sweep.dir)
         make_folder("sweep.dir", folder)
         UNREPORTED.append((folder, names))
+        if launcher == "joblib":
+            signal.signal(signal.SIGINT, functools.partial(_let_runs_end, folder))
 
     @firm
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:  # noqa: ARG002
         """What became of the jobs, what to type next, and an exit status that tells."""
-        if report(*UNREPORTED.pop()):
+        if report_sweep(*UNREPORTED.pop()):
             raise SystemExit(1)
 
     def _checked(self, config: DictConfig) -> Config:
@@ -158,6 +163,20 @@ class Hooks(Callback):
         except (OSError, OmegaConfBaseException) as error:
             refuse(f"hydra.run.dir: cannot be used ({str(error)[:300]}); choose another folder")
         return run_dir
+
+
+def _let_runs_end(folder: Path, *_: object) -> None:
+    """On Ctrl-C: joblib kills its workers at once; first their runs have ten seconds to end.
+
+    A second Ctrl-C does not wait.
+    """
+    from vae_torch.runs.folders import is_running
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    until = time.monotonic() + 10
+    while time.monotonic() < until and any(map(is_running, folder.iterdir())):
+        time.sleep(0.1)
+    raise KeyboardInterrupt
 
 
 def resumed_settings(config: DictConfig, run_dir: Path) -> Config:

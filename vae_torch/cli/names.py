@@ -15,7 +15,8 @@ def run_name(overrides: Sequence[str], first: Sequence[str] = ()) -> str:
     """`model.latent_dim-2_seed-0` of these overrides: what is swept first, each part by alphabet.
 
     A name that had to be cut, or in which a character was replaced, ends in a hash of the whole, so
-    that no two runs share a folder. Empty for the default run.
+    that no two runs share a folder. `experiment=strong` stands as `strong`. The default run has
+    an empty name.
 
     Args:
         overrides: `key=value`, as Hydra lists a job's own.

@@ -56,7 +56,7 @@ def note_failure(run_dir: Path, reason: str, overrides: Sequence[str]) -> float:
     return math.nan
 
 
-def report(folder: Path, asked: Sequence[str] | None) -> bool:
+def report_sweep(folder: Path, asked: Sequence[str] | None) -> bool:
     """The last lines of a sweep: what became of its jobs. Whether one of them is not done.
 
     Args:

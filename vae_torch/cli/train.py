@@ -1,4 +1,8 @@
-"""`train.py`, `vae-torch train`: one run, or a sweep with -m."""
+"""`train.py`, `vae-torch train`: one run, or a sweep with -m.
+
+A run's way: main -> Hydra -> task -> one_run -> runs.run.run -> training.loop.train. In a sweep
+task -> sweep_job -> one_run; with where=cores sweep_job is in a child of joblib's worker.
+"""
 
 import logging
 import math
@@ -40,8 +44,9 @@ from vae_torch.cli.messages import (
     tensorboard,
     typed_as,
 )
-from vae_torch.cli.sweeps import note_failure, report
+from vae_torch.cli.sweeps import note_failure, report_sweep
 from vae_torch.config import ConfigError
+from vae_torch.runs.folders import FAILED
 
 log = logging.getLogger("vae_torch")
 
@@ -64,7 +69,7 @@ def main() -> None:
         refuse(str(error))
     finally:
         for folder, asked in UNREPORTED:  # a sweep that was stopped, or whose launcher broke
-            report(folder, asked)
+            report_sweep(folder, asked)
 
 
 def task(cfg: DictConfig) -> float:
@@ -82,6 +87,7 @@ def task(cfg: DictConfig) -> float:
     overrides = [str(override) for override in job.overrides.task]
     if job.runtime.choices["hydra/launcher"] != "joblib":
         return sweep_job(cfg, run_dir, overrides)
+    # the child knows neither Hydra's logging nor the resolvers, which joblib's workers get from it
     log_settings = OmegaConf.to_container(job.job_logging, resolve=True)
     try:  # joblib itself gives up all jobs when the worker of one is killed
         return in_a_child(logged_job, log_settings, cfg, run_dir, overrides)
@@ -89,11 +95,13 @@ def task(cfg: DictConfig) -> float:
         return note_failure(run_dir, str(error), overrides)
 
 
-def logged_job(log_settings: dict[str, Any], cfg: DictConfig, run_dir: Path, *more: Any) -> float:
+def logged_job(
+    log_settings: dict[str, Any], cfg: DictConfig, run_dir: Path, overrides: Sequence[str]
+) -> float:
     """`sweep_job` in a process that Hydra knows nothing of."""
     register()
     configure_log(OmegaConf.create(log_settings))
-    return sweep_job(cfg, run_dir, *more)
+    return sweep_job(cfg, run_dir, overrides)
 
 
 def sweep_job(cfg: DictConfig, run_dir: Path, overrides: Sequence[str]) -> float:
@@ -107,6 +115,7 @@ def sweep_job(cfg: DictConfig, run_dir: Path, overrides: Sequence[str]) -> float
         log.exception("%s", run_dir.name)
         reason = f"{type(error).__name__}: {error}"
     else:
+        (run_dir / FAILED).unlink(missing_ok=True)  # of an earlier attempt
         log.info("%s: test elbo %.2f, %.0f s", run_dir.name, elbo, time.monotonic() - began)
         return elbo
     return note_failure(run_dir, reason, overrides)
@@ -128,7 +137,8 @@ def one_run(cfg: DictConfig, run_dir: Path, *, in_sweep: bool) -> float:
             config = run_settings(cfg)
             callbacks = []
             if in_sweep:
-                # the same command again resumes what was interrupted
+                # the same command again resumes what was interrupted; inside `run` any value means
+                # what lies in this folder, only the hooks of a single run search for another
                 config.train.resume = "auto"
                 if config.train.prune_after:
                     if (elbo := pruned_elbo(run_dir)) is not None:
@@ -141,7 +151,9 @@ def one_run(cfg: DictConfig, run_dir: Path, *, in_sweep: bool) -> float:
         log.info("stopped early: %s", pruned)
         return pruned.elbo
     except StoppedError as stopped:
-        if (run_dir / "checkpoints" / "last.pt").exists():
+        if in_sweep:  # whose report says how to resume it
+            log.info("%s: stopped: %s", run_dir.name, stopped)
+        elif (run_dir / "checkpoints" / "last.pt").exists():
             again = f"{command('train')} {typed_as('train.resume', run_dir)}"
             log.info("stopped: %s\n  resume with   %s", stopped, again)
         else:

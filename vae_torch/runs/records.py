@@ -70,7 +70,7 @@ _GIF_FRAMES = 100  # of a long run at most: 25 s, about 8 MB
 _GRID_SCALE = 3  # a 28-pixel digit is a postage stamp on today's screens
 
 
-class RunLog:
+class Records:
     """Writes what happens in a run into its folder.
 
     Args:

@@ -30,7 +30,7 @@ from vae_torch.machine import (
 from vae_torch.model import VAE
 from vae_torch.runs.folders import LOCK
 from vae_torch.runs.identity import refuse_other_code, versions
-from vae_torch.runs.records import RunLog
+from vae_torch.runs.records import Records
 from vae_torch.runs.signals import StopSignals
 from vae_torch.training.loop import train
 
@@ -115,7 +115,7 @@ def _run(
         )
     config_text = yaml.safe_dump(kept.to_dict(), sort_keys=False)
     write_atomically(run_dir / "config.yaml", config_text.encode())
-    records = RunLog(
+    records = Records(
         run_dir, kept, config_text=config_text, history=state["history"] if state else None
     )
     x, labels = test_set.first(5000)  # for the pictures
@@ -142,7 +142,7 @@ def _run(
             callback(metrics, model)
 
     try:
-        with logging_redirect_tqdm(), signals.after_a_step():
+        with logging_redirect_tqdm(), signals.while_training():
             history = train(
                 vae,
                 train_loader,

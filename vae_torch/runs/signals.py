@@ -25,7 +25,7 @@ class StopSignals:
         """Whether the run is to end."""
         return self.number > 0
 
-    def after_a_step(self) -> AbstractContextManager[None]:
+    def while_training(self) -> AbstractContextManager[None]:
         """Within, the training loop asks `received`."""
         return self._now(None, "after the last epoch")
 

@@ -48,7 +48,7 @@ class Progress:
         self.sizes: list[int] = []  # images of these steps
 
     def begin_epoch(self) -> None:
-        """Seed the epoch's order and noise, unless `load` has just put them in its middle."""
+        """Seed the epoch's order and noise, unless `resume` has just put them in its middle."""
         if self.step == 0:
             self.sizes = []
             self.noise.manual_seed(mix_seed(self.seed, self.epoch, Stream.NOISE))

@@ -1,4 +1,4 @@
-"""The command lines of what looks at a finished run: `evaluate`, `explore`, `reproduce`."""
+"""The command lines of `evaluate`, `explore` and `reproduce`; that of `train` is Hydra's own."""
 
 import argparse
 from collections.abc import Sequence
