@@ -141,6 +141,7 @@ def test_evaluation_card_of_a_run(small, tmp_path):
     assert {"evaluation", "visuals/8_log_px"} <= set(events.Tags()["tensors"])
 
 
+@pytest.mark.slow
 def test_a_trial_of_the_results_table_touches_no_readme(made_up_root, tmp_path):
     readme = (REPOSITORY / "README.md").read_text()
     trial = [
@@ -243,4 +244,5 @@ def test_an_experiment_of_ones_own_chooses_where_and_can_be_resumed(made_up_root
         process.send_signal(signal.SIGINT)
         process.communicate()
     assert began[1].startswith("resuming after epoch ")
-    assert int(re.match(r"epoch +(\d+)/100000", began[2])[1]) > 2
+    # an epoch that was interrupted while it was recorded is told again
+    assert int(re.match(r"epoch +(\d+)/100000", began[2])[1]) >= 2
