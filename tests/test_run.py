@@ -112,6 +112,15 @@ def test_a_picture_that_fails_is_a_warning(settings, tmp_path, monkeypatch, capl
     assert not (tmp_path / "run" / "figures" / "samples.png").exists()
 
 
+def test_held_out_images_are_not_called_test(settings, tmp_path, caplog):
+    settings.data.hold_out = 50
+    with caplog.at_level("INFO", "vae_torch"):
+        run(settings, tmp_path / "run")
+    assert "100 training and 50 held-out images" in caplog.text
+    assert "held-out elbo" in caplog.text
+    assert "test" not in caplog.text.replace(str(tmp_path), "")
+
+
 def test_a_run_in_use_or_with_wrong_settings_is_refused(settings, tmp_path):
     (tmp_path / "busy").mkdir()
     with (

@@ -5,7 +5,6 @@ task -> sweep_job -> one_run; with where=cores sweep_job is in a child of joblib
 """
 
 import logging
-import math
 import shutil
 import sys
 import threading
@@ -82,7 +81,7 @@ def task(cfg: DictConfig) -> float:
         except SystemExit:
             remove_if_unused(run_dir)
             raise
-        tell_what_next(run_dir, elbo)
+        tell_what_next(run_dir, f"{judged(cfg)} elbo {elbo:.2f}")
         return elbo
     overrides = [str(override) for override in job.overrides.task]
     if job.runtime.choices["hydra/launcher"] != "joblib":
@@ -116,7 +115,8 @@ def sweep_job(cfg: DictConfig, run_dir: Path, overrides: Sequence[str]) -> float
         reason = f"{type(error).__name__}: {error}"
     else:
         (run_dir / FAILED).unlink(missing_ok=True)  # of an earlier attempt
-        log.info("%s: test elbo %.2f, %.0f s", run_dir.name, elbo, time.monotonic() - began)
+        seconds = time.monotonic() - began
+        log.info("%s: %s elbo %.2f, %.0f s", run_dir.name, judged(cfg), elbo, seconds)
         return elbo
     return note_failure(run_dir, reason, overrides)
 
@@ -204,23 +204,28 @@ def remove_if_unused(run_dir: Path) -> None:
             run_dir.parent.rmdir()
 
 
-def tell_what_next(run_dir: Path, elbo: float) -> None:
+def judged(cfg: DictConfig) -> str:
+    """What the images are called that a run's `test/...` metrics are of."""
+    from vae_torch.runs.run import judged_on
+
+    return judged_on(run_settings(cfg))
+
+
+def tell_what_next(run_dir: Path, result: str) -> None:
     """The last lines of a run: where it is and what to type next.
 
     TensorBoard is given the day's folder, beside whose other runs it calls this one by its name.
     """
-    if not math.isfinite(elbo):
-        return
     named = any(str(o).startswith("hydra.run.dir=") for o in HydraConfig.get().overrides.hydra)
     run = typed_as("run", run_dir)
     log.info(
-        "\nDone: test elbo %.2f nats per image.\n"
+        "\nDone: %s nats per image.\n"
         "  run folder    %s\n"
         "  pictures      %s\n"
         "  figures       %s %s\n"
         "  explorer      %s %s --open\n"
         "  curves        %s   then open http://localhost:6006",
-        elbo,
+        result,
         shown(run_dir),
         shown(run_dir / "figures"),
         command("evaluate"),
