@@ -33,7 +33,6 @@ def test_walkthrough_draws_its_pictures_and_shows_the_collapse(made_up_root, tmp
 
 def run(*arguments, cwd, **settings):
     environment = {name: value for name, value in os.environ.items() if "WALKTHROUGH" not in name}
-    environment |= {"PYTHONPATH": str(REPOSITORY)}
     environment |= {f"WALKTHROUGH_{name}": str(value) for name, value in settings.items()}
     return subprocess.run(
         [sys.executable, "-W", "error", *arguments],
