@@ -222,8 +222,8 @@ def tell_what_next(run_dir: Path, result: str) -> None:
         "\nDone: %s nats per image.\n"
         "  run folder    %s\n"
         "  pictures      %s\n"
-        "  figures       %s %s\n"
-        "  explorer      %s %s --open\n"
+        "  evaluate      %s %s\n"
+        "  explore       %s %s --open\n"
         "  curves        %s   then open http://localhost:6006",
         result,
         shown(run_dir),
