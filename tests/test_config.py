@@ -6,6 +6,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from vae_torch.cli.names import run_name
+from vae_torch.cli.sweeps import jobs_of
 from vae_torch.config import (
     CHOICES,
     INCIDENTAL,
@@ -47,6 +48,16 @@ def test_a_sweeps_names_begin_with_what_it_varies():
     name = run_name(job, ["seed", "model.latent_dim"])
     assert name == "model.latent_dim-8_seed-1_data.limit_train-1000_train.epochs-2"
     assert run_name(reversed(job), ["model.latent_dim", "seed"]) == name
+
+
+def test_a_grids_jobs_are_those_that_hydra_makes():
+    swept, names = jobs_of(
+        ["seed=0,1,2", "train.epochs=2", "model.latent_dim=range(2,4)", "seed=5,6"]
+    )
+    assert swept == ["seed", "model.latent_dim"]
+    assert set(names) == {
+        f"model.latent_dim-{dim}_seed-{seed}_train.epochs-2" for dim in (2, 3) for seed in (5, 6)
+    }
 
 
 def test_names_are_short_safe_and_different():

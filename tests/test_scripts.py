@@ -249,5 +249,5 @@ def test_an_experiment_of_ones_own_chooses_where_and_can_be_resumed(made_up_root
         process.send_signal(signal.SIGINT)
         process.communicate()
     assert began[1].startswith("resuming after epoch ")
-    # an epoch that was interrupted while it was recorded is told again
+    # an epoch that was interrupted while it was logged is logged again
     assert int(re.match(r"epoch +(\d+)/100000", began[2])[1]) >= 2

@@ -33,7 +33,7 @@ class StepBar:
         self._bar = tqdm(total=steps, disable=hidden(), unit="step", leave=False)
 
     def begin_epoch(self, epoch: int, step: int) -> None:
-        """The bar of an epoch, counted from 0, of which `step` steps are done."""
+        """Start the bar of `epoch` (from 0), after `step` of its steps."""
         self._bar.reset(self._bar.total)
         self._bar.initial = self._bar.n = step  # of a resumed run
         self._bar.set_description(f"epoch {epoch + 1}/{self.epochs}", refresh=False)

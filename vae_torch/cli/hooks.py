@@ -82,14 +82,16 @@ class Hooks(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """A sweep: the values that it does not vary; `one_run` checks each job's own."""
         launcher = str(config.hydra.runtime.choices["hydra/launcher"])
-        if launcher in WHERE and config.hydra.runtime.choices["where"] == "here":
+        if launcher in WHERE and config.hydra.runtime.choices.get("where", "here") == "here":
             refuse(f"hydra/launcher={launcher}: type where={WHERE[launcher]} instead")
         names = None
         try:
             self._checked(config)
             refuse_climbing(config)
             if config.hydra.runtime.choices["hydra/sweeper"] == "basic":
-                swept, names = jobs_of(config.hydra.overrides.task)
+                params = config.hydra.sweeper.params or {}  # what an experiment's file sweeps
+                more = [f"{key}={value}" for key, value in params.items()]
+                swept, names = jobs_of([*more, *config.hydra.overrides.task])
                 if not any(str(o).startswith("hydra.sweep.subdir=") for o in _own(config)):
                     # said to each job, which is composed from these overrides and its own
                     with read_write(config), open_dict(config):

@@ -42,7 +42,7 @@ def after_time(overrides: Sequence[str]) -> str:
 
 
 def _short(value: str) -> str:
-    """A searched learning rate has sixteen digits, of which four tell it from the others."""
+    """Four digits of a long number: a search gives sixteen."""
     if re.fullmatch(r"\d+\.\d{5,}(e-?\d+)?", value):
         return f"{float(value):.4g}"
     return value

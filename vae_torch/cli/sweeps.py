@@ -24,16 +24,20 @@ log = logging.getLogger("vae_torch")
 def jobs_of(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     """The keys that a grid varies, and the name of each of its jobs.
 
+    Args:
+        overrides: Of the sweep: `model.latent_dim=2,8`, ...
+
     Raises:
         ConfigError: Two jobs would have one folder.
     """
     parsed = OverridesParser.create().parse_overrides(list(overrides))
-    swept = [o.get_key_element() for o in parsed if o.is_sweep_override()]
+    last = {o.get_key_element(): o for o in parsed}  # of a key that is given twice, as Hydra does
+    swept = [key for key, o in last.items() if o.is_sweep_override()]
     choices = [
-        [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
+        [f"{key}={value}" for value in o.sweep_string_iterator()]
         if o.is_sweep_override()
-        else [f"{o.get_key_element()}={o.get_value_element_as_str()}"]
-        for o in parsed
+        else [f"{key}={o.get_value_element_as_str()}"]
+        for key, o in last.items()
     ]
     names = [run_name(job, swept) for job in product(*choices)]
     for name, times in Counter(names).items():
