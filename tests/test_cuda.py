@@ -1,10 +1,13 @@
 """What only a machine with CUDA can show; elsewhere these are skipped."""
 
 import json
+import math
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
+from torch import nn
 
 from tests.test_scripts import run_script
 from vae_torch import VAE, ObjectiveConfig, mnist_loaders, train
@@ -14,7 +17,12 @@ from vae_torch.evaluate import importance_log_px
 from vae_torch.machine import set_products
 from vae_torch.objective import objective_terms
 from vae_torch.training.errors import StoppedError
-from vae_torch.training.step import check_can_compile
+from vae_torch.training.step import (
+    captured_step,
+    check_can_compile,
+    eager_step,
+    make_optimizer,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -148,6 +156,72 @@ def test_a_compiled_step_is_the_eager_one(made_up_root, objective, kind):
         models[0].named_parameters(), models[1].parameters(), strict=True
     ):
         assert torch.allclose(eager, graph, rtol=0, atol=1e-4), name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("objective", "kind"), KINDS)
+def test_a_captured_step_has_the_bits_of_the_eager_one(made_up_root, objective, kind, precision):
+    settings = ObjectiveConfig(**objective)
+    found = []
+    for make in (eager_step, captured_step):
+        vae = new_vae(**kind)
+        optimizer = make_optimizer(vae, OptimizerConfig("adamw", 1e-2, 1e-8, "constant", 0.1))
+        step = make(vae, optimizer, settings, precision)
+        noise = torch.Generator("cuda").manual_seed(0)
+        terms = []
+        for number, (x, _) in enumerate(loaders(made_up_root, limit_train=850)[0]):  # 9 batches
+            eps = torch.randn(settings.num_samples, len(x), 2, generator=noise, device="cuda")
+            choice = None
+            if settings.resample:
+                choice = torch.rand(len(x), generator=noise, device="cuda")
+            beta = torch.tensor(min(1.0, number / 5), device="cuda")
+            terms.append(step(x, eps, choice, beta, 1e-2 / (1 + number)).clone())
+        found.append((torch.stack(terms), vae.state_dict()))
+    (eager, weights), (captured, others) = found
+    assert torch.equal(eager, captured)
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+class ReadsItsValues(nn.Module):
+    """A layer that no graph can hold: it asks the device for a number."""
+
+    def forward(self, x):
+        return x * (1.0 if float(x.sum()) < math.inf else 0.0)
+
+
+def test_a_step_that_cannot_be_captured_goes_op_by_op(made_up_root, caplog):
+    found = []
+    for stubborn in (False, True):
+        vae = new_vae()
+        if stubborn:
+            vae.encoder.trunk.append(ReadsItsValues())
+        train(vae, *loaders(made_up_root, limit_train=850, limit_test=10), epochs=2)
+        found.append(list(vae.parameters()))
+    assert [r.message.partition(",")[0] for r in caplog.records] == [
+        "the step cannot be captured as a CUDA graph"
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("there", ["cpu", "cuda"])
+def test_a_run_goes_on_on_the_other_kind_of_device(made_up_root, tmp_path, config, there):
+    here = "cuda" if there == "cpu" else "cpu"
+    asked = iter(range(1000))
+    elbos = {}
+    for folder, device in (("cut", here), ("cut", there), ("whole", there)):
+        torch.manual_seed(0)
+        vae = VAE((784,), 2, 32).to(device)
+        stop = (lambda: next(asked) == 9) if (folder, device) == ("cut", here) else None
+        with nullcontext() if stop is None else pytest.raises(StoppedError):
+            history = train(
+                vae,
+                *loaders(made_up_root, device=device),
+                epochs=4,
+                checkpoints=Checkpoints(tmp_path / folder, config),
+                stop=stop,
+            )
+            elbos[folder] = history["test/elbo"][-1]
+    assert elbos["cut"] == pytest.approx(elbos["whole"], abs=3)  # other noise, for a few steps
 
 
 def test_the_scripts_run_on_it(made_up_root, tmp_path):

@@ -26,7 +26,13 @@ from vae_torch.model import VAE
 from vae_torch.training.errors import ADVICE, DivergedError, StoppedError
 from vae_torch.training.progress import Metrics, Progress, plain
 from vae_torch.training.schedules import beta_at, lr_factor, samples_at
-from vae_torch.training.step import Step, compiled_step, eager_step, make_optimizer
+from vae_torch.training.step import (
+    Step,
+    captured_step,
+    compiled_step,
+    eager_step,
+    make_optimizer,
+)
 
 _DEFAULT_ADAM = OptimizerConfig(name="adam", lr=1e-3, eps=1e-8, schedule="constant")
 
@@ -105,6 +111,10 @@ def train(
         run.resume(checkpoints)
     take_step = _step(vae, opt, objective, precision, batches, compile=compile)
 
+    def lr_at(step: int) -> float:
+        done = (run.epoch + step / steps) / epochs if steps else 0.0
+        return settings.lr * lr_factor(settings.schedule, done)
+
     bar = StepBar(epochs, steps)
     while run.epoch < epochs:
         began, first = time.perf_counter(), run.step
@@ -124,8 +134,7 @@ def train(
                 choice = None
                 if objective.resample:
                     choice = torch.rand(len(x), generator=run.noise, device=device)
-                done = (run.epoch + run.step / steps) / epochs if steps else 0.0
-                lr = settings.lr * lr_factor(settings.schedule, done)
+                lr = lr_at(run.step)
                 terms = take_step(x, eps, choice, beta_tensor, lr)
                 if averaged:
                     averaged.update_parameters(vae)
@@ -144,7 +153,7 @@ def train(
                 "epoch": run.epoch + 1,
                 **_means(run, evaluated, tests, epoch_objective, beta, stop),
                 "train/beta": beta,
-                "train/lr": opt.param_groups[0]["lr"],
+                "train/lr": lr_at(run.step - 1),
                 "train/images_per_second": sum(run.sizes[first:]) / seconds,
                 "seconds": time.perf_counter() - began,  # evaluation included
             }
@@ -203,11 +212,13 @@ def _step(
     *,
     compile: bool,
 ) -> Step:
-    if not compile:
-        return eager_step(vae, opt, objective, precision)
     # not learned from the first batch: a resumed run's may be the last of an epoch
     size = getattr(getattr(batches, "batch_sampler", None), "batch_size", None)
-    return compiled_step(vae, opt, objective, precision, batch_size=size)
+    if compile:
+        return compiled_step(vae, opt, objective, precision, batch_size=size)
+    if next(vae.parameters()).is_cuda:
+        return captured_step(vae, opt, objective, precision, batch_size=size)
+    return eager_step(vae, opt, objective, precision)
 
 
 def _means(

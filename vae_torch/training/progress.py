@@ -158,7 +158,11 @@ class Progress:
         self.best = state["best"]
         self.history = {n: [_compact(v) for v in values] for n, values in state["history"].items()}
         self.vae.load_state_dict(state["training"] if self.averaged else state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        # its settings are this run's: some depend on the device, and the rest are equal
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict(
+            {"state": state["optimizer"]["state"], "param_groups": groups}
+        )
         if self.averaged:
             self.averaged.module.load_state_dict(state["model"])
             self.averaged.n_averaged.fill_(state["averaged_steps"])

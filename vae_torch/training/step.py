@@ -1,4 +1,7 @@
-"""One step of training: loss, gradient and optimiser, op by op or as one compiled graph."""
+"""One step of training: loss, gradient and optimiser; op by op, or as one graph.
+
+On CUDA a small step's time is its hundred launches, so it is captured once and replayed.
+"""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -26,26 +29,114 @@ def make_optimizer(vae: VAE, settings: OptimizerConfig) -> torch.optim.Optimizer
     """The optimiser that the settings name, over all of the model's parameters."""
     parameters = list(vae.parameters())
     decay = settings.weight_decay
+    cuda = parameters[0].is_cuda
+    # a captured step reads its learning rate from where it was when it was captured
+    lr = torch.tensor(settings.lr, device=parameters[0].device) if cuda else settings.lr
     if settings.name == "sgd":
-        return torch.optim.SGD(parameters, settings.lr, weight_decay=decay, fused=True)
+        return torch.optim.SGD(parameters, lr, weight_decay=decay, fused=True)
     kind = torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW
-    return kind(parameters, settings.lr, eps=settings.eps, weight_decay=decay, fused=True)
+    return kind(parameters, lr, eps=settings.eps, weight_decay=decay, fused=True, capturable=cuda)
 
 
 def eager_step(
     vae: VAE, optimizer: torch.optim.Optimizer, objective: ObjectiveConfig, precision: str
 ) -> Step:
     """The step as torch runs it, op by op."""
+    update = _eager_update(vae, optimizer, objective, precision)
 
     def step(x: Tensor, eps: Tensor, choice: Tensor | None, beta: Tensor, lr: float) -> Tensor:
         _set_lr(optimizer, lr)
+        return update(x, eps, choice, beta)
+
+    return step
+
+
+def _eager_update(
+    vae: VAE, optimizer: torch.optim.Optimizer, objective: ObjectiveConfig, precision: str
+) -> Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]:
+    """A step whose learning rate is set already."""
+
+    def update(x: Tensor, eps: Tensor, choice: Tensor | None, beta: Tensor) -> Tensor:
         loss, means = _loss_and_means(vae, x, eps, choice, objective, beta, precision)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         return means
 
+    return update
+
+
+def captured_step(
+    vae: VAE,
+    optimizer: torch.optim.Optimizer,
+    objective: ObjectiveConfig,
+    precision: str,
+    *,
+    batch_size: int | None = None,
+) -> Step:
+    """The eager step, captured once as a CUDA graph and replayed: one launch instead of hundreds.
+
+    The kernels are those of the eager step, so the bits are. Op by op go the first three steps of
+    a size, as torch asks for before a capture, and batches that are not of `batch_size` (the first
+    one's where it is None), such as the last of an epoch. So do all, after a warning, where the
+    step cannot be captured: a network that moves tensors to the CPU, say.
+    """
+    update = _eager_update(vae, optimizer, objective, precision)
+    side = torch.cuda.Stream()
+    graphs: dict[tuple[int, ...], _Graph] = {}  # by the shape of eps: early draws may be fewer
+    steps_before: dict[tuple[int, ...], int] = {}
+    failed = False
+
+    def step(x: Tensor, eps: Tensor, choice: Tensor | None, beta: Tensor, lr: float) -> Tensor:
+        nonlocal batch_size, failed
+        batch_size = batch_size or len(x)
+        _set_lr(optimizer, lr)
+        if failed or len(x) != batch_size:
+            return update(x, eps, choice, beta)
+        shape = tuple(eps.shape)
+        if steps_before.setdefault(shape, 0) < _STEPS_BEFORE_CAPTURE:
+            steps_before[shape] += 1
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                means = update(x, eps, choice, beta)
+            torch.cuda.current_stream().wait_stream(side)
+            return means
+        if shape not in graphs:
+            try:
+                graphs[shape] = _Graph(update, (x, eps, choice, beta))
+            except Exception as error:  # whatever torch or a network says of it
+                failed = True
+                _log.warning(
+                    "the step cannot be captured as a CUDA graph, so it goes op by op, which is "
+                    "slower (%s)",
+                    str(error).partition("\n")[0],
+                )
+                return update(x, eps, choice, beta)
+        return graphs[shape].replay((x, eps, choice, beta))
+
     return step
+
+
+_STEPS_BEFORE_CAPTURE = 3
+
+
+class _Graph:
+    """A function of tensors as a CUDA graph; its tensors stay where they are."""
+
+    def __init__(self, function: Callable[..., Tensor], inputs: tuple[Tensor | None, ...]) -> None:
+        self.inputs = [None if value is None else value.clone() for value in inputs]
+        self.graph = torch.cuda.CUDAGraph()
+        # a thread that pins memory for a user's loader may go on meanwhile
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.output = function(*self.inputs)
+
+    def replay(self, inputs: tuple[Tensor | None, ...]) -> Tensor:
+        """The function's value at `inputs`; overwritten by the next call."""
+        for place, value in zip(self.inputs, inputs, strict=True):
+            if place is not None and value is not None:
+                place.copy_(value)
+        self.graph.replay()
+        return self.output
 
 
 def compiled_step(
@@ -155,7 +246,10 @@ def _loss_and_means(
 
 def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 def _update(
