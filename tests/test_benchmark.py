@@ -7,7 +7,7 @@ import torch
 
 from tests.conftest import REPOSITORY
 from vae_torch import VAE
-from vae_torch.objective import elbo
+from vae_torch.parts.objectives import elbo
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 from benchmark import BATCH, LATENT, PIXELS, StepByHand

@@ -33,7 +33,7 @@ def test_load_run_gives_back_model_and_config(run_dir, config):
 
 def test_torch_opens_a_checkpoint_without_us(run_dir):
     state = torch.load(run_dir / "checkpoints" / "last.pt", weights_only=True)
-    assert "encoder.mean.weight" in state["model"]
+    assert "posterior.mean.weight" in state["model"]
 
 
 def test_any_damage_is_refused(tmp_path):

@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch import nn
 
+from tests.terms import objective_terms
 from tests.test_scripts import run_script
 from vae_torch import VAE, ObjectiveConfig, mnist_loaders, train
 from vae_torch.checkpoint import Checkpoints
 from vae_torch.config import ConfigError, OptimizerConfig
 from vae_torch.evaluate import importance_log_px
+from vae_torch.images import Batch
 from vae_torch.machine import set_products
-from vae_torch.objective import objective_terms
+from vae_torch.parts.objectives import as_objective, draw_noise
 from vae_torch.training.errors import StoppedError
 from vae_torch.training.step import (
     captured_step,
@@ -166,16 +168,14 @@ def test_a_captured_step_has_the_bits_of_the_eager_one(made_up_root, objective, 
     for make in (eager_step, captured_step):
         vae = new_vae(**kind)
         optimizer = make_optimizer(vae, OptimizerConfig("adamw", 1e-2, 1e-8, "constant", 0.1))
-        step = make(vae, optimizer, settings, precision)
+        minimise = as_objective(settings)
+        step = make(vae, optimizer, minimise, precision)
         noise = torch.Generator("cuda").manual_seed(0)
         terms = []
         for number, (x, _) in enumerate(loaders(made_up_root, limit_train=850)[0]):  # 9 batches
-            eps = torch.randn(settings.num_samples, len(x), 2, generator=noise, device="cuda")
-            choice = None
-            if settings.resample:
-                choice = torch.rand(len(x), generator=noise, device="cuda")
+            drawn = draw_noise(minimise, settings.num_samples, len(x), 2, noise)
             beta = torch.tensor(min(1.0, number / 5), device="cuda")
-            terms.append(step(x, eps, choice, beta, 1e-2 / (1 + number)).clone())
+            terms.append(step(Batch(x), drawn, beta, 1e-2 / (1 + number))[1].clone())
         found.append((torch.stack(terms), vae.state_dict()))
     (eager, weights), (captured, others) = found
     assert torch.equal(eager, captured)

@@ -33,8 +33,8 @@ from vae_torch.evaluate import (
     posterior_elbo,
     verdict,
 )
-from vae_torch.likelihood import LIKELIHOODS
-from vae_torch.prior import Mixture
+from vae_torch.parts.likelihoods import LIKELIHOODS
+from vae_torch.parts.priors import Mixture
 from vae_torch.quadrature import QuadratureError, exact_log_px
 
 PIXELS = 6
@@ -60,12 +60,12 @@ def linear_gaussian(
 
     precision = 1.2**2 + variance
     vae.encoder.trunk = nn.Identity()
-    vae.encoder.mean = nn.Linear(PIXELS, latent_dim).double()
-    vae.encoder.mean.weight.data = weight.T / precision
-    vae.encoder.mean.bias.data = -(weight.T @ bias) / precision
-    vae.encoder.logvar = nn.Linear(PIXELS, latent_dim).double()
-    vae.encoder.logvar.weight.data.zero_()
-    vae.encoder.logvar.bias.data.fill_(math.log(variance / precision))
+    vae.posterior.mean = nn.Linear(PIXELS, latent_dim).double()
+    vae.posterior.mean.weight.data = weight.T / precision
+    vae.posterior.mean.bias.data = -(weight.T @ bias) / precision
+    vae.posterior.logvar = nn.Linear(PIXELS, latent_dim).double()
+    vae.posterior.logvar.weight.data.zero_()
+    vae.posterior.logvar.bias.data.fill_(math.log(variance / precision))
     covariance = weight @ weight.T + variance * torch.eye(PIXELS).double()
     x = MultivariateNormal(bias, covariance).sample((40,))
     vae.true_log_px = MultivariateNormal(bias, covariance).log_prob(x)
@@ -102,9 +102,9 @@ def test_integral_finds_posteriors_however_narrow(variance):
 def test_integral_finds_what_the_encoder_does_not_know_of():
     """The encoder claims the prior for every image: only the decoder shows where the mass is."""
     vae, x = linear_gaussian(2, variance=1e-2)
-    vae.encoder.mean.weight.data.zero_()
-    vae.encoder.mean.bias.data.zero_()
-    vae.encoder.logvar.bias.data.zero_()
+    vae.posterior.mean.weight.data.zero_()
+    vae.posterior.mean.bias.data.zero_()
+    vae.posterior.logvar.bias.data.zero_()
     result = exact_log_px(vae, x, tolerance=1e-3)
     torch.testing.assert_close(result.log_px, vae.true_log_px, atol=2e-3, rtol=0)
 
@@ -140,7 +140,7 @@ def test_integral_reports_how_far_it_moved():
 def test_a_proposal_replaces_the_encoder():
     vae, x = linear_gaussian(2)
     mean, logvar = (part.detach() for part in vae.encode(x))
-    vae.encoder.mean.bias.data += 5
+    vae.posterior.mean.bias.data += 5
     result = importance_log_px(vae, x, num_samples=3, proposal=(mean, logvar))
     torch.testing.assert_close(result.log_px, vae.true_log_px, atol=1e-9, rtol=0)
 
@@ -156,8 +156,8 @@ def test_importance_sampling_from_the_true_posterior_is_exact(latent_dim):
 
 def test_importance_sampling_from_a_wrong_posterior_converges():
     vae, x = linear_gaussian(2)
-    vae.encoder.mean.bias.data += 0.3
-    vae.encoder.logvar.bias.data += 0.8
+    vae.posterior.mean.bias.data += 0.3
+    vae.posterior.logvar.bias.data += 0.8
     result = importance_log_px(vae, x, num_samples=20_000)
     torch.testing.assert_close(result.log_px, vae.true_log_px, atol=0.03, rtol=0)
     assert (result.effective_samples < 15_000).all()
@@ -195,7 +195,7 @@ def test_bounds_are_ordered(trained):
 def test_integral_and_sampling_agree_under_learned_priors(prior):
     torch.manual_seed(3)
     vae = VAE((PIXELS,), 2, 8, prior=prior, prior_components=4).double()
-    vae.encoder.logvar.bias.data += 2  # an untrained posterior must cover the mixture's modes
+    vae.posterior.logvar.bias.data += 2  # an untrained posterior must cover the mixture's modes
     x = torch.rand(10, PIXELS).double()
     exact = exact_log_px(vae, x).log_px
     sampled = importance_log_px(vae, x, num_samples=20_000).log_px
@@ -224,7 +224,7 @@ def test_an_image_counts_the_same_among_others(small_vae):
 def test_a_posterior_is_fitted_to_one_image_too(likelihood):
     torch.manual_seed(0)
     vae = VAE((PIXELS,), 2, 8, likelihood=likelihood).double()
-    vae.encoder.mean.bias.data += 1.0
+    vae.posterior.mean.bias.data += 1.0
     x = torch.rand(3, PIXELS).double()
     together = posterior_elbo(vae, x, *fit_posterior(vae, x))
     for i in range(3):
@@ -245,8 +245,8 @@ def test_the_card_of_one_image_claims_nothing_about_many(trained):
 
 def test_fitted_posterior_closes_the_gap_of_a_bad_encoder():
     vae, x = linear_gaussian(2)
-    vae.encoder.mean.bias.data += 1.0
-    vae.encoder.logvar.bias.data += 1.0
+    vae.posterior.mean.bias.data += 1.0
+    vae.posterior.logvar.bias.data += 1.0
     best = posterior_elbo(vae, x, *fit_posterior(vae, x, steps=400))
     assert ((vae.true_log_px - best).abs() < 0.02).all()  # the family holds the true posterior
     assert not any(p.grad is not None and p.grad.any() for p in vae.parameters())
@@ -257,8 +257,8 @@ def test_gaps_of_a_bad_encoder_equal_their_closed_form():
     vae, x = linear_gaussian(2)
     mean, logvar = (part.detach() for part in vae.encode(x))
     true = torch.distributions.Normal(mean, torch.exp(logvar / 2))
-    vae.encoder.mean.bias.data += 0.4
-    vae.encoder.logvar.bias.data += 0.5
+    vae.posterior.mean.bias.data += 0.4
+    vae.posterior.logvar.bias.data += 0.5
     mean, logvar = (part.detach() for part in vae.encode(x))
     q = torch.distributions.Normal(mean, torch.exp(logvar / 2))
     expected = torch.distributions.kl_divergence(q, true).sum(-1).mean().item()
@@ -275,7 +275,7 @@ def test_gaps_of_a_bad_encoder_equal_their_closed_form():
 @pytest.mark.parametrize("latent_dim", [2, 3])
 def test_figures_that_are_subtracted_are_of_the_same_images(latent_dim):
     vae, x = linear_gaussian(latent_dim)
-    vae.encoder.mean.bias.data += 0.4
+    vae.posterior.mean.bias.data += 0.4
     loader = DataLoader(TensorDataset(x, torch.zeros(len(x))), batch_size=8)
     card, per_image = evaluate_images(vae, loader, num_samples=50, fit_images=7)
     value = {name: entry["value"] for name, entry in card.items() if name != "verdict"}
@@ -345,7 +345,7 @@ def test_an_integral_that_fails_loses_nothing_else(trained, monkeypatch, exact):
 def test_an_extreme_encoder_gets_a_card(trained):
     vae, _, test_loader = trained
     vae = copy.deepcopy(vae)
-    vae.encoder.logvar.bias.data.fill_(-40)
+    vae.posterior.logvar.bias.data.fill_(-40)
     x, labels = next(iter(test_loader))
     loader = DataLoader(TensorDataset(x[:10], labels[:10]))
     card = evaluate_model(vae, loader, num_samples=5, fit_images=2)
@@ -361,7 +361,7 @@ def test_a_warning_of_few_effective_samples_needs_many_samples(trained):
     assert not any("effective samples of" in sentence for sentence in few)
     assert any("10 samples per image, too few" in sentence for sentence in few)
     vae = copy.deepcopy(vae)
-    vae.encoder.logvar.bias.data -= 3  # the proposal misses most of the posterior
+    vae.posterior.logvar.bias.data -= 3  # the proposal misses most of the posterior
     poor = evaluate_model(vae, loader, num_samples=200, fit_images=1, exact=False)["verdict"]
     assert any("fewer than 10 effective samples of 200" in sentence for sentence in poor)
 
@@ -500,14 +500,14 @@ def test_the_integral_is_computed_once(run_of_the_script, script, monkeypatch):
 def test_aggregate_kl_of_known_posteriors():
     vae, x = linear_gaussian(2)
     # all posteriors the prior: no information, no distance
-    for layer in (vae.encoder.mean, vae.encoder.logvar):
+    for layer in (vae.posterior.mean, vae.posterior.logvar):
         layer.weight.data.zero_()
         layer.bias.data.zero_()
     information, marginal = aggregate_kl(vae, x)
     torch.testing.assert_close(information, torch.zeros(40).double(), atol=1e-9, rtol=0)
     torch.testing.assert_close(marginal, torch.zeros(40).double(), atol=1e-9, rtol=0)
     # far apart: z tells which of the 40 images it came from
-    vae.encoder.mean.weight.data = 1e3 * torch.randn(2, PIXELS).double()
+    vae.posterior.mean.weight.data = 1e3 * torch.randn(2, PIXELS).double()
     information, _ = aggregate_kl(vae, x)
     assert information.mean().item() == pytest.approx(math.log(40), abs=1e-3)
 
@@ -569,9 +569,9 @@ def test_a_learned_priors_scale_is_no_collapse(collapsed):
         vae.prior.means.zero_()
         vae.prior.logvars.fill_(2 * math.log(0.05))
         vae.decoder.out.weight /= 0.05
-        vae.encoder.mean.weight *= 0 if collapsed else 0.05
-        vae.encoder.mean.bias *= 0 if collapsed else 0.05
-        vae.encoder.logvar.bias += 2 * math.log(0.05)
+        vae.posterior.mean.weight *= 0 if collapsed else 0.05
+        vae.posterior.mean.bias *= 0 if collapsed else 0.05
+        vae.posterior.logvar.bias += 2 * math.log(0.05)
     loader = DataLoader(TensorDataset(x, torch.zeros(len(x))), batch_size=len(x))
     card = evaluate_model(vae, loader, num_samples=100, fit_images=2)
     assert card["active_units"]["value"] == 0
@@ -581,7 +581,7 @@ def test_a_learned_priors_scale_is_no_collapse(collapsed):
 def test_verdict_names_a_collapse():
     torch.manual_seed(0)
     vae = VAE((PIXELS,), 2, 4)
-    for layer in (vae.encoder.mean, vae.encoder.logvar):
+    for layer in (vae.posterior.mean, vae.posterior.logvar):
         layer.weight.data.zero_()
     data = TensorDataset(torch.rand(30, PIXELS), torch.zeros(30, dtype=torch.long))
     card = evaluate_model(vae, DataLoader(data, 10), num_samples=3, fit_images=2)
@@ -603,7 +603,7 @@ def test_what_cannot_be_estimated_is_refused(small_vae):
 def test_the_integral_does_not_depend_on_what_the_encoder_says(logvar, latent_dim, variance):
     vae, x = linear_gaussian(latent_dim, variance=variance)
     usual = exact_log_px(vae, x)
-    vae.encoder.logvar.bias.data.fill_(logvar)
+    vae.posterior.logvar.bias.data.fill_(logvar)
     result = exact_log_px(vae, x)
     torch.testing.assert_close(result.log_px, vae.true_log_px, atol=2e-3, rtol=0)
     assert result.squares < 10 * usual.squares + 100
@@ -612,7 +612,7 @@ def test_the_integral_does_not_depend_on_what_the_encoder_says(logvar, latent_di
 @pytest.mark.parametrize("dims", [(-40.0, 12.0), (20.0, -40.0)])
 def test_the_integral_bears_posteriors_that_are_needles(dims):
     vae, x = linear_gaussian(2)
-    vae.encoder.logvar.bias.data = torch.tensor(dims).double()
+    vae.posterior.logvar.bias.data = torch.tensor(dims).double()
     result = exact_log_px(vae, x)
     torch.testing.assert_close(result.log_px, vae.true_log_px, atol=1e-3, rtol=0)
     assert result.squares < 5000
@@ -621,7 +621,7 @@ def test_the_integral_bears_posteriors_that_are_needles(dims):
 @pytest.mark.parametrize("factor", [1e2, 1e6])
 def test_the_integral_bears_posteriors_that_are_far_away(factor):
     vae, x = linear_gaussian(2)
-    vae.encoder.mean.weight.data *= factor
+    vae.posterior.mean.weight.data *= factor
     result = exact_log_px(vae, x)
     torch.testing.assert_close(result.log_px, vae.true_log_px, atol=0.05, rtol=0)
     assert result.squares < 5000
@@ -633,8 +633,8 @@ def test_the_integral_in_single_precision_equals_a_fine_grid(logvar, prior):
     torch.manual_seed(0)
     vae = VAE((PIXELS,), 2, 8, prior=prior, prior_components=3, activation="tanh")
     vae.decoder.out.weight.data *= 6
-    vae.encoder.logvar.weight.data.zero_()
-    vae.encoder.logvar.bias.data.fill_(logvar)
+    vae.posterior.logvar.weight.data.zero_()
+    vae.posterior.logvar.bias.data.fill_(logvar)
     x = torch.rand(20, PIXELS)
     got = exact_log_px(vae, x)
     ticks = torch.linspace(-9, 9, 721).double()
@@ -654,8 +654,8 @@ def test_the_integral_in_single_precision_equals_a_fine_grid(logvar, prior):
 def vamp_with_components_of(logvar):
     torch.manual_seed(0)
     vae = VAE((PIXELS,), 2, 8, prior="vamp", prior_components=4)
-    vae.encoder.logvar.weight.data.zero_()
-    vae.encoder.logvar.bias.data.fill_(logvar)
+    vae.posterior.logvar.weight.data.zero_()
+    vae.posterior.logvar.bias.data.fill_(logvar)
     return vae
 
 
@@ -707,7 +707,7 @@ def test_an_integral_over_nan_is_refused():
         with pytest.raises(QuadratureError, match=words):
             exact_log_px(vae, x)
     vae, x = linear_gaussian(2)
-    vae.encoder.mean.bias.data[0] = 1e200  # whose square is infinite
+    vae.posterior.mean.bias.data[0] = 1e200  # whose square is infinite
     with pytest.raises(QuadratureError, match="too large"):
         exact_log_px(vae, x)
 

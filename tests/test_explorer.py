@@ -21,8 +21,8 @@ from tests.test_scripts import run_script
 from vae_torch import VAE
 from vae_torch import explorer as module
 from vae_torch.explorer import MAX_BYTES, ExplorerError, explorer_page, run_notes
-from vae_torch.likelihood import Bernoulli
-from vae_torch.model import Decoder
+from vae_torch.parts.likelihoods import Bernoulli
+from vae_torch.parts.networks import Output
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_a_page_that_would_be_too_large_has_fewer_points(images, monkeypatch):
 def test_a_model_that_diverged_is_refused(images):
     vae = model()
     with torch.no_grad():
-        vae.encoder.mean.weight[0, 0] = torch.nan
+        vae.posterior.mean.weight[0, 0] = torch.nan
     with pytest.raises(ExplorerError, match="not finite"):
         explorer_page(vae, *images)
 
@@ -139,7 +139,7 @@ class Halves(nn.Module):
         return z[..., :1].expand(*z.shape[:-1], 784)
 
 
-class Doubled(Decoder):
+class Doubled(Output):
     """Looks like the page's decoder and computes something else."""
 
     def forward(self, z):
@@ -189,7 +189,10 @@ def with_layer(*layers):
     ("vae", "words"),
     [
         (with_decoder(Halves()), ["decoder Halves", "no trunk and out", "Linear"]),
-        (with_decoder(Doubled((784,), 2, 16)), ["Doubled", "would not draw what the model does"]),
+        (
+            with_decoder(Doubled(nn.Identity(), nn.Linear(2, 784))),
+            ["Doubled", "would not draw what the model does"],
+        ),
         (with_layer(nn.BatchNorm1d(16).eval()), ["BatchNorm1d", "it runs Linear"]),
         (with_layer(nn.Dropout(0.1)), ["Dropout"]),
         (with_layer(nn.GELU(approximate="tanh")), ["GELU with approximate=tanh"]),
@@ -208,7 +211,7 @@ def with_layer(*layers):
             ),
             ["ConvTranspose2d that is not square"],
         ),
-        (with_likelihood(Logistic()), ["likelihood Logistic", "Bernoulli, ContinuousBernoulli"]),
+        (with_likelihood(Logistic()), ["likelihood Logistic", "sigmoid, continuous"]),
         (with_likelihood(Inverted()), ["Inverted", "would not draw what the model does"]),
         (VAE((600,), 2, 4), ["images of shape (600,)"]),
         (VAE((3, 8, 8), 2, 4), ["images of shape (3, 8, 8)"]),
@@ -268,11 +271,8 @@ def test_explore_refuses_a_model_that_it_cannot_draw(made_up_root, tmp_path):
     assert done.returncode == 0, done.stderr
     script = f"""if True:
         import runpy, sys
-        from vae_torch.likelihood import LIKELIHOODS, Bernoulli
-        class Dark(Bernoulli):
-            def mean(self, logits):
-                return 0 * logits
-        LIKELIHOODS["bernoulli"] = Dark
+        from vae_torch.parts.likelihoods import Bernoulli
+        Bernoulli.mean = lambda self, logits: 0 * logits
         sys.argv = ["explore.py", "run={run_dir}"]
         sys.path.insert(0, "scripts")
         runpy.run_path("scripts/explore.py", run_name="__main__")
@@ -506,7 +506,7 @@ def test_buttons_filter_by_class(opened, images):
 def test_axes_and_sliders_reach_every_active_dimension(opened, images):
     vae = model(latent_dim=5)
     with torch.no_grad():
-        vae.encoder.mean.weight[4] = 0  # an inactive one
+        vae.posterior.mean.weight[4] = 0  # an inactive one
     browser = opened(explorer_page(vae, *images))
     sliders = "Array.from(document.querySelectorAll('#sliders input'), (s) => s.dataset.axis)"
     assert js(browser, "explorer.axes") == ["PC₁", "PC₂"]
@@ -639,7 +639,7 @@ def test_the_words_fit_the_pointer(browser, opened, images, touch, said, unsaid)
 def test_pages_that_lack_something_say_so(opened, images):
     collapsed = model()
     with torch.no_grad():
-        collapsed.encoder.mean.weight.zero_()
+        collapsed.posterior.mean.weight.zero_()
     browser = opened(explorer_page(collapsed, *images))
     assert "has collapsed" in by_id(browser, "notes").text
 

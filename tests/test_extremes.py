@@ -7,9 +7,9 @@ import torch
 from torch.distributions import Bernoulli, Normal, kl_divergence
 
 from vae_torch import VAE, elbo, iwae_bound, kl_standard_normal, reparameterize
-from vae_torch.likelihood import LIKELIHOODS
-from vae_torch.objective import keras_loss, log_weights
-from vae_torch.prior import log_mixture, log_normal
+from vae_torch.parts.likelihoods import LIKELIHOODS
+from vae_torch.parts.objectives import keras_loss, log_weights
+from vae_torch.parts.priors import log_mixture, log_normal
 
 
 @pytest.mark.parametrize("logvar", [-60.0, -30.0, 0.0, 30.0, 60.0])

@@ -105,7 +105,7 @@ def active_in(dimensions, latent_dim):
         gain = torch.zeros(latent_dim, 1)
         for place, dimension in enumerate(dimensions):
             gain[dimension] = 3.0 / (place + 1)
-        vae.encoder.mean.weight.mul_(gain)
+        vae.posterior.mean.weight.mul_(gain)
     return vae
 
 
@@ -220,7 +220,7 @@ def test_kl_bars_show_their_activity_where_it_is_not_the_order_of_their_height()
     """A constant mean costs nats and says nothing."""
     vae = active_in([0], latent_dim=3)
     with torch.no_grad():
-        vae.encoder.mean.bias[2] = 4.0  # 8 nats
+        vae.posterior.mean.bias[2] = 4.0  # 8 nats
     axes = kl_figure(vae, torch.rand(200, 784)).axes[0]
     assert names_of(axes.xaxis)[0] == "3"
     active, inactive = ([bar.get_x() for bar in bars] for bars in axes.containers)

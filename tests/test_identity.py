@@ -57,7 +57,7 @@ def test_what_is_left_is_the_same_program(module):
 
 def test_the_hash_follows_imports():
     found = set(modules())
-    assert {"vae_torch.training.loop", "vae_torch.machine", "vae_torch.prior"} <= found
+    assert {"vae_torch.training.loop", "vae_torch.machine", "vae_torch.parts.priors"} <= found
     for name in found:
         for imported in re.findall(r"from (vae_torch\.[\w.]+) import", identity.source_of(name)):
             assert imported in found, (name, imported)

@@ -6,14 +6,15 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.distributions import Bernoulli, ContinuousBernoulli, Normal
 
-from vae_torch.likelihood import LIKELIHOODS, check_pixels
+from vae_torch.images import check_pixels
+from vae_torch.parts.likelihoods import likelihoods
 
 
 def test_bernoulli_equals_torch_distributions():
     x = torch.randint(0, 2, (4, 9)).double()
     logits = 3 * torch.randn(5, 4, 9).double()
     expected = Bernoulli(logits=logits).log_prob(x).sum(-1)
-    torch.testing.assert_close(LIKELIHOODS["bernoulli"]().log_prob(x, logits), expected)
+    torch.testing.assert_close(likelihoods["bernoulli"]().log_prob(x, logits), expected)
 
 
 def test_bernoulli_gradient_equals_autograd_through_torch_distributions():
@@ -21,7 +22,7 @@ def test_bernoulli_gradient_equals_autograd_through_torch_distributions():
     x = torch.rand(4, 9).double().requires_grad_()
     logits = (30 * torch.randn(5, 4, 9).double()).requires_grad_()
     weights = torch.randn(5, 4).double()
-    ours = (LIKELIHOODS["bernoulli"]().log_prob(x, logits) * weights).sum()
+    ours = (likelihoods["bernoulli"]().log_prob(x, logits) * weights).sum()
     reference = Bernoulli(logits=logits, validate_args=False).log_prob(x).sum(-1)
     expected = torch.autograd.grad((reference * weights).sum(), [x, logits])
     torch.testing.assert_close(torch.autograd.grad(ours, [x, logits]), expected)
@@ -30,7 +31,7 @@ def test_bernoulli_gradient_equals_autograd_through_torch_distributions():
 def test_continuous_bernoulli_equals_torch_distributions():
     x, logits = torch.rand(4, 9).double(), 4 * torch.randn(5, 4, 9).double()
     reference = ContinuousBernoulli(logits=logits)
-    ours = LIKELIHOODS["continuous_bernoulli"]()
+    ours = likelihoods["continuous_bernoulli"]()
     # torch approximates within 1e-3 of probability 0.5; there the integral below is the judge
     torch.testing.assert_close(
         ours.log_prob(x, logits), reference.log_prob(x).sum(-1), rtol=1e-5, atol=1e-5
@@ -43,7 +44,7 @@ def test_continuous_bernoulli_integrates_to_one(logit):
     nodes, weights = torch.linspace(0, 1, 200_001).double(), torch.full((200_001,), 1 / 200_000)
     weights[[0, -1]] /= 2  # trapezoid
     logits = torch.full((200_001, 1), logit, dtype=torch.float64)
-    likelihood = LIKELIHOODS["continuous_bernoulli"]()
+    likelihood = likelihoods["continuous_bernoulli"]()
     density = likelihood.log_prob(nodes[:, None], logits).exp()
     assert (density * weights).sum().item() == pytest.approx(1, abs=1e-6)
     mean = (nodes * density * weights).sum().item()
@@ -54,23 +55,23 @@ def test_continuous_bernoulli_integrates_to_one(logit):
 def test_continuous_bernoulli_gradient_is_x_minus_mean(logit):
     """It is an exponential family: d log p / d logit = x - E[x]."""
     logits = torch.tensor([[logit]], dtype=torch.float64, requires_grad=True)
-    likelihood = LIKELIHOODS["continuous_bernoulli"]()
+    likelihood = likelihoods["continuous_bernoulli"]()
     likelihood.log_prob(torch.tensor([[0.3]]).double(), logits).sum().backward()
     expected = 0.3 - likelihood.mean(logits.detach()).item()
     assert logits.grad.item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_gaussian_equals_torch_distributions():
-    likelihood = LIKELIHOODS["gaussian"]().double()
+    likelihood = likelihoods["gaussian"]().double()
     likelihood.logvar.data.fill_(math.log(0.09))
     x, logits = torch.rand(4, 9).double(), torch.rand(5, 4, 9).double()
     expected = Normal(logits, 0.3).log_prob(x).sum(-1)
     torch.testing.assert_close(likelihood.log_prob(x, logits), expected)
 
 
-@pytest.mark.parametrize("name", LIKELIHOODS)
+@pytest.mark.parametrize("name", likelihoods)
 def test_affine_is_log_prob_of_every_pair(name):
-    likelihood = LIKELIHOODS[name]().double()
+    likelihood = likelihoods[name]().double()
     if name == "gaussian":
         likelihood.logvar.data.fill_(-1.3)
     x, logits = torch.rand(4, 9).double(), 2 * torch.randn(6, 9).double()
@@ -79,7 +80,7 @@ def test_affine_is_log_prob_of_every_pair(name):
 
 
 def test_affine_gaussian_keeps_its_digits_where_it_is_narrow():
-    likelihood = LIKELIHOODS["gaussian"]()
+    likelihood = likelihoods["gaussian"]()
     likelihood.logvar.data.fill_(-12.0)
     x = torch.rand(1, 784)
     logits = x + math.exp(-6) * torch.randn(20, 784)
@@ -89,9 +90,9 @@ def test_affine_gaussian_keeps_its_digits_where_it_is_narrow():
     )
 
 
-@pytest.mark.parametrize("name", LIKELIHOODS)
+@pytest.mark.parametrize("name", likelihoods)
 def test_means_are_images_and_shapes_are_checked(name):
-    likelihood = LIKELIHOODS[name]()
+    likelihood = likelihoods[name]()
     logits = 100 * torch.randn(3, 784)
     mean = likelihood.mean(logits)
     assert mean.min() >= 0
@@ -111,7 +112,7 @@ def test_bernoulli_second_derivatives_pass_torchs_own_check():
     x = torch.rand(3, 5).double().requires_grad_()
     for shape in ((3, 5), (2, 3, 5)):
         logits = torch.randn(shape).double().requires_grad_()
-        torch.autograd.gradgradcheck(LIKELIHOODS["bernoulli"]().log_prob, (x, logits))
+        torch.autograd.gradgradcheck(likelihoods["bernoulli"]().log_prob, (x, logits))
 
 
 def test_a_gradient_penalty_equals_that_of_torchs_cross_entropy():
@@ -124,12 +125,12 @@ def test_a_gradient_penalty_equals_that_of_torchs_cross_entropy():
         gradients = torch.autograd.grad(loss, weights, create_graph=True)
         return torch.autograd.grad(sum((g**2).sum() for g in gradients), weights)
 
-    torch.testing.assert_close(penalty(LIKELIHOODS["bernoulli"]().log_prob), penalty(cross_entropy))
+    torch.testing.assert_close(penalty(likelihoods["bernoulli"]().log_prob), penalty(cross_entropy))
 
 
 def test_the_hessian_at_a_logit_of_zero_is_minus_a_quarter():
     """Also of a product with many images, whose sum is made of |l| where nobody differentiates."""
-    likelihood = LIKELIHOODS["bernoulli"]()
+    likelihood = likelihoods["bernoulli"]()
     for call in (likelihood.log_prob, likelihood.affine):
         logits = torch.zeros(1, 4).double().requires_grad_()
         (first,) = torch.autograd.grad(
@@ -142,7 +143,7 @@ def test_the_hessian_at_a_logit_of_zero_is_minus_a_quarter():
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
 def test_bernoulli_works_under_torch_func():
     x, logits = torch.rand(3, 5).double(), 20 * torch.randn(3, 5).double()
-    ours = LIKELIHOODS["bernoulli"]().log_prob
+    ours = likelihoods["bernoulli"]().log_prob
     for transform in (torch.func.grad, torch.func.hessian, torch.func.jacfwd, torch.func.jacrev):
         got, expected = (
             transform(lambda logits, call=call: call(x, logits).sum())(logits)
@@ -160,9 +161,9 @@ def test_bernoulli_works_under_torch_func():
         torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, along)
 
 
-@pytest.mark.parametrize("name", LIKELIHOODS)
+@pytest.mark.parametrize("name", likelihoods)
 def test_images_that_differ_in_dimensions_of_one_are_the_same_images(name):
-    likelihood = LIKELIHOODS[name]()
+    likelihood = likelihoods[name]()
     x, logits = torch.rand(5, 12), torch.randn(7, 5, 12)
     expected = likelihood.log_prob(x, logits)
     for here, there in (((12,), (1, 3, 4)), ((3, 4), (1, 3, 4)), ((1, 3, 4), (12,))):
@@ -177,9 +178,9 @@ def test_pixels_are_looked_at_where_they_can_be():
     for bad in (torch.tensor([[2.0]]), torch.tensor([[math.nan]]), torch.tensor([[-1e-6]])):
         with pytest.raises(ValueError, match=r"\(1, 1\) has values from .*\[0, 1\]"):
             check_pixels(bad)
-    check_pixels(torch.tensor([[-9.0, 9.0]]), LIKELIHOODS["gaussian"].pixels)
+    check_pixels(torch.tensor([[-9.0, 9.0]]), likelihoods["gaussian"].pixels)
     with pytest.raises(ValueError, match="inf; pixels are floats and finite"):
-        check_pixels(torch.tensor([[math.inf]]), LIKELIHOODS["gaussian"].pixels)
+        check_pixels(torch.tensor([[math.inf]]), likelihoods["gaussian"].pixels)
     with pytest.raises(ValueError, match=r"torch\.uint8"):
         check_pixels(torch.zeros(1, 1, dtype=torch.uint8))
     check_pixels(torch.empty(0, 4))

@@ -6,8 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import Bernoulli, Normal, kl_divergence
 
+from tests.terms import objective_terms
 from vae_torch import VAE, ObjectiveConfig, elbo, iwae_bound, keras_loss, kl_standard_normal
-from vae_torch.objective import kl_per_dim, log_weights, objective_terms
+from vae_torch.parts.objectives import log_weights
+from vae_torch.parts.posteriors import kl_per_dim
 
 
 def normal(mean, logvar):

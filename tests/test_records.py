@@ -95,7 +95,7 @@ def test_pictures_of_few_images_one_class_many_classes_and_a_collapsed_model(
     torch.manual_seed(0)
     vae, x = VAE(latent_dim=latent_dim, intermediate_dim=8), torch.rand(count, 784)
     with torch.no_grad():
-        vae.encoder.mean.weight.mul_(gain)
+        vae.posterior.mean.weight.mul_(gain)
     records = Records(tmp_path, config, config_text="")
     labels = torch.arange(count) % classes
     records.figures(1, vae, x, labels)

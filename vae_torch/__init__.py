@@ -9,33 +9,34 @@ if TYPE_CHECKING:
     from vae_torch.config import Config, ConfigError, ObjectiveConfig, OptimizerConfig
     from vae_torch.data import load_images, mnist_loaders
     from vae_torch.evaluate import evaluate_model
-    from vae_torch.model import VAE, Decoder, Encoder, reparameterize
-    from vae_torch.objective import elbo, iwae_bound, keras_loss, kl_standard_normal
+    from vae_torch.parts.objectives import elbo, iwae_bound, keras_loss, kl_standard_normal
+    from vae_torch.parts.posteriors import reparameterize
     from vae_torch.runs.run import run
     from vae_torch.training.loop import train
+    from vae_torch.vae import VAE, Decoder, Encoder
 
 __version__ = "0.1.0"
 
 # Where each name lives. It is imported when it is asked for: a command that only answers a
 # question need not wait for torch.
 _HOME = {
-    "VAE": "model",
+    "VAE": "vae",
     "Config": "config",
     "ConfigError": "config",
-    "Decoder": "model",
-    "Encoder": "model",
+    "Decoder": "vae",
+    "Encoder": "vae",
     "ObjectiveConfig": "config",
     "OptimizerConfig": "config",
     "compose": "cli.compose",
-    "elbo": "objective",
+    "elbo": "parts.objectives",
     "evaluate_model": "evaluate",
-    "iwae_bound": "objective",
-    "keras_loss": "objective",
-    "kl_standard_normal": "objective",
+    "iwae_bound": "parts.objectives",
+    "keras_loss": "parts.objectives",
+    "kl_standard_normal": "parts.objectives",
     "load_images": "data",
     "load_run": "checkpoint",
     "mnist_loaders": "data",
-    "reparameterize": "model",
+    "reparameterize": "parts.posteriors",
     "run": "runs.run",
     "train": "training.loop",
 }

@@ -13,6 +13,7 @@ import json
 import os
 import pickle
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
@@ -28,7 +29,9 @@ from vae_torch.config import (
     flatten,
 )
 from vae_torch.files import write_atomically
-from vae_torch.model import VAE
+from vae_torch.parts.complete import complete
+from vae_torch.parts.registry import load_plugins, loaded_plugins
+from vae_torch.vae import VAE
 
 _MAGIC = b"VAETORCH"
 _SEAL = len(_MAGIC) + 32
@@ -74,7 +77,21 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     parts = [state.get(key) for key in ("config", "model")] if isinstance(state, dict) else [None]
     if not all(isinstance(part, dict) for part in parts):
         raise CheckpointError(f"{path}: holds no model with its config")
+    state["model"] = _renamed(state["model"])
+    if isinstance(state.get("training"), dict):
+        state["training"] = _renamed(state["training"])
     return cast(dict[str, Any], state)
+
+
+def _renamed(weights: dict[str, Any]) -> dict[str, Any]:
+    """Weights by the names of this version: the posterior's heads were the encoder's once."""
+    old, new = ("encoder.mean.", "encoder.logvar."), ("posterior.mean.", "posterior.logvar.")
+    found = {}
+    for name, value in weights.items():
+        for was, now in zip(old, new, strict=True):
+            name = now + name.removeprefix(was) if str(name).startswith(was) else name
+        found[name] = value
+    return found
 
 
 class Checkpoints:
@@ -153,10 +170,10 @@ class Checkpoints:
             return None
         state = load_checkpoint(path, device)
         try:  # and back: keys that did not exist when it was written get their defaults
-            was = _what_matters(config_from_dict(state["config"]).to_dict())
+            was = _what_matters(complete(config_from_dict(state["config"])).to_dict())
         except ConfigError as error:
             raise CheckpointError(f"{path}: {error}") from None
-        now = _what_matters(self.config.to_dict())
+        now = _what_matters(complete(self.config).to_dict())
         for key in was.keys() | now.keys():
             if was.get(key) != now.get(key):
                 raise CheckpointError(
@@ -257,7 +274,11 @@ def history_lines(history: dict[str, list[Any]], first: int = 0) -> list[str]:
 
 
 def load_run(
-    run_dir: str | Path, *, checkpoint: str = "last", device: torch.device | str = "cpu"
+    run_dir: str | Path,
+    *,
+    checkpoint: str = "last",
+    device: torch.device | str = "cpu",
+    plugins: Sequence[str] = (),
 ) -> tuple[VAE, Config]:
     """A run folder's model, ready to use, and the config it was trained with.
 
@@ -265,11 +286,14 @@ def load_run(
         run_dir: What `scripts/train.py` printed at its end.
         checkpoint: `last`, or `best` (the highest test elbo; a choice made on the test set).
         device: Where the model goes.
+        plugins: Modules with parts of your own that the run has. They are named here because no
+            module is imported only because a file says so.
 
     Raises:
         CheckpointError: Not a run folder, no checkpoint in it, or a damaged one.
         ConfigError: The checkpoint's config is not one of this version.
     """
+    load_plugins(plugins)
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise CheckpointError(f"run={run_dir}: no such folder")
@@ -279,6 +303,12 @@ def load_run(
     state = load_checkpoint(path, device)
     try:
         config = config_from_dict(state["config"])
+        if absent := [name for name in config.plugins if name not in loaded_plugins()]:
+            listed = ", ".join(f'"{name}"' for name in absent)
+            raise CheckpointError(
+                f"{run_dir}: its run has parts of your own; add plugins=[{','.join(absent)}], in "
+                f"Python load_run(..., plugins=[{listed}])"
+            )
         with torch.device("meta"):  # takes no memory: a config can claim any size
             vae = VAE.from_config(config)
         vae.load_state_dict(state["model"], assign=True)

@@ -8,7 +8,7 @@ Nothing here imports Hydra or torch: a script's `--help` must stay quick.
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -84,6 +84,20 @@ Folder = Annotated[str, BeforeValidator(_folder), Field(min_length=1)]
 Device = Annotated[str, AfterValidator(check_device)]
 Interval = Annotated[int | str, AfterValidator(_interval)]
 Which = Literal["last", "best"]
+Name = Annotated[str, Field(strict=True, min_length=1)]  # of a part: its table knows which
+
+
+def _options(value: Any) -> Any:
+    """Options of a part, checked by the part; a None is an empty group in YAML."""
+    return {} if value is None else value
+
+
+def _listed(value: Any) -> Any:
+    """One name, or several."""
+    return [value] if isinstance(value, str) else value
+
+
+Options = Annotated[dict[str, Any], BeforeValidator(_options)]
 
 
 def about(text: str) -> Any:
@@ -97,7 +111,7 @@ class ModelConfig:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    name: Annotated[Literal["mlp", "residual", "conv"], about("the network")]
+    name: Annotated[Name, about("the network: mlp, residual, conv, or one of your own")]
     latent_dim: Annotated[Size, about("dimensions of z")]
     intermediate_dim: Annotated[Size, about("units of a hidden layer")]
     depth: Annotated[
@@ -111,6 +125,7 @@ class ModelConfig:
     mean_bias: Annotated[
         Switch, about("start the output bias at the mean training image (mlp, residual; bernoulli)")
     ] = False
+    options: Annotated[Options, about("of a network of your own")] = field(default_factory=dict)
 
 
 @dataclass
@@ -141,7 +156,7 @@ class ObjectiveConfig:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    name: Annotated[Literal["elbo", "iwae", "keras"], about("what is minimised")] = "elbo"
+    name: Annotated[Name, about("what is minimised")] = "elbo"
     beta: Annotated[Number, about("weight of the KL")] = 1.0
     beta_warmup_epochs: Annotated[
         Number, about("the weight grows linearly from 0 to beta over this many epochs")
@@ -160,6 +175,7 @@ class ObjectiveConfig:
     resample: Annotated[
         Switch, about("iwae: the gradient goes through one sample, chosen by its weight")
     ] = False
+    options: Annotated[Options, about("of an objective of your own")] = field(default_factory=dict)
 
 
 @dataclass
@@ -211,16 +227,23 @@ class Config:
         about("fp32; medium: fp32 tensors, quicker products; bf16: autocast"),
     ]
     compile: Annotated[Switch, about("torch.compile the training step")]
-    likelihood: Annotated[
-        Literal["bernoulli", "continuous_bernoulli", "gaussian"], about("p(x|z) of a pixel")
-    ]
-    prior: Annotated[Literal["standard", "mixture", "vamp"], about("p(z)")]
+    likelihood: Annotated[Name, about("p(x|z) of a pixel")]
+    prior: Annotated[Name, about("p(z)")]
     model: ModelConfig
     data: DataConfig
     objective: ObjectiveConfig
     optimizer: OptimizerConfig
     train: TrainConfig
     prior_components: Annotated[Size, about("of the mixture and the VampPrior")] = 500
+    posterior: Annotated[Name, about("q(z|x)")] = "gaussian"
+    likelihood_options: Annotated[Options, about("of the likelihood")] = field(default_factory=dict)
+    prior_options: Annotated[Options, about("of the prior")] = field(default_factory=dict)
+    posterior_options: Annotated[Options, about("of the posterior")] = field(default_factory=dict)
+    plugins: Annotated[
+        list[Name],
+        BeforeValidator(_listed),
+        about("modules with parts of your own: [my_parts]"),
+    ] = field(default_factory=list)
     threads: Annotated[
         int | None, Field(strict=True, ge=1, le=1024), about("CPU threads; null: torch's choice")
     ] = None
@@ -288,6 +311,16 @@ INCIDENTAL = (
     "train.figure_every",
     "train.checkpoint_every",
     "train.prune_after",
+)
+
+
+# Keys of options that a part's own signature names.
+OPTIONS = (
+    "model.options",
+    "objective.options",
+    "posterior_options",
+    "likelihood_options",
+    "prior_options",
 )
 
 
@@ -428,8 +461,8 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def check_objective(objective: ObjectiveConfig, *, likelihood: str, prior: str) -> None:
-    """Refuse options that the chosen objective would ignore, or that do not go with the model.
+def check_objective(objective: ObjectiveConfig) -> None:
+    """Refuse options that the chosen objective would ignore.
 
     Raises:
         ConfigError: One line with the key, its value and what is allowed.
@@ -465,7 +498,7 @@ def check_objective(objective: ObjectiveConfig, *, likelihood: str, prior: str) 
             f"{objective.num_samples}, objective.early_samples={objective.early_samples}: there is "
             "nothing to choose from; use objective=iwae with several samples"
         )
-    if objective.name != "elbo" and (objective.beta, objective.free_bits) != (1, 0):
+    if objective.name in ("iwae", "keras") and (objective.beta, objective.free_bits) != (1, 0):
         raise ConfigError(
             f"objective.beta={objective.beta}, objective.free_bits={objective.free_bits} with "
             f"objective={objective.name}: both are of objective=elbo; leave them out"
@@ -474,16 +507,6 @@ def check_objective(objective: ObjectiveConfig, *, likelihood: str, prior: str) 
         raise ConfigError(
             f"objective.beta_warmup_epochs={objective.beta_warmup_epochs} with objective=keras: "
             "the notebook warms up nothing; use objective=elbo or objective=iwae"
-        )
-    if objective.free_bits > 0 and prior != "standard":
-        raise ConfigError(
-            f"objective.free_bits={objective.free_bits} with prior={prior}: a KL per latent "
-            "dimension needs prior=standard"
-        )
-    if objective.name == "keras" and (likelihood, prior) != ("bernoulli", "standard"):
-        raise ConfigError(
-            f"objective=keras with likelihood={likelihood}, prior={prior}: the "
-            "notebook's loss is for likelihood=bernoulli and prior=standard"
         )
 
 
@@ -507,12 +530,22 @@ def _check_part(name: str, part: Any) -> None:
 def check_combinations(config: Config) -> None:
     """Refuse options that contradict each other, before an hour is spent on them."""
     objective, binarize = config.objective, config.data.binarize
-    if binarize != "none" and config.likelihood != "bernoulli":
+    if binarize != "none" and config.likelihood in ("continuous_bernoulli", "gaussian"):
         raise ConfigError(
             f"likelihood={config.likelihood} with data.binarize={binarize}: binary pixels have no "
             "density; use likelihood=bernoulli, or data.binarize=none"
         )
-    check_objective(objective, likelihood=config.likelihood, prior=config.prior)
+    check_objective(objective)
+    if objective.free_bits > 0 and config.prior != "standard":
+        raise ConfigError(
+            f"objective.free_bits={objective.free_bits} with prior={config.prior}: a KL per latent "
+            "dimension needs prior=standard"
+        )
+    if objective.name == "keras" and (config.likelihood, config.prior) != ("bernoulli", "standard"):
+        raise ConfigError(
+            f"objective=keras with likelihood={config.likelihood}, prior={config.prior}: the "
+            "notebook's loss is for likelihood=bernoulli and prior=standard"
+        )
     if config.model.name == "conv" and config.model.depth != 1:
         raise ConfigError(
             f"model.depth={config.model.depth} with model=conv: its depth is fixed; leave it at 1"

@@ -16,18 +16,23 @@ from torch import Tensor
 
 from vae_torch.bars import bar
 from vae_torch.config import ObjectiveConfig
-from vae_torch.data import Data, as_loader, images_of, labels_of
-from vae_torch.likelihood import Bernoulli
-from vae_torch.model import VAE, reparameterize
-from vae_torch.objective import (
+from vae_torch.data import Data, as_batch, as_loader, images_of, labels_of
+from vae_torch.images import Batch
+from vae_torch.parts.likelihoods import Bernoulli
+from vae_torch.parts.objectives import (
     ACTIVE_UNIT_VARIANCE,
-    kl_per_dim,
+    Noise,
+    Objective,
+    as_objective,
+    bound,
     log_weights,
-    objective_terms,
+    loss_and_metrics,
 )
-from vae_torch.prior import StandardNormal, log_mixture, log_normal
+from vae_torch.parts.posteriors import DiagonalGaussian, log_normal, reparameterize
+from vae_torch.parts.priors import log_mixture
 from vae_torch.quadrature import QuadratureError, check_few_latents, exact_log_px
 from vae_torch.seeds import Stream, seeded_generator
+from vae_torch.vae import VAE
 
 _log = logging.getLogger("vae_torch")
 
@@ -39,8 +44,9 @@ _FEW_SAMPLES = 100
 def bound_metrics(
     vae: VAE,
     loader: Data,
-    objective: ObjectiveConfig,
+    objective: ObjectiveConfig | Objective,
     *,
+    num_samples: int | None = None,
     beta: float = 1.0,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -53,13 +59,13 @@ def bound_metrics(
         vae: The model.
         loader: Batches x, [x] or (x, label, ...), or all images as one tensor or array.
         objective: Whose loss.
+        num_samples: Draws of z for each image; the objective's own where it is None.
         beta: The KL's weight.
         seed: Of the noise.
 
     Returns:
-        `loss`, `elbo`, `reconstruction`, `kl` in nats per image, and `kl_per_dim`, one per latent
-        dimension, against the standard normal (left out for a learned prior, where it is no part of
-        the KL).
+        `loss`, `elbo`, `reconstruction`, `kl` in nats per image, whatever else the objective gives,
+        and `kl_per_dim`, one per latent dimension, where the KL has a closed form.
 
     Raises:
         ValueError: No image, or images that `VAE.check` refuses.
@@ -69,27 +75,34 @@ def bound_metrics(
     batches: Iterable[Any] = loader  # one pass: an iterator will do
     if not isinstance(loader, Iterator):
         batches = as_loader(loader, vae.input_shape, batch_size=1000, device=device)
-    noise = seeded_generator(device, seed, Stream.BOUND)
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
-    kl_dims = torch.zeros(vae.latent_dim, dtype=torch.float64, device=device)
+    generator = seeded_generator(device, seed, Stream.BOUND)
+    minimise = as_objective(objective)
+    draws: int = getattr(minimise, "num_samples", 1) if num_samples is None else num_samples
+    sums: dict[str, Tensor] = {}  # float64: () each, or (n,)
     images = 0
-    at_once = math.ceil(1000 / objective.num_samples)  # images: more would not stay in a cache
-    for batch in batches:
-        for x in vae.check(images_of(batch)).to(weight).split(at_once):
-            shape = (objective.num_samples, len(x), vae.latent_dim)
-            eps = torch.randn(shape, generator=noise, device=device)
-            terms = objective_terms(vae, x, eps, objective, beta)
-            parts = (terms.loss, terms.elbo.mean(), terms.reconstruction.mean(), terms.kl.mean())
-            sums += len(x) * torch.stack(parts)
-            kl_dims += len(x) * terms.kl_per_dim
+    at_once = math.ceil(1000 / draws)  # images: more would not stay in a cache
+    for loaded in batches:
+        whole = as_batch(loaded, device, weight.dtype)
+        for x, y in _parts_of(Batch(vae.check(whole.x), whole.y), at_once):
+            eps = torch.randn(draws, len(x), vae.latent_dim, generator=generator, device=device)
+            loss, metrics = loss_and_metrics(minimise, vae, Batch(x, y), Noise(eps), beta)
+            if not {"reconstruction", "kl"} <= metrics.keys():  # the plain bound is always there
+                metrics = {**bound(vae, Batch(x, y), eps).metrics(), **metrics}
+            elbo = metrics["reconstruction"] - metrics["kl"]
+            for name, values in {"loss": loss, "elbo": elbo, **metrics}.items():
+                mean = values.mean(0) if values.ndim else values
+                sums[name] = sums.get(name, 0) + (len(x) * mean).double()
             images += len(x)
     if not images:
         raise ValueError("there is no image to evaluate; the loader gave no batch")
-    names = ("loss", "elbo", "reconstruction", "kl")
-    metrics: dict[str, Any] = dict(zip(names, (sums / images).tolist(), strict=True))
-    if isinstance(vae.prior, StandardNormal):
-        metrics["kl_per_dim"] = (kl_dims / images).tolist()
-    return metrics
+    return {name: (total / images).tolist() for name, total in sums.items()}
+
+
+def _parts_of(batch: Batch, size: int) -> Iterator[Batch]:
+    """A batch in smaller ones."""
+    for first in range(0, len(batch.x), size):
+        y = None if batch.y is None else batch.y[first : first + size]
+        yield Batch(batch.x[first : first + size], y)
 
 
 class ImportanceEstimate(NamedTuple):
@@ -151,7 +164,7 @@ def importance_log_px(
         ).to(x.dtype)  # (K, images, latent_dim)
         log_w = torch.cat(
             [
-                log_weights(vae, x[part], (mean[part], logvar[part]), some)
+                log_weights(vae, x[part], DiagonalGaussian(mean[part], logvar[part]), some)
                 for some in eps.split(max(1, chunk // eps.shape[1]))
             ]
         ).double()  # (K, images)
@@ -201,7 +214,7 @@ def fit_posterior(
     for step in counted:
         optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / steps)
         eps = torch.randn(shape, generator=noise, device=x.device, dtype=x.dtype)
-        loss = -log_weights(vae, x, (mean, logvar), eps).mean(0).sum()
+        loss = -log_weights(vae, x, DiagonalGaussian(mean, logvar), eps).mean(0).sum()
         mean.grad, logvar.grad = torch.autograd.grad(loss, [mean, logvar])
         optimizer.step()
     return mean.detach(), logvar.detach()
@@ -223,7 +236,7 @@ def posterior_elbo(
     while done < num_samples:  # twenty at a time bound the memory
         shape = (min(20, num_samples - done), *mean.shape)
         eps = torch.randn(shape, generator=noise, device=x.device, dtype=x.dtype)
-        total += log_weights(vae, x, (mean, logvar), eps).double().sum(0)
+        total += log_weights(vae, x, DiagonalGaussian(mean, logvar), eps).double().sum(0)
         done += shape[0]
     return total / num_samples
 
@@ -475,22 +488,23 @@ def _bounds(vae: VAE, batches: Iterable[Tensor], seed: int) -> Tensor:
     for batch in batches:
         for part in batch.to(device).split(1000):  # bounds the decoder's memory
             eps = torch.randn((1, len(part), vae.latent_dim), generator=noise, device=device)
-            terms = objective_terms(vae, part, eps.to(part.dtype), ObjectiveConfig())
-            rows.append(torch.stack([terms.elbo, terms.reconstruction, terms.kl]).double())
+            parts = bound(vae, Batch(part), eps.to(part.dtype))
+            elbo = parts.reconstruction - parts.kl
+            rows.append(torch.stack([elbo, parts.reconstruction, parts.kl]).double())
     return torch.cat(rows, 1)
 
 
 @torch.no_grad()
 def _put_bound(card: _Card, vae: VAE, x: Tensor) -> None:
     elbo, reconstruction, kl = _bounds(vae, [x], card.seed)
-    analytic = isinstance(vae.prior, StandardNormal)
+    q = vae.encode(x)
+    per_dim = vae.kl_per_dim(q)
+    analytic = per_dim is not None
     card.put("elbo", elbo, "reconstruction - kl, a lower bound on log p(x)", 1)
     card.put("reconstruction", reconstruction, "E_q log p(x|z), summed over pixels", 1)
     how = "in closed form" if analytic else "a Monte Carlo estimate from one draw of z"
     card.put("kl", kl, f"KL(q(z|x) || p(z)), {how}", 0 if analytic else 1)
-    mean, logvar = vae.encode(x)
-    if analytic:
-        per_dim = kl_per_dim(mean, logvar)
+    if per_dim is not None:
         card.put(
             "kl_per_dim",
             per_dim.mean(0).tolist(),
@@ -500,7 +514,7 @@ def _put_bound(card: _Card, vae: VAE, x: Tensor) -> None:
         )
     if len(x) == 1:  # nothing varies
         return
-    variance = mean.var(0)
+    variance = q.mean.var(0)
     card.put(
         "active_units",
         int((variance > ACTIVE_UNIT_VARIANCE).sum()),

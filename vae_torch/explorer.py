@@ -25,12 +25,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vae_torch.config import Config, ObjectiveConfig
+from vae_torch.config import Config
 from vae_torch.figures import DIGIT_COLOURS, pictures, to_pixels
-from vae_torch.likelihood import Bernoulli, ContinuousBernoulli, Gaussian
-from vae_torch.model import VAE
-from vae_torch.objective import ACTIVE_UNIT_VARIANCE, objective_terms
+from vae_torch.images import Batch
+from vae_torch.parts.likelihoods import Bernoulli, ContinuousBernoulli, Gaussian
+from vae_torch.parts.objectives import ACTIVE_UNIT_VARIANCE, bound
+from vae_torch.parts.posteriors import gaussian_of
 from vae_torch.seeds import seeded_generator
+from vae_torch.vae import VAE
 
 MAX_BYTES = 8_000_000
 
@@ -60,11 +62,8 @@ _ACTIVATION_OPS: dict[type[nn.Module], str] = {
 _LAYERS = "Linear, LayerNorm, ConvTranspose2d, Unflatten, residual blocks and " + ", ".join(
     sorted(kind.__name__ for kind in _ACTIVATION_OPS)
 )
-_MEAN_OPS: dict[type[nn.Module], str] = {
-    Bernoulli: "sigmoid",
-    ContinuousBernoulli: "continuous",
-    Gaussian: "clamp",
-}
+# What the page makes pixels with, by a likelihood's `drawn_as`.
+_MEANS = {"sigmoid": Bernoulli, "continuous": ContinuousBernoulli, "clamp": Gaussian}
 
 
 class ExplorerError(ValueError):
@@ -251,7 +250,7 @@ def _ops(
         if getattr(module, "approximate", "none") != "none":
             raise refused(f" with approximate={module.approximate}")
         return [{"op": _ACTIVATION_OPS[type(module)]}], shape
-    body = getattr(module, "body", None)  # of model.py's residual block: x + body(x)
+    body = getattr(module, "body", None)  # of a residual block: x + body(x)
     if isinstance(body, nn.Sequential):
         ops, shape = _ops(body, shape, weights)
         return [{"op": "residual", "body": ops}], shape
@@ -288,12 +287,11 @@ def _transposed(
 
 def _mean_op(likelihood: nn.Module) -> str:
     """How the page makes pixels of the decoder's output."""
-    for kind, op in _MEAN_OPS.items():
-        if isinstance(likelihood, kind):
-            return op
+    if (op := getattr(likelihood, "drawn_as", None)) in _MEANS:
+        return str(op)
     raise ExplorerError(
-        f"the page cannot draw the likelihood {type(likelihood).__name__}; it draws "
-        f"{', '.join(kind.__name__ for kind in _MEAN_OPS)}"
+        f"the page cannot draw the likelihood {type(likelihood).__name__}: its drawn_as is none of "
+        f"{', '.join(_MEANS)}"
     )
 
 
@@ -335,7 +333,7 @@ def _run(ops: list[dict[str, Any]], x: Tensor, packed: Tensor) -> Tensor:
 
     functions = torch.nn.functional
     elementwise: dict[str, Any] = {op: kind() for kind, op in _ACTIVATION_OPS.items()}
-    elementwise |= {op: kind().mean for kind, op in _MEAN_OPS.items()}
+    elementwise |= {op: kind().mean for op, kind in _MEANS.items()}
     for op in ops:
         name = op["op"]
         if name == "linear":
@@ -375,7 +373,7 @@ def _without_images(vae: VAE) -> dict[str, Any]:
     """Where the prior lies, for a page without points."""
     weight = next(vae.parameters())
     generator = seeded_generator(weight.device, 0)
-    z = vae.prior.sample(1000, vae.encoder, generator).float().cpu()
+    z = vae.prior.sample(1000, generator).float().cpu()
     return {"points": 0, "centre": _listed(z.mean(0)), "spread": _listed(z.std(0))}
 
 
@@ -423,12 +421,13 @@ def _posterior_and_terms(
     generator = seeded_generator(device, 0)
     posteriors, terms = [], []
     for some in x.to(device).split(250):
-        posteriors.append(vae.encode(some))
+        posteriors.append(gaussian_of(vae.encode(some), "the page"))
         eps = torch.randn(draws, len(some), vae.latent_dim, generator=generator, device=device)
-        terms.append(objective_terms(vae, some, eps, ObjectiveConfig()))
+        parts = bound(vae, Batch(some), eps)
+        terms.append({"elbo": parts.reconstruction - parts.kl, **parts.metrics()})
     mean, logvar = (torch.cat(part).float().cpu() for part in zip(*posteriors, strict=True))
     names = ("elbo", "reconstruction", "kl")
-    whole = {name: torch.cat([getattr(t, name) for t in terms]).float().cpu() for name in names}
+    whole = {name: torch.cat([term[name] for term in terms]).float().cpu() for name in names}
     return mean, logvar, whole
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from vae_torch.files import write_atomically
-from vae_torch.model import VAE
-from vae_torch.objective import ACTIVE_UNIT_VARIANCE, kl_per_dim
+from vae_torch.parts.objectives import ACTIVE_UNIT_VARIANCE
+from vae_torch.parts.posteriors import gaussian_of, kl_per_dim
+from vae_torch.vae import VAE
 
 if TYPE_CHECKING:  # half a second that a run without figures need not pay
     from matplotlib.axes import Axes
@@ -111,7 +112,7 @@ def latent_scatter(vae: VAE, x: Tensor, labels: Tensor) -> "Figure":
         x: (N, *shape) in [0, 1].
         labels: (N,) classes.
     """
-    means, _ = _posterior(vae, x)
+    means = _means(vae, x)
     classes = labels.cpu().numpy()
     first, *more = _most_active(means)
     across = means[:, first].numpy()
@@ -205,7 +206,7 @@ def traversal_figure(
         dimensions: Rows at most.
         context: Images to encode.
     """
-    means, _ = _posterior(vae, x[:context])
+    means = _means(vae, x[:context])
     variances = _variances(means)
     active = [d for d in _most_active(means) if variances[d] > ACTIVE_UNIT_VARIANCE]
     shown = active[:dimensions] or _most_active(means)[:1]
@@ -242,7 +243,7 @@ def interpolation_figure(vae: VAE, x: Tensor, *, steps: int = 9) -> "Figure":
     """
     if len(x) != 2:
         raise ValueError(f"x has shape {tuple(x.shape)}; an interpolation has two ends")
-    means, _ = _posterior(vae, x)
+    means = _means(vae, x)
     ways = {"straight": torch.lerp(means[0], means[1], torch.linspace(0, 1, steps)[:, None])}
     if vae.latent_dim > 1:
         ways["spherical"] = spherical_interpolation(means[0], means[1], steps=steps)
@@ -302,7 +303,7 @@ def kl_figure(vae: VAE, x: Tensor) -> "Figure":
         vae: The model.
         x: (N, *shape) in [0, 1].
     """
-    means, logvars = _posterior(vae, x)
+    means, logvars = _posterior(vae, x, "figures/kl.png")
     kl = kl_per_dim(means, logvars).mean(0)
     order, n = kl.argsort(descending=True), len(kl)
     active = (_variances(means) > ACTIVE_UNIT_VARIANCE)[order].numpy()
@@ -344,7 +345,7 @@ def log_px_map(vae: VAE, x: Tensor, log_px: Tensor, *, ellipses: int = 12) -> "F
     """
     if vae.latent_dim != 2:
         raise ValueError(f"latent_dim is {vae.latent_dim}; the map needs 2")
-    means, logvars = _posterior(vae, x)
+    means, logvars = _posterior(vae, x, "a map with ellipses")
     figure, axes = _figure(7.5, 6)
     from matplotlib.patches import Ellipse
 
@@ -449,9 +450,15 @@ def save_png(picture: "Tensor | Figure | np.ndarray", path: str | Path, *, scale
 
 
 @torch.no_grad()
-def _posterior(vae: VAE, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Means and log-variances on the CPU, in batches that bound the memory."""
-    parts = [vae.encode(some) for some in x.split(1000)]
+def _means(vae: VAE, x: Tensor) -> Tensor:
+    """Centres of the posteriors on the CPU, in batches that bound the memory."""
+    return torch.cat([vae.encode(some).mean for some in x.split(1000)]).float().cpu()
+
+
+@torch.no_grad()
+def _posterior(vae: VAE, x: Tensor, what: str) -> tuple[Tensor, Tensor]:
+    """Means and log-variances of Gaussians on the CPU, in batches that bound the memory."""
+    parts = [gaussian_of(vae.encode(some), what) for some in x.split(1000)]
     mean, logvar = (torch.cat(part).float().cpu() for part in zip(*parts, strict=True))
     return mean, logvar
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from vae_torch.bars import hidden
-from vae_torch.model import VAE
+from vae_torch.vae import VAE
 
 # Nats below an image's log p(x): a square in which even the highest point times its area is lower
 # is left as it is, though a narrow peak may stand between its points.
@@ -229,7 +229,7 @@ class _NarrowPlaces:
         self.components: tuple[Tensor, Tensor] | None = None
         widest = _WIDEST
         if find := getattr(vae.prior, "components", None):  # the standard normal has none
-            centers, spreads, _ = find(vae.encoder)
+            centers, spreads, _ = find()
             self.components = (centers, torch.exp(0.5 * spreads))
             widest *= max(1.0, self.components[1].max().item())
         places = [means, logvars, *(self.components or ())]
@@ -243,7 +243,7 @@ class _NarrowPlaces:
         reach = (self.means.abs() + 6 * self.deviations).max()
         if self.components:
             reach = torch.maximum(reach, (self.components[0].abs() + 6 * self.components[1]).max())
-        return reach.item()
+        return float(reach)
 
     def within(self, centers: Tensor, side: float, images: Tensor) -> Tensor:
         """Whether an image must not settle for a cell: (C, dims) and (M,) -> (M, C)."""
@@ -257,7 +257,7 @@ def _widened(vae: VAE, x: Tensor, means: Tensor, deviations: Tensor, widest: flo
     """Deviations (N, dims), doubled until p(x|z) p(z) changes within three of them, or `widest`."""
 
     def log_joint(images: Tensor, z: Tensor) -> Tensor:  # (N,) and (K, N, dims) -> (K, N)
-        log_px = vae.likelihood.log_prob(x[images], vae.decode(z).flatten(2))
+        log_px: Tensor = vae.likelihood.log_prob(x[images], vae.decode(z).flatten(2))
         return log_px + vae.log_prior(z)
 
     dims = means.shape[1]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
@@ -23,6 +24,7 @@ from yaml import MarkedYAMLError, YAMLError
 from vae_torch.cli.help import lines
 from vae_torch.cli.names import after_time, run_name
 from vae_torch.config import (
+    OPTIONS,
     Config,
     ConfigError,
     check,
@@ -69,7 +71,10 @@ def conf_dir() -> Path:
 def register() -> None:
     """Tell Hydra what `conf/` refers to."""
     store = ConfigStore.instance()
-    store.store(name="schema", node=_skeleton(Config))
+    skeleton = OmegaConf.create(_skeleton(Config))
+    for key in OPTIONS:  # which keys a part takes, it knows itself
+        OmegaConf.set_struct(OmegaConf.select(skeleton, key), False)
+    store.store(name="schema", node=skeleton)
     for name, resolver in (
         ("run_name", run_name),
         ("after_time", after_time),
@@ -77,6 +82,35 @@ def register() -> None:
         ("settings_help", lambda: lines(Config, flatten(compose().to_dict()))),
     ):
         OmegaConf.register_new_resolver(name, resolver, replace=True)
+
+
+def load_named_plugins(arguments: Sequence[str]) -> None:
+    """Import what `plugins=[...]` names; Hydra learns of its networks and objectives.
+
+    Raises:
+        ConfigError: One cannot be found, or fails on import.
+    """
+    values = [a.partition("=")[2] for a in arguments if a.lstrip("+").startswith("plugins=")]
+    if not values:
+        return
+    from vae_torch.parts.complete import SHARED
+    from vae_torch.parts.networks import networks
+    from vae_torch.parts.objectives import objectives
+    from vae_torch.parts.registry import load_plugins
+
+    named = yaml.safe_load(values[-1]) or []
+    load_plugins([named] if isinstance(named, str) else named)
+    for group, base, table in (("model", "mlp", networks), ("objective", "elbo", objectives)):
+        for name in table:
+            if (conf_dir() / group / f"{name}.yaml").exists():
+                continue
+            options = {
+                option: "???" if parameter.default is parameter.empty else parameter.default
+                for option, parameter in table.accepts(name).items()
+                if option not in SHARED
+            }
+            node = {"defaults": [base, "_self_"], "name": name, "options": options}
+            ConfigStore.instance().store(group=group, name=name, node=node)
 
 
 def _python_here() -> str:
@@ -87,11 +121,15 @@ def _python_here() -> str:
 def _skeleton(schema: Any) -> dict[str, Any]:
     """Every key of a schema: what is off by default, and `???` for what `conf/` must give."""
     return {
-        f.name: _skeleton(f.type)
-        if is_dataclass(f.type)
-        else ("???" if f.default is MISSING else f.default)
-        for f in fields(schema)
+        f.name: _skeleton(f.type) if is_dataclass(f.type) else _default(f) for f in fields(schema)
     }
+
+
+def _default(setting: Any) -> Any:
+    """Of a dataclass's field; `???` where it has none."""
+    if setting.default_factory is not MISSING:
+        return setting.default_factory()
+    return "???" if setting.default is MISSING else setting.default
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:
@@ -131,6 +169,7 @@ def fresh_hydra() -> Iterator[None]:
 def compose_run(overrides: Sequence[str]) -> DictConfig:
     """A run's settings from an initialised Hydra, neither typed nor validated."""
     register()
+    load_named_plugins(overrides)
     return hydra.compose("train", [as_hydra_takes_it(override) for override in overrides])
 
 
@@ -140,9 +179,13 @@ def run_settings(cfg: DictConfig) -> Config:
     Raises:
         ConfigError: A key is unknown, a value is missing or not allowed.
     """
+    from vae_torch.parts.complete import complete
+    from vae_torch.parts.registry import load_plugins
+
     config = typed(cfg, Config, leave_out=("hydra", "sweep"))
     check(config)
-    return config
+    load_plugins(config.plugins)
+    return complete(config)
 
 
 def typed(cfg: DictConfig, schema: type[Settings], *, leave_out: Sequence[str] = ()) -> Settings:

@@ -27,6 +27,7 @@ from vae_torch.cli.compose import (
     conf_dir,
     full_errors,
     in_our_words,
+    load_named_plugins,
     refuse_malformed,
     register,
     run_settings,
@@ -58,6 +59,7 @@ def main() -> None:
     show_all = full_errors()
     try:
         refuse_malformed(typed)
+        load_named_plugins(typed)
         sys.argv[1:] = map(as_hydra_takes_it, typed)
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(task)()
     except COMPOSITION_ERRORS as error:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from vae_torch.config import CHOICES, Config
 from vae_torch.data.idx import DataError
 from vae_torch.data.sources import Images, load_images
-from vae_torch.likelihood import check_pixels, check_shape
+from vae_torch.images import Batch, check_pixels, check_shape
 from vae_torch.seeds import (
     BINARIZE_SEED,
     STATIC_TEST,
@@ -310,6 +310,21 @@ def images_of(batch: Any) -> Tensor:
             "(x, label), x a tensor (B, *shape)"
         )
     return x
+
+
+def as_batch(batch: Any, device: torch.device, dtype: torch.dtype) -> Batch:
+    """What a loader gives as images and labels on a device.
+
+    Raises:
+        ValueError: See `images_of`.
+    """
+    x = images_of(batch).to(device, dtype, non_blocking=True)
+    y = batch[1] if isinstance(batch, list | tuple) and len(batch) > 1 else None
+    if isinstance(y, np.ndarray):
+        y = torch.from_numpy(y)
+    if not isinstance(y, Tensor) or y.shape != (len(x),):
+        return Batch(x)
+    return Batch(x, y.to(device, non_blocking=True))
 
 
 def labels_of(batch: Any) -> Tensor | None:

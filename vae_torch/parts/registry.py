@@ -86,6 +86,52 @@ class Table(Mapping[str, Callable[..., Any]], Generic[Part]):
         parameters = inspect.signature(self[name]).parameters
         return {key: p for key, p in parameters.items() if p.kind is kind}
 
+    def build(
+        self,
+        name: str,
+        options: Mapping[str, Any],
+        *,
+        shared: Mapping[str, tuple[Any, Any]] | None = None,
+        context: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """The part of this name.
+
+        Args:
+            name: Of the part.
+            options: What was asked for; the others have their defaults.
+            shared: Settings that several parts understand, by the name of the option: value and
+                default. One that this part has not must have its default.
+            context: What the package knows by then, such as `latent_dim`: the part's positional
+                arguments, by their names.
+
+        Raises:
+            ConfigError: There is no such part, or no such option, or a value of another type.
+        """
+        known = self.accepts(name)
+        taken = {}
+        for option, (value, default) in (shared or {}).items():
+            if option in known:
+                taken[option] = value
+            elif value != default:
+                raise ConfigError(
+                    f"{option}={value} with {self.key}={name}: it has no {option}; leave it at "
+                    f"{default}"
+                )
+        given = self.checked(name, {**taken, **options})
+        there = context or {}
+        positional = [
+            parameter.name
+            for parameter in inspect.signature(self[name]).parameters.values()
+            if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        ]
+        for argument in positional:
+            if argument not in there:
+                raise ConfigError(
+                    f"{self.key}={name}: takes {argument}, which nobody gives it; it may take "
+                    f"{', '.join(there) or 'nothing'}, and options after a *"
+                )
+        return self[name](*(there[argument] for argument in positional), **given)
+
     def checked(self, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """All options of a part, those given and the defaults of the others.
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from vae_torch.config import Config
 from vae_torch.files import write_atomically
-from vae_torch.model import VAE
 from vae_torch.runs.folders import PRUNED, RecordError, read_metrics
 from vae_torch.runs.run import Callback
 from vae_torch.training.errors import StoppedError
+from vae_torch.vae import VAE
 
 
 class PrunedError(StoppedError):

@@ -32,10 +32,9 @@ from vae_torch.figures import (
     traversal_figure,
 )
 from vae_torch.files import write_atomically
-from vae_torch.model import VAE
-from vae_torch.prior import StandardNormal
 from vae_torch.runs.identity import git_commit, versions
 from vae_torch.training.errors import StoppedError
+from vae_torch.vae import VAE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -152,7 +151,7 @@ class Records:
             draw["interpolation"] = lambda: interpolation_figure(vae, x[[0, int(others[0])]])
         if vae.latent_dim == 2:
             draw["manifold"] = lambda: manifold_grid(vae)
-        if isinstance(vae.prior, StandardNormal):
+        if hasattr(vae.prior, "kl_per_dim"):
             draw["kl"] = lambda: kl_figure(vae, x)
         for place, (name, description) in enumerate(_PICTURES.items(), 1):
             if name not in draw:

@@ -27,12 +27,14 @@ from vae_torch.machine import (
     slow_bf16,
     tune_cpu,
 )
-from vae_torch.model import VAE
+from vae_torch.parts.complete import complete
+from vae_torch.parts.registry import load_plugins
 from vae_torch.runs.folders import LOCK
 from vae_torch.runs.identity import refuse_other_code, versions
 from vae_torch.runs.records import Records
 from vae_torch.runs.signals import StopSignals
 from vae_torch.training.loop import train
+from vae_torch.vae import VAE
 
 Callback = Callable[[dict[str, Any], VAE], None]
 
@@ -75,6 +77,8 @@ def run(
         with StopSignals() as signals:
             return run(config, run_dir, callbacks=callbacks, signals=signals)
     check(config)
+    load_plugins(config.plugins)
+    config = complete(config)
     run_dir = Path(run_dir).expanduser()
     run_dir.mkdir(parents=True, exist_ok=True)
     # runs that were killed take a moment to end before they can be resumed

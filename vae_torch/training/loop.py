@@ -19,10 +19,10 @@ from vae_torch.config import (
     check_objective,
     check_optimizer,
 )
-from vae_torch.data import Data, as_loader, batches_in, images_of
+from vae_torch.data import Data, as_batch, as_loader, batches_in
 from vae_torch.evaluate import bound_metrics
-from vae_torch.likelihood import as_images, check_pixels
-from vae_torch.model import VAE
+from vae_torch.images import as_images, check_pixels
+from vae_torch.parts.objectives import Objective, as_objective, draw_noise
 from vae_torch.training.errors import ADVICE, DivergedError, StoppedError
 from vae_torch.training.progress import Metrics, Progress, plain
 from vae_torch.training.schedules import beta_at, lr_factor, samples_at
@@ -33,6 +33,7 @@ from vae_torch.training.step import (
     eager_step,
     make_optimizer,
 )
+from vae_torch.vae import VAE
 
 _DEFAULT_ADAM = OptimizerConfig(name="adam", lr=1e-3, eps=1e-8, schedule="constant")
 
@@ -43,7 +44,7 @@ def train(
     test_loader: Data | None = None,
     *,
     epochs: int = 50,
-    objective: ObjectiveConfig | None = None,
+    objective: ObjectiveConfig | Objective | None = None,
     optimizer: OptimizerConfig | None = None,
     ema: float = 0.0,
     precision: str = "fp32",
@@ -66,7 +67,8 @@ def train(
         test_loader: The same, for validation. Without it there are no `test/...` metrics and no
             `best.pt`: nothing tells which epoch is the best.
         epochs: Passes over the training images.
-        objective: What to minimise; the ELBO when absent.
+        objective: What to minimise; the ELBO when absent. Settings, or any `Objective`: a function
+            of the model, a batch, its noise and the KL's weight that returns a loss for each image.
         optimizer: Adam with a learning rate of 1e-3 when absent.
         ema: Decay per step of averaged weights; they are evaluated, logged and kept in the end.
         precision: `bf16` for autocast matrix products; else tensors and products are fp32, as
@@ -100,8 +102,11 @@ def train(
     weight = next(vae.parameters())
     device, dtype = weight.device, weight.dtype
     batches, tests, steps = _loaders(vae, train_loader, test_loader, epochs, seed)
-    objective = objective or ObjectiveConfig()
-    check_objective(objective, likelihood=vae.likelihood.name, prior=vae.prior.name)
+    asked = objective or ObjectiveConfig()
+    scheduled = asked if isinstance(asked, ObjectiveConfig) else ObjectiveConfig()
+    check_objective(scheduled)
+    minimise = as_objective(asked)
+    scheduled = replace(scheduled, num_samples=getattr(minimise, "num_samples", 1))
     settings = _checked_optimizer(optimizer, steps)
     opt = make_optimizer(vae, settings)
     averaged = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema else None
@@ -109,7 +114,7 @@ def train(
     run = Progress(vae, averaged, opt, batches, seed)
     if checkpoints:
         run.resume(checkpoints)
-    take_step = _step(vae, opt, objective, precision, batches, compile=compile)
+    take_step = _step(vae, opt, minimise, precision, batches, compile=compile)
 
     def lr_at(step: int) -> float:
         done = (run.epoch + step / steps) / epochs if steps else 0.0
@@ -118,28 +123,22 @@ def train(
     bar = StepBar(epochs, steps)
     while run.epoch < epochs:
         began, first = time.perf_counter(), run.step
-        beta = beta_at(objective, run.epoch)
+        beta = beta_at(scheduled, run.epoch)
         beta_tensor = torch.tensor(beta, device=device)  # a float would be compiled every epoch
-        epoch_objective = replace(objective, num_samples=samples_at(objective, run.epoch))
+        samples = samples_at(scheduled, run.epoch)
         run.begin_epoch()
         bar.begin_epoch(run.epoch, run.step)
         try:
-            for batch in batches:
-                x = images_of(batch)  # (B, *shape)
+            for loaded in batches:
+                batch = as_batch(loaded, device, dtype)  # x (B, *shape), y (B,) or None
                 if run.order is None:  # not our loader, which makes no others
-                    check_pixels(as_images(x, vae.input_shape))
-                x = x.to(device, dtype, non_blocking=True)
-                shape = (epoch_objective.num_samples, len(x), vae.latent_dim)
-                eps = torch.randn(shape, generator=run.noise, device=device)  # (K, B, latent_dim)
-                choice = None
-                if objective.resample:
-                    choice = torch.rand(len(x), generator=run.noise, device=device)
-                lr = lr_at(run.step)
-                terms = take_step(x, eps, choice, beta_tensor, lr)
+                    check_pixels(as_images(batch.x, vae.input_shape))
+                noise = draw_noise(minimise, samples, len(batch.x), vae.latent_dim, run.noise)
+                means = take_step(batch, noise, beta_tensor, lr_at(run.step))
                 if averaged:
                     averaged.update_parameters(vae)
 
-                run.count(len(x), terms)
+                run.count(len(batch.x), means)
                 if run.step % 50 == 0 or run.step == steps:
                     bar.show(run.step, run.means()["loss"])
                 if stop and stop():
@@ -151,7 +150,7 @@ def train(
             seconds = time.perf_counter() - began
             metrics: Metrics = {
                 "epoch": run.epoch + 1,
-                **_means(run, evaluated, tests, epoch_objective, beta, stop),
+                **_means(run, evaluated, tests, minimise, samples, beta, stop),
                 "train/beta": beta,
                 "train/lr": lr_at(run.step - 1),
                 "train/images_per_second": sum(run.sizes[first:]) / seconds,
@@ -206,7 +205,7 @@ def _checked_optimizer(optimizer: OptimizerConfig | None, steps: int | None) -> 
 def _step(
     vae: VAE,
     opt: torch.optim.Optimizer,
-    objective: ObjectiveConfig,
+    objective: Objective,
     precision: str,
     batches: Iterable[Any],
     *,
@@ -225,7 +224,8 @@ def _means(
     run: Progress,
     evaluated: VAE,
     tests: Iterable[Any] | None,
-    objective: ObjectiveConfig,
+    objective: Objective,
+    samples: int,
     beta: float,
     stop: Callable[[], bool] | None,
 ) -> Metrics:
@@ -246,7 +246,9 @@ def _means(
         run.refuse_broken_weights()
     else:
         batches = _until(stop, tests)
-        test = bound_metrics(evaluated, batches, objective, beta=beta, seed=run.seed)
+        test = bound_metrics(
+            evaluated, batches, objective, num_samples=samples, beta=beta, seed=run.seed
+        )
     if not math.isfinite(test.get("loss", 0.0)):
         raise DivergedError(
             f"epoch {run.epoch + 1}: the test loss is {test['loss']} after the last step, "

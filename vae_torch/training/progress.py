@@ -12,10 +12,10 @@ from torch.optim.swa_utils import AveragedModel
 
 from vae_torch.checkpoint import CheckpointError, Checkpoints
 from vae_torch.data import EpochBatches, batches_in
-from vae_torch.model import VAE
 from vae_torch.seeds import Stream, mix_seed
 from vae_torch.training.errors import ADVICE, DivergedError
-from vae_torch.training.step import TERMS
+from vae_torch.training.step import Means
+from vae_torch.vae import VAE
 
 Metrics = dict[str, Any]
 
@@ -43,8 +43,10 @@ class Progress:
         self.best = -math.inf
         self.history: dict[str, list[Any]] = {}  # of many numbers an epoch: as arrays
         self.noise = torch.Generator(device)
-        # loss, reconstruction and kl of the epoch's steps: on the device, to be read rarely
-        self.record = torch.zeros(batches_in(loader) or 100, 3, device=device)
+        self.steps = batches_in(loader) or 100
+        # the means of the epoch's steps, (steps, names): on the device, to be read rarely
+        self.names: tuple[str, ...] = ()
+        self.record: Tensor | None = None
         self.sizes: list[int] = []  # images of these steps
 
     def begin_epoch(self) -> None:
@@ -55,11 +57,19 @@ class Progress:
             if self.order:
                 self.order.set_epoch(self.epoch)
 
-    def count(self, images: int, terms: Tensor) -> None:
-        """One step is done, with these means of TERMS."""
+    def count(self, images: int, means: Means) -> None:
+        """One step is done, with these means."""
+        names, values = means
+        if self.record is None or (self.step == 0 and names != self.names):
+            self.names, self.record = names, values.new_zeros(self.steps, len(names))
+        if names != self.names:
+            raise ValueError(
+                f"the objective's metrics were {', '.join(self.names)} and are {', '.join(names)}; "
+                "they must be the same in every step of an epoch"
+            )
         if self.step == len(self.record):  # a loader that did not know its length
             self.record = torch.cat([self.record, torch.zeros_like(self.record)])
-        self.record[self.step] = terms
+        self.record[self.step] = values
         self.sizes.append(images)
         self.step += 1
 
@@ -69,24 +79,21 @@ class Progress:
         Raises:
             DivergedError: A step's loss was NaN or infinite.
         """
+        if self.record is None:
+            return {}
         steps = self.record[: self.step].double().cpu()
         bad = (~steps.isfinite()).any(1).nonzero()
         if len(bad):
             at = int(bad[0])
             now, last = (
-                ", ".join(f"{n} {v:.6g}" for n, v in zip(TERMS, row.tolist(), strict=True))
+                ", ".join(f"{n} {v:.6g}" for n, v in zip(self.names, row.tolist(), strict=True))
                 for row in (steps[at], steps[max(at - 1, 0)])
             )
             before = f" (the step before: {last})" if at else ""
             raise DivergedError(f"epoch {self.epoch + 1}, step {at + 1}: {now}{before}; {ADVICE}")
         sizes = torch.tensor(self.sizes, dtype=torch.float64)
-        loss, reconstruction, kl = ((sizes @ steps) / sizes.sum()).tolist()
-        return {
-            "loss": loss,
-            "elbo": reconstruction - kl,
-            "reconstruction": reconstruction,
-            "kl": kl,
-        }
+        means = ((sizes @ steps) / sizes.sum()).tolist()
+        return with_elbo(dict(zip(self.names, means, strict=True)))
 
     def end_epoch(self, metrics: Metrics) -> bool:
         """Add to the history; whether the test elbo, where there is one, is the best so far."""
@@ -122,6 +129,8 @@ class Progress:
             state["device"] = self.noise.device.type
             state["noise"] = self.noise.get_state()
             state["pixels"] = self.order.pixels() if self.order else None
+            assert self.record is not None
+            state["names"] = list(self.names)
             state["record"] = self.record[: self.step].clone()
             state["sizes"] = self.sizes
         return state
@@ -183,7 +192,11 @@ class Progress:
                     self.step + 1,
                 )
             self.order.set_epoch(self.epoch, skip=self.step, pixels=pixels)
-            self.record[: self.step] = state["record"]
+            had = state["record"]
+            of_older_ones = ("loss", "reconstruction", "kl")
+            self.names = tuple(state.get("names", of_older_ones))
+            self.record = had.new_zeros(max(self.steps, self.step), len(self.names))
+            self.record[: self.step] = had
             self.sizes = state["sizes"]
 
     def _is_of_this_device(self, state: dict[str, Any]) -> bool:
@@ -193,6 +206,14 @@ class Progress:
         if state.get("device", here) != here or state["noise"].shape != own.shape:  # older: no key
             return False
         return pixels is None or state["pixels"] is None or state["pixels"].shape == pixels.shape
+
+
+def with_elbo(means: dict[str, float]) -> dict[str, float]:
+    """The plain bound beside its parts, where both are known: reconstruction - kl."""
+    if not {"reconstruction", "kl"} <= means.keys():
+        return means
+    elbo = {"elbo": means["reconstruction"] - means["kl"]}
+    return {"loss": means["loss"], **elbo, **means}
 
 
 def _compact(value: Any) -> Any:

@@ -12,17 +12,19 @@ from packaging.version import Version
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
-from vae_torch.config import ConfigError, ObjectiveConfig, OptimizerConfig
-from vae_torch.model import VAE
-from vae_torch.objective import objective_terms
+from vae_torch.config import ConfigError, OptimizerConfig
+from vae_torch.images import Batch
+from vae_torch.parts.objectives import Noise, Objective, loss_and_metrics
+from vae_torch.vae import VAE
 
 _log = logging.getLogger("vae_torch")
 
-TERMS = ("loss", "reconstruction", "kl")
+# What a step says about its batch: names, "loss" first, and the mean of each over its images, (n,).
+Means = tuple[tuple[str, ...], Tensor]
 
-# x (B, *shape), eps (K, B, latent_dim), `choice` (B,) or None, the KL's weight (), learning rate
-# -> means of TERMS, (3,)
-Step = Callable[[Tensor, Tensor, Tensor | None, Tensor, float], Tensor]
+# A batch, its noise, the KL's weight () and the learning rate -> means
+Step = Callable[[Batch, Noise, Tensor, float], Means]
+_Update = Callable[[Batch, Noise, Tensor], Means]
 
 
 def make_optimizer(vae: VAE, settings: OptimizerConfig) -> torch.optim.Optimizer:
@@ -39,25 +41,25 @@ def make_optimizer(vae: VAE, settings: OptimizerConfig) -> torch.optim.Optimizer
 
 
 def eager_step(
-    vae: VAE, optimizer: torch.optim.Optimizer, objective: ObjectiveConfig, precision: str
+    vae: VAE, optimizer: torch.optim.Optimizer, objective: Objective, precision: str
 ) -> Step:
     """The step as torch runs it, op by op."""
     update = _eager_update(vae, optimizer, objective, precision)
 
-    def step(x: Tensor, eps: Tensor, choice: Tensor | None, beta: Tensor, lr: float) -> Tensor:
+    def step(batch: Batch, noise: Noise, beta: Tensor, lr: float) -> Means:
         _set_lr(optimizer, lr)
-        return update(x, eps, choice, beta)
+        return update(batch, noise, beta)
 
     return step
 
 
 def _eager_update(
-    vae: VAE, optimizer: torch.optim.Optimizer, objective: ObjectiveConfig, precision: str
-) -> Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]:
+    vae: VAE, optimizer: torch.optim.Optimizer, objective: Objective, precision: str
+) -> _Update:
     """A step whose learning rate is set already."""
 
-    def update(x: Tensor, eps: Tensor, choice: Tensor | None, beta: Tensor) -> Tensor:
-        loss, means = _loss_and_means(vae, x, eps, choice, objective, beta, precision)
+    def update(batch: Batch, noise: Noise, beta: Tensor) -> Means:
+        loss, means = _loss_and_means(vae, batch, noise, objective, beta, precision)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -69,7 +71,7 @@ def _eager_update(
 def captured_step(
     vae: VAE,
     optimizer: torch.optim.Optimizer,
-    objective: ObjectiveConfig,
+    objective: Objective,
     precision: str,
     *,
     batch_size: int | None = None,
@@ -87,23 +89,23 @@ def captured_step(
     steps_before: dict[tuple[int, ...], int] = {}
     failed = False
 
-    def step(x: Tensor, eps: Tensor, choice: Tensor | None, beta: Tensor, lr: float) -> Tensor:
+    def step(batch: Batch, noise: Noise, beta: Tensor, lr: float) -> Means:
         nonlocal batch_size, failed
-        batch_size = batch_size or len(x)
+        batch_size = batch_size or len(batch.x)
         _set_lr(optimizer, lr)
-        if failed or len(x) != batch_size:
-            return update(x, eps, choice, beta)
-        shape = tuple(eps.shape)
+        if failed or len(batch.x) != batch_size:
+            return update(batch, noise, beta)
+        shape = tuple(noise.eps.shape)
         if steps_before.setdefault(shape, 0) < _STEPS_BEFORE_CAPTURE:
             steps_before[shape] += 1
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                means = update(x, eps, choice, beta)
+                means = update(batch, noise, beta)
             torch.cuda.current_stream().wait_stream(side)
             return means
         if shape not in graphs:
             try:
-                graphs[shape] = _Graph(update, (x, eps, choice, beta))
+                graphs[shape] = _Graph(update, batch, noise, beta)
             except Exception as error:  # whatever torch or a network says of it
                 failed = True
                 _log.warning(
@@ -111,8 +113,8 @@ def captured_step(
                     "slower (%s)",
                     str(error).partition("\n")[0],
                 )
-                return update(x, eps, choice, beta)
-        return graphs[shape].replay((x, eps, choice, beta))
+                return update(batch, noise, beta)
+        return graphs[shape].replay(batch, noise, beta)
 
     return step
 
@@ -121,28 +123,34 @@ _STEPS_BEFORE_CAPTURE = 3
 
 
 class _Graph:
-    """A function of tensors as a CUDA graph; its tensors stay where they are."""
+    """An update as a CUDA graph; its tensors stay where they are."""
 
-    def __init__(self, function: Callable[..., Tensor], inputs: tuple[Tensor | None, ...]) -> None:
-        self.inputs = [None if value is None else value.clone() for value in inputs]
+    def __init__(self, update: _Update, batch: Batch, noise: Noise, beta: Tensor) -> None:
+        self.batch, self.noise = Batch(*map(_cloned, batch)), Noise(*map(_cloned, noise))
+        self.beta = beta.clone()
         self.graph = torch.cuda.CUDAGraph()
         # a thread that pins memory for a user's loader may go on meanwhile
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.output = function(*self.inputs)
+            self.means = update(self.batch, self.noise, self.beta)
 
-    def replay(self, inputs: tuple[Tensor | None, ...]) -> Tensor:
-        """The function's value at `inputs`; overwritten by the next call."""
-        for place, value in zip(self.inputs, inputs, strict=True):
+    def replay(self, batch: Batch, noise: Noise, beta: Tensor) -> Means:
+        """The update with these; its means are overwritten by the next call."""
+        places = (*self.batch, *self.noise, self.beta)
+        for place, value in zip(places, (*batch, *noise, beta), strict=True):
             if place is not None and value is not None:
                 place.copy_(value)
         self.graph.replay()
-        return self.output
+        return self.means
+
+
+def _cloned(value: Any) -> Any:
+    return None if value is None else value.clone()
 
 
 def compiled_step(
     vae: VAE,
     optimizer: torch.optim.Optimizer,
-    objective: ObjectiveConfig,
+    objective: Objective,
     precision: str,
     *,
     batch_size: int | None = None,
@@ -161,17 +169,15 @@ def compiled_step(
     eager = eager_step(vae, optimizer, objective, precision)
     device = next(vae.parameters()).device
     lr_now = torch.zeros((), device=device)  # a float would be compiled anew whenever it changes
-    graph: Callable[..., Tensor] | None = None
+    graph: Callable[..., Means] | None = None
     failed = False
 
-    def make_graph() -> Callable[..., Tensor]:
+    def make_graph() -> Callable[..., Means]:
         parameters = [p for p in vae.parameters() if p.requires_grad]
         update = _update(optimizer, parameters)
 
-        def whole(
-            x: Tensor, eps: Tensor, choice: Tensor | None, beta: Tensor, lr: Tensor
-        ) -> Tensor:
-            loss, means = _loss_and_means(vae, x, eps, choice, objective, beta, precision)
+        def whole(batch: Batch, noise: Noise, beta: Tensor, lr: Tensor) -> Means:
+            loss, means = _loss_and_means(vae, batch, noise, objective, beta, precision)
             gradients = torch.autograd.grad(loss, parameters)
             with torch.no_grad():
                 update(gradients, lr)
@@ -185,22 +191,22 @@ def compiled_step(
             "triton.cudagraphs": device.type == "cuda",
         }
         compile_: Callable[..., Any] = torch.compile  # its stubs lack `isolate_recompiles`
-        compiled: Callable[..., Tensor] = compile_(
+        compiled: Callable[..., Means] = compile_(
             whole, dynamic=False, fullgraph=True, isolate_recompiles=True, options=options
         )
         return compiled
 
-    def step(x: Tensor, eps: Tensor, choice: Tensor | None, beta: Tensor, lr: float) -> Tensor:
+    def step(batch: Batch, noise: Noise, beta: Tensor, lr: float) -> Means:
         nonlocal graph, failed, batch_size
-        batch_size = batch_size or len(x)
+        batch_size = batch_size or len(batch.x)
         first = isinstance(optimizer, torch.optim.Adam) and not optimizer.state
-        if failed or first or len(x) != batch_size:
-            return eager(x, eps, choice, beta, lr)
+        if failed or first or len(batch.x) != batch_size:
+            return eager(batch, noise, beta, lr)
         graph = graph or make_graph()
         _set_lr(optimizer, lr)  # for who reads it there
         try:
             with torch._dynamo.config.patch(trace_autograd_ops=True):
-                return graph(x, eps, choice, beta, lr_now.fill_(lr))
+                return graph(batch, noise, beta, lr_now.fill_(lr))
         except torch._dynamo.exc.BackendCompilerFailed as error:  # nothing has been changed by then
             if not isinstance(error.inner_exception, KeyError):  # a full disk, say
                 raise
@@ -210,7 +216,7 @@ def compiled_step(
                 "op by op instead",
                 error.inner_exception,
             )
-            return eager(x, eps, choice, beta, lr)
+            return eager(batch, noise, beta, lr)
 
     return step
 
@@ -229,19 +235,15 @@ def check_can_compile() -> None:
 
 
 def _loss_and_means(
-    vae: VAE,
-    x: Tensor,
-    eps: Tensor,
-    choice: Tensor | None,
-    objective: ObjectiveConfig,
-    beta: Tensor,
-    precision: str,
-) -> tuple[Tensor, Tensor]:
-    """What is minimised, (), and the means of TERMS."""
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        terms = objective_terms(vae, x, eps, objective, beta, choice)
-    means = (terms.loss.detach(), terms.reconstruction.mean(), terms.kl.mean())
-    return terms.loss, torch.stack(means)
+    vae: VAE, batch: Batch, noise: Noise, objective: Objective, beta: Tensor, precision: str
+) -> tuple[Tensor, Means]:
+    """What is minimised, (), and what is recorded of it."""
+    with torch.autocast(batch.x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        losses, metrics = loss_and_metrics(objective, vae, batch, noise, beta)
+        loss = losses.mean()
+    scalars = {name: values for name, values in metrics.items() if values.ndim == 1}
+    means = [loss.detach(), *(values.detach().mean() for values in scalars.values())]
+    return loss, (("loss", *scalars), torch.stack(means))
 
 
 def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

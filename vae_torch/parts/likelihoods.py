@@ -1,15 +1,21 @@
 """log p(x | z) of an image under the decoder's output, summed over pixels, in nats.
 
-Each likelihood reads one decoder output per pixel (called `logits` for all of them) and offers the
-same three methods: `log_prob(x, logits)`; `mean(logits)`, the expected pixel values in [0, 1]; and
-`affine(x, logits)`, which evaluates every image under every decoder output with one matrix product:
-all three log-densities are affine in x (the Gaussian up to a term without z).
+A likelihood is a module:
 
-What an image may look like is decided here too: `as_images` its shape, `check_pixels` its values.
+    @likelihoods.register("mine")
+    class Mine(nn.Module):
+        outputs = 2  # numbers of the decoder for a pixel; left out: 1
+        def __init__(self, *, width: float = 1.0) -> None: ...
+        def log_prob(self, x, params) -> Tensor: ...  # nats per image, (..., B)
+        def mean(self, params) -> Tensor: ...  # expected pixels in [0, 1], (..., *shape)
+
+`params` are (..., *shape), and (..., outputs, *shape) where there are several. One whose log p is
+affine in x has `affine(x, params)` too, which evaluates every image under every decoder output with
+one matrix product. The pixels that it has a density for are [0, 1], or what its `pixels` says.
+`drawn_as` is how the explorer page makes pixels of params, where it can.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,10 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-# The pixels that a likelihood has a density for, unless it says otherwise in `pixels`.
-UNIT_INTERVAL = (0.0, 1.0)
+from vae_torch.images import pair_images
+from vae_torch.parts.registry import Table
+
+likelihoods: "Table[type[nn.Module]]" = Table("likelihood", "likelihood_options")
 
 
+@likelihoods.register("bernoulli")
 class Bernoulli(nn.Module):
     r"""log p(x|z) = Σ_pixels x log σ(l) + (1 - x) log(1 - σ(l)).
 
@@ -28,7 +37,7 @@ class Bernoulli(nn.Module):
     nats, but no normalised density of grey images (see `ContinuousBernoulli`).
     """
 
-    name = "bernoulli"
+    drawn_as = "sigmoid"
 
     def log_prob(self, x: Tensor, logits: Tensor) -> Tensor:
         """Nats per image.
@@ -102,6 +111,7 @@ def _even_part(logits: Tensor) -> Tensor:
     return torch.add(logs.sum(-1), linear, alpha=-0.5)
 
 
+@likelihoods.register("continuous_bernoulli")
 class ContinuousBernoulli(nn.Module):
     r"""The Bernoulli term plus the log-normaliser that makes it a density on [0, 1].
 
@@ -110,7 +120,7 @@ class ContinuousBernoulli(nn.Module):
     is smooth at l = 0 where the paper's form divides 0 by 0.
     """
 
-    name = "continuous_bernoulli"
+    drawn_as = "continuous"
 
     def log_prob(self, x: Tensor, logits: Tensor) -> Tensor:
         """Nats per image: (B, *shape) and (..., B, *shape) -> (..., B)."""
@@ -129,10 +139,12 @@ class ContinuousBernoulli(nn.Module):
         return torch.where(near, 0.5 + logits / 12 - logits**3 / 720, exact).clamp(0, 1)
 
 
+@likelihoods.register("gaussian")
 class Gaussian(nn.Module):
     """N(x; l, σ²) with one learned log-variance for all pixels; nats of density, not of mass."""
 
-    name = "gaussian"
+    drawn_as = "clamp"
+
     pixels = (-math.inf, math.inf)
 
     def __init__(self) -> None:
@@ -159,11 +171,6 @@ class Gaussian(nn.Module):
         return logits.clamp(0, 1)
 
 
-LIKELIHOODS: dict[str, type[Bernoulli | ContinuousBernoulli | Gaussian]] = {
-    kind.name: kind for kind in (Bernoulli, ContinuousBernoulli, Gaussian)
-}
-
-
 def _log_normalizer(logits: Tensor) -> Tensor:
     """log(l / tanh(l / 2)), even in l; its Taylor series near 0, where l/tanh is 0/0."""
     size = logits.abs()
@@ -176,116 +183,8 @@ def _log_normalizer(logits: Tensor) -> Tensor:
     return torch.where(near, series, exact)
 
 
-def as_images(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """Images in the shape that a model reads: (B, *any) -> (B, *shape).
-
-    Args:
-        x: Images, floats.
-        shape: Of one image.
-
-    Raises:
-        ValueError: Another shape (see `check_shape`), or integer pixels.
-    """
-    check_shape(x, shape)
-    _check_floats(x)
-    return x.reshape(len(x), *shape)
-
-
-def check_shape(x: Tensor, shape: Sequence[int]) -> None:
-    """Refuse what holds no images of this shape.
-
-    The shapes must be equal once dimensions of size 1 are dropped, or one of them flat. Whatever
-    else has as many pixels is refused: its channels would become images, or rows of pixels.
-
-    Args:
-        x: (B, *any).
-        shape: Of one image.
-
-    Raises:
-        ValueError: Shows both shapes.
-    """
-    if x.ndim > 1 and _same_image(x.shape[1:], shape):
-        return
-    flat, whole = f"(B, {math.prod(shape)})", f"(B, {', '.join(map(str, shape))})"
-    allowed = f"{flat}, or any shape with as many pixels after B"
-    if len(_without_ones(shape)) > 1:
-        allowed = f"{whole} or {flat}"
-    raise ValueError(f"x has shape {tuple(x.shape)}; this model takes {allowed}")
-
-
-def pair_images(x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Images beside what a decoder made for them: (B, pixels) and (..., B, pixels).
-
-    Args:
-        x: (B, *shape).
-        logits: (..., B, *shape), or either of them flat.
-
-    Raises:
-        ValueError: Images of other shapes, or other numbers of them.
-    """
-    if logits.shape[logits.ndim - x.ndim :] == x.shape:
-        return x.flatten(1), logits.flatten(logits.ndim - x.ndim + 1)
-    places = [  # of B in the shape of logits
-        place
-        for place, size in enumerate(logits.shape[:-1])
-        if x.ndim > 1 and size == len(x) and _same_image(x.shape[1:], logits.shape[place + 1 :])
-    ]
-    if len(places) != 1:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)} and logits {tuple(logits.shape)}; both must hold as "
-            "many images, of one shape, (B, *shape) and (..., B, *shape)"
-        )
-    return x.flatten(1), logits.flatten(places[0] + 1)
-
-
-def check_pixels(x: Tensor, allowed: tuple[float, float] = UNIT_INTERVAL) -> None:
-    """Refuse pixels that are NaN, infinite or out of range.
-
-    Where values cannot be read (torch.func, torch.compile, a CUDA graph, the meta device), nothing
-    is checked.
-
-    Args:
-        x: Pixels, floats.
-        allowed: The lowest and the highest value that a pixel may have.
-
-    Raises:
-        ValueError: Shows the shape and the range of x, or the type where x holds integers.
-    """
-    _check_floats(x)
-    if x.numel() == 0 or not _can_be_read(x):
-        return
-    low, high = torch.stack(x.detach().aminmax()).tolist()
-    if not (math.isfinite(low) and math.isfinite(high) and allowed[0] <= low <= high <= allowed[1]):
-        needed = "in [0, 1] (divide bytes by 255)" if allowed == UNIT_INTERVAL else "and finite"
-        raise ValueError(
-            f"x of shape {tuple(x.shape)} has values from {low:g} to {high:g}; pixels are floats "
-            f"{needed}"
-        )
-
-
-def _check_floats(x: Tensor) -> None:
-    if not x.is_floating_point():
-        raise ValueError(f"x is {x.dtype}; pixels are floats in [0, 1] (divide bytes by 255)")
-
-
-def _same_image(a: Sequence[int], b: Sequence[int]) -> bool:
-    """Whether two shapes are those of one image."""
-    a, b = _without_ones(a), _without_ones(b)
-    return a == b or (math.prod(a) == math.prod(b) and min(len(a), len(b)) < 2)
-
-
-def _without_ones(shape: Sequence[int]) -> tuple[int, ...]:
-    return tuple(n for n in shape if n != 1)
-
-
 def is_transformed(*tensors: Tensor) -> bool:
     """Whether torch.func or forward-mode differentiation looks at these operations."""
     if torch._C._are_functorch_transforms_active():
         return True
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
-
-
-def _can_be_read(x: Tensor) -> bool:
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or x.is_meta:
-        return False
-    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())

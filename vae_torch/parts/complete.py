@@ -1,0 +1,51 @@
+"""A run's settings with every option of its parts, checked by the parts."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from vae_torch.config import Config
+from vae_torch.parts.likelihoods import likelihoods
+from vae_torch.parts.networks import networks
+from vae_torch.parts.objectives import objectives
+from vae_torch.parts.posteriors import posteriors
+from vae_torch.parts.priors import priors
+from vae_torch.parts.registry import Table
+
+
+def complete(config: Config) -> Config:
+    """The same settings, with the options that nobody named at their defaults.
+
+    Raises:
+        ConfigError: A part is not known, or has no such option, or a value is of another type.
+    """
+    model, objective = config.model, config.objective
+    return replace(
+        config,
+        model=replace(model, options=_options(networks, model.name, model.options)),
+        objective=replace(
+            objective, options=_options(objectives, objective.name, objective.options)
+        ),
+        posterior_options=_options(posteriors, config.posterior, config.posterior_options),
+        prior_options=_options(priors, config.prior, config.prior_options),
+        likelihood_options=_options(likelihoods, config.likelihood, config.likelihood_options),
+    )
+
+
+def _options(table: Table[Any], name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """All but those that are settings of their own, where these are not given here too."""
+    options = table.checked(name, given)
+    return {key: value for key, value in options.items() if key in given or key not in SHARED}
+
+
+# Options that are settings with a key of their own.
+SHARED = (
+    "intermediate_dim",
+    "depth",
+    "activation",
+    "components",
+    "num_samples",
+    "free_bits",
+    "estimator",
+    "resample",
+)

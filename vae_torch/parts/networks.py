@@ -1,0 +1,190 @@
+"""Networks: an encoder that makes features of an image, a decoder that makes parameters of z.
+
+A network is a class with two methods, given nothing but shapes:
+
+    @networks.register("mine")
+    class Mine:
+        def __init__(self, *, width: int = 32) -> None: ...
+        def encoder(self, shape) -> nn.Module: ...  # (B, *shape) -> (B, features), any number
+        def decoder(self, latent_dim, shape) -> nn.Module: ...  # (B, latent_dim) -> (B, *shape)
+
+`shape` is (channels, height, width), also where a data set's images are flat and square; where they
+are flat and nothing else, (pixels,). A class whose `flat` is true is given (pixels,) always. The
+encoder's shape has more channels than an image where the model sees labels, the decoder's where the
+likelihood needs several numbers for a pixel. Where `glorot` is true, the model draws the weights as
+Keras does; else they stay as the class has made them.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+from torch import Tensor, nn
+
+from vae_torch.parts.registry import Table
+
+Activation = Literal["relu", "tanh", "silu", "gelu"]
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+}
+
+networks: "Table[type]" = Table("model", "model.options")
+
+
+class Network(Protocol):
+    """What the table holds."""
+
+    def encoder(self, shape: tuple[int, ...]) -> nn.Module:
+        """(B, *shape) -> (B, features)."""
+
+    def decoder(self, latent_dim: int, shape: tuple[int, ...]) -> nn.Module:
+        """(B, latent_dim) -> (B, *shape)."""
+
+
+class Features(nn.Module):
+    """An encoder: (B, *shape) -> (B, features)."""
+
+    def __init__(self, trunk: nn.Module) -> None:
+        super().__init__()
+        self.trunk = trunk
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, *shape) -> (B, features)."""
+        return self.trunk(x)  # type: ignore[no-any-return]
+
+
+class Output(nn.Module):
+    """A decoder: layers, and the one that makes the pixels."""
+
+    def __init__(self, trunk: nn.Module, out: nn.Module) -> None:
+        super().__init__()
+        self.trunk, self.out = trunk, out
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(B, latent_dim) -> (B, *shape)."""
+        return self.out(self.trunk(z))  # type: ignore[no-any-return]
+
+
+@networks.register("mlp")
+class MLP:
+    """Dense layers, as in the notebook."""
+
+    flat = True
+    glorot = True
+
+    def __init__(
+        self, *, intermediate_dim: int = 512, depth: int = 1, activation: Activation = "relu"
+    ) -> None:
+        self.width, self.depth, self.activation = intermediate_dim, depth, activation
+
+    def encoder(self, shape: tuple[int, ...]) -> nn.Module:
+        """(B, pixels) -> (B, intermediate_dim)."""
+        return Features(self.trunk(shape[0]))
+
+    def decoder(self, latent_dim: int, shape: tuple[int, ...]) -> nn.Module:
+        """(B, latent_dim) -> (B, pixels)."""
+        return Output(self.trunk(latent_dim), nn.Linear(self.width, shape[0]))
+
+    def trunk(self, inputs: int) -> nn.Sequential:
+        """(B, inputs) -> (B, intermediate_dim)."""
+        layers: list[nn.Module] = []
+        for fan_in in [inputs] + [self.width] * (self.depth - 1):
+            layers += [nn.Linear(fan_in, self.width), ACTIVATIONS[self.activation]()]
+        return nn.Sequential(*layers)
+
+
+@networks.register("residual")
+class Residual(MLP):
+    """Dense residual blocks."""
+
+    def trunk(self, inputs: int) -> nn.Sequential:
+        """(B, inputs) -> (B, intermediate_dim)."""
+        blocks = [ResidualBlock(self.width, self.activation) for _ in range(self.depth)]
+        return nn.Sequential(nn.Linear(inputs, self.width), *blocks, nn.LayerNorm(self.width))
+
+
+class ResidualBlock(nn.Module):
+    """x + W2 act(W1 norm(x)): He et al., *Identity Mappings in Deep Residual Networks* (2016)."""
+
+    def __init__(self, width: int, activation: str) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.LayerNorm(width),
+            nn.Linear(width, width),
+            ACTIVATIONS[activation](),
+            nn.Linear(width, width),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, width) -> (B, width)."""
+        return x + self.body(x)  # type: ignore[no-any-return]
+
+
+@networks.register("conv")
+class Conv:
+    """Two strided convolutions and a dense layer; the decoder mirrors them."""
+
+    glorot = True
+
+    def __init__(self, *, intermediate_dim: int = 512, activation: Activation = "relu") -> None:
+        self.width, self.activation = intermediate_dim, ACTIVATIONS[activation]
+
+    def encoder(self, shape: tuple[int, ...]) -> nn.Module:
+        """(B, channels, height, width) -> (B, intermediate_dim)."""
+        channels, height, width = _image(shape)
+        act = self.activation
+        return Features(
+            nn.Sequential(
+                nn.Identity(),  # the places of the layers in older checkpoints
+                nn.Conv2d(channels, 32, 4, stride=2, padding=1),  # (B, 32, height/2, width/2)
+                act(),
+                nn.Conv2d(32, 64, 4, stride=2, padding=1),  # (B, 64, height/4, width/4)
+                act(),
+                nn.Flatten(),
+                nn.Linear(64 * (height // 4) * (width // 4), self.width),
+                act(),
+            )
+        )
+
+    def decoder(self, latent_dim: int, shape: tuple[int, ...]) -> nn.Module:
+        """(B, latent_dim) -> (B, channels, height, width)."""
+        channels, height, width = _image(shape)
+        act = self.activation
+        small = (64, height // 4, width // 4)
+        # a pixel more where halving a side has lost one
+        first = (height // 2 % 2, width // 2 % 2)
+        last = (height % 2, width % 2)
+        layers = nn.Sequential(
+            nn.Linear(latent_dim, self.width),
+            act(),
+            nn.Linear(self.width, math.prod(small)),
+            act(),
+            nn.Unflatten(1, small),
+            nn.ConvTranspose2d(64, 32, 4, stride=2, padding=1, output_padding=first),
+            act(),
+            nn.ConvTranspose2d(32, channels, 4, stride=2, padding=1, output_padding=last),
+        )
+        return Output(nn.Identity(), layers)
+
+
+def _image(shape: Sequence[int]) -> tuple[int, int, int]:
+    if len(shape) != 3 or min(shape[1:]) < 4:
+        raise ValueError(
+            f"architecture is 'conv' and an image has shape {tuple(shape)}; it must be (channels, "
+            "height, width), (height, width), or flat and square, with sides of 4 pixels or more"
+        )
+    channels, height, width = shape
+    return channels, height, width
+
+
+def image_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """(channels, height, width) of an image, or (pixels,) of one that is flat and not square."""
+    sides = tuple(n for n in shape if n != 1)
+    if len(sides) == 1:
+        side = math.isqrt(sides[0])
+        return (1, side, side) if side**2 == sides[0] else sides
+    return (1, *sides) if len(sides) == 2 else sides or (1,)

@@ -1,0 +1,149 @@
+"""Priors p(z): the standard normal, a learned mixture of Gaussians, and the VampPrior.
+
+A prior is a module:
+
+    @priors.register("mine")
+    class Mine(nn.Module):
+        def __init__(self, latent_dim: int, *, width: int = 32) -> None: ...
+        def log_prob(self, z) -> Tensor: ...  # (..., latent_dim) -> (...), nats
+        def sample(self, n, generator=None) -> Tensor: ...  # (n, latent_dim)
+
+One with a `kl_per_dim(q)` has a KL in closed form: (B, latent_dim) nats, or None where q is not of
+the kind that it is known for. One with a `see(model)` is given the model that it is part of.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vae_torch.parts.posteriors import DiagonalGaussian, Posterior, gaussian_of
+from vae_torch.parts.registry import Table
+
+priors: "Table[type[nn.Module]]" = Table("prior", "prior_options")
+
+
+class Encodes(Protocol):
+    """What a VampPrior must know of its model."""
+
+    input_shape: tuple[int, ...]
+
+    @property
+    def encode(self) -> Callable[[Tensor], Posterior]:
+        """Images (B, *input_shape) -> q(z|x)."""
+
+
+@priors.register("standard")
+class StandardNormal(nn.Module):
+    """p(z) = N(0, I): nothing to learn, and a KL in closed form."""
+
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__()
+        self.latent_dim = latent_dim
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """(..., latent_dim) -> (...), nats."""
+        return -0.5 * (z**2 + math.log(2 * math.pi)).sum(-1)
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """(n, latent_dim) draws, on the generator's device."""
+        device = generator.device if generator is not None else None
+        return torch.randn(n, self.latent_dim, generator=generator, device=device)
+
+    def kl_per_dim(self, q: Posterior) -> Tensor | None:
+        """KL(q(z|x) || N(0, 1)) of each dimension, (B, latent_dim) nats, for a Gaussian."""
+        return q.kl_per_dim() if isinstance(q, DiagonalGaussian) else None
+
+
+@priors.register("mixture")
+class Mixture(nn.Module):
+    """p(z) = Σ_k w_k N(z; m_k, exp(v_k)) with learned weights, means and log-variances."""
+
+    def __init__(self, latent_dim: int, *, components: int = 500) -> None:
+        super().__init__()
+        self.means = nn.Parameter(torch.randn(components, latent_dim))
+        self.logvars = nn.Parameter(torch.zeros(components, latent_dim))
+        self.log_weights = nn.Parameter(torch.zeros(components))
+
+    def components(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Means (K, latent_dim), log-variances (K, latent_dim), normalised log-weights (K,)."""
+        return self.means, self.logvars, self.log_weights.log_softmax(0)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """(..., latent_dim) -> (...), nats."""
+        return log_mixture(z, *self.components())
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """(n, latent_dim) draws."""
+        return _sample_mixture(n, *self.components(), generator)
+
+
+@priors.register("vamp")
+class VampPrior(nn.Module):
+    """p(z) = 1/K Σ_k q(z | u_k) with learned pseudo-inputs u_k.
+
+    Tomczak and Welling, *VAE with a VampPrior* (AISTATS 2018), equation 9. The pseudo-inputs pass
+    through a sigmoid, so they are images.
+    """
+
+    def __init__(
+        self, latent_dim: int, input_shape: Sequence[int], *, components: int = 500
+    ) -> None:
+        del latent_dim  # the encoder knows it
+        super().__init__()
+        # starts dim and noisy, like the average of many digits
+        self.pseudo_inputs = nn.Parameter(torch.randn(components, *input_shape) - 2)
+        self._model: list[Encodes] = []  # in a list: it is no part of the prior
+
+    def see(self, model: Encodes) -> None:
+        """Whose posteriors these are."""
+        self._model = [model]
+
+    def components(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Means (K, latent_dim), log-variances (K, latent_dim), uniform log-weights (K,).
+
+        Raises:
+            ConfigError: The posterior is no Gaussian.
+        """
+        (model,) = self._model
+        q = gaussian_of(model.encode(torch.sigmoid(self.pseudo_inputs)), "prior=vamp")
+        return *q, q.mean.new_full((len(q.mean),), -math.log(len(q.mean)))
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """(..., latent_dim) -> (...), nats."""
+        return log_mixture(z, *self.components())
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """(n, latent_dim) draws."""
+        return _sample_mixture(n, *self.components(), generator)
+
+
+def log_mixture(z: Tensor, means: Tensor, logvars: Tensor, log_weights: Tensor) -> Tensor:
+    """Log-density of a diagonal Gaussian mixture, without a (..., K, latent_dim) array.
+
+    Σ_d (z_d - m_kd)² / s_kd² is expanded into two matrix products. Its three terms cancel, the more
+    the narrower a component is, so they are computed in double.
+    """
+    precision = torch.exp(-logvars).double()  # (K, latent_dim)
+    wide, centers = z.double(), means.double()
+    square = (
+        (wide**2) @ precision.T
+        - 2 * wide @ (centers * precision).T
+        + (centers**2 * precision).sum(-1)
+    ).to(z.dtype)  # (..., K)
+    constant = logvars.sum(-1) + math.log(2 * math.pi) * means.shape[-1]
+    return torch.logsumexp(log_weights - 0.5 * (square + constant), -1)
+
+
+def _sample_mixture(
+    n: int,
+    means: Tensor,
+    logvars: Tensor,
+    log_weights: Tensor,
+    generator: torch.Generator | None,
+) -> Tensor:
+    chosen = torch.multinomial(log_weights.exp(), n, replacement=True, generator=generator)
+    noise = torch.randn(n, means.shape[-1], generator=generator, device=means.device)
+    return means[chosen] + torch.exp(0.5 * logvars[chosen]) * noise

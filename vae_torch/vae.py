@@ -1,0 +1,456 @@
+"""The VAE: its five parts joined.
+
+x (B, *input_shape) --encoder--> features --posterior--> q(z|x) --> z (B, latent_dim)
+z --decoder--> the likelihood's parameters, for Bernoulli pixels logits (B, *input_shape)
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vae_torch.config import Config
+from vae_torch.images import UNIT_INTERVAL, as_images, check_pixels
+from vae_torch.parts.likelihoods import likelihoods
+from vae_torch.parts.networks import Network, image_shape, networks
+from vae_torch.parts.posteriors import DiagonalGaussian, Posterior, posteriors, reparameterize
+from vae_torch.parts.priors import priors
+
+
+class VAEOutput(NamedTuple):
+    """What one forward pass knows."""
+
+    logits: Tensor  # (B, *input_shape), or (B, outputs, *input_shape)
+    mean: Tensor  # (B, latent_dim)
+    logvar: Tensor | None  # (B, latent_dim); None where q(z|x) is no Gaussian
+    z: Tensor  # (B, latent_dim)
+
+
+class Encoder(nn.Module):
+    """The notebook's encoder alone: features of a network, then a Gaussian's two heads.
+
+    Args:
+        input_shape: Shape of one image.
+        latent_dim: Dimensions of z.
+        intermediate_dim: Units of a hidden layer.
+        architecture: `mlp`, `residual` or `conv`.
+        depth: Hidden layers (mlp) or blocks (residual).
+        activation: `relu`, `tanh`, `silu` or `gelu`.
+    """
+
+    def __init__(
+        self,
+        input_shape: Sequence[int] = (784,),
+        latent_dim: int = 2,
+        intermediate_dim: int = 512,
+        *,
+        architecture: str = "mlp",
+        depth: int = 1,
+        activation: str = "relu",
+    ) -> None:
+        super().__init__()
+        network = _network(architecture, intermediate_dim, depth, activation, {})
+        self.shape = _shape_for(network, input_shape)
+        self.network = network.encoder(self.shape)
+        features = _features(self.network, self.shape)
+        self.posterior = posteriors.build(
+            "gaussian", {}, context={"features": features, "latent_dim": latent_dim}
+        )
+
+    def forward(self, x: Tensor) -> DiagonalGaussian:
+        """(B, *shape) -> mean (B, latent_dim), logvar (B, latent_dim)."""
+        return self.posterior(self.network(x.reshape(len(x), *self.shape)))  # type: ignore[no-any-return]
+
+
+class Decoder(nn.Module):
+    """The notebook's decoder alone: one output per pixel, before any sigmoid; see `Encoder`."""
+
+    def __init__(
+        self,
+        output_shape: Sequence[int] = (784,),
+        latent_dim: int = 2,
+        intermediate_dim: int = 512,
+        *,
+        architecture: str = "mlp",
+        depth: int = 1,
+        activation: str = "relu",
+    ) -> None:
+        super().__init__()
+        self.output_shape = tuple(output_shape)
+        network = _network(architecture, intermediate_dim, depth, activation, {})
+        self.network = network.decoder(latent_dim, _shape_for(network, output_shape))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(..., latent_dim) -> (..., *output_shape)."""
+        return _decoded(self.network, z, self.output_shape)
+
+
+class VAE(nn.Module):
+    """A variational autoencoder; its first three arguments are the Keras notebook's.
+
+    Kernels start Glorot-uniform and biases at zero, as in Keras; modules that are passed in keep
+    the weights that they have.
+
+    Args:
+        input_shape: Shape of one image: (784,), (1, 28, 28), or (3, 32, 32): channels, height and
+            width. A flat image is taken for a square and grey one by networks that need its sides.
+        latent_dim: Dimensions of z.
+        intermediate_dim: Units of a hidden layer.
+        architecture: `mlp`, `residual`, `conv`, or a network of your own: see `parts.networks`.
+        depth: Hidden layers (mlp) or blocks (residual) on each side.
+        activation: `relu`, `tanh`, `silu` or `gelu`.
+        posterior: `gaussian`, `flow`, one of your own, or a module: see `parts.posteriors`.
+        likelihood: `bernoulli`, `continuous_bernoulli`, `gaussian`, `discretized_logistic`, one of
+            your own, or a module: see `parts.likelihoods`.
+        prior: `standard`, `mixture`, `vamp`, `flow`, one of your own, or a module: see
+            `parts.priors`.
+        prior_components: Components of the mixture or VampPrior.
+        encoder: A module instead of the architecture's: (B, *shape) -> (B, features).
+        decoder: The same: (B, latent_dim) -> (B, *shape), or as many numbers more as the likelihood
+            has outputs for a pixel.
+        model_options: Options of an architecture of your own.
+        posterior_options: Options of the posterior.
+        likelihood_options: Options of the likelihood.
+        prior_options: Options of the prior.
+
+    Raises:
+        ValueError: A size below 1, a name that is none of the above, an option that a part has not,
+            or modules that do not fit the shape.
+
+    Example:
+        >>> vae = VAE(latent_dim=2)
+        >>> vae(torch.rand(8, 784)).logits.shape
+        torch.Size([8, 784])
+    """
+
+    def __init__(
+        self,
+        input_shape: Sequence[int] = (784,),
+        latent_dim: int = 2,
+        intermediate_dim: int = 512,
+        *,
+        architecture: str = "mlp",
+        depth: int = 1,
+        activation: str = "relu",
+        posterior: str | nn.Module = "gaussian",
+        likelihood: str | nn.Module = "bernoulli",
+        prior: str | nn.Module = "standard",
+        prior_components: int = 500,
+        encoder: nn.Module | None = None,
+        decoder: nn.Module | None = None,
+        model_options: Mapping[str, Any] | None = None,
+        posterior_options: Mapping[str, Any] | None = None,
+        likelihood_options: Mapping[str, Any] | None = None,
+        prior_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.input_shape = tuple(input_shape)
+        self.latent_dim = latent_dim
+        self.intermediate_dim = intermediate_dim
+        # modules whose methods their contracts name, which nn.Module does not know
+        self.encoder: Any
+        self.posterior: Any
+        self.decoder: Any
+        self.likelihood: Any
+        self.prior: Any
+        sizes = {
+            "latent_dim": latent_dim,
+            "intermediate_dim": intermediate_dim,
+            "depth": depth,
+            "prior_components": prior_components,
+            **{f"input_shape[{i}]": size for i, size in enumerate(self.input_shape)},
+        }
+        for argument, size in sizes.items():
+            if size < 1 or size != int(size):
+                raise ValueError(f"{argument} is {size}; it must be a whole number, 1 or more")
+
+        network = _network(architecture, intermediate_dim, depth, activation, model_options or {})
+        if isinstance(likelihood, str):
+            likelihood = likelihoods.build(likelihood, likelihood_options or {})
+        self.outputs: int = getattr(likelihood, "outputs", 1)
+        # each part in the order in which its weights are drawn
+        self._shape = _shape_for(network, self.input_shape)
+        if encoder:
+            self._shape = image_shape(self.input_shape)
+        self.encoder = encoder or network.encoder(self._shape)
+        if isinstance(posterior, str):
+            context = {"features": _features(self.encoder, self._shape), "latent_dim": latent_dim}
+            posterior = posteriors.build(posterior, posterior_options or {}, context=context)
+        self.posterior = posterior
+        channels, *sides = _shape_for(network, self.input_shape)
+        self.decoder = decoder or network.decoder(latent_dim, (self.outputs * channels, *sides))
+        self.likelihood = likelihood
+        if isinstance(prior, str):
+            prior = priors.build(
+                prior,
+                prior_options or {},
+                shared={"components": (prior_components, prior_components)},
+                context={"latent_dim": latent_dim, "input_shape": self.input_shape},
+            )
+        self.prior = prior
+        if see := getattr(self.prior, "see", None):
+            see(self)
+        self._start_as_keras(network, own=(encoder is not None, decoder is not None))
+        self._check_decoder()
+
+    @classmethod
+    def from_config(cls, config: Config, input_shape: Sequence[int] = (784,)) -> "VAE":
+        """The model that a run's config describes, with fresh weights."""
+        return cls(
+            input_shape,
+            config.model.latent_dim,
+            config.model.intermediate_dim,
+            architecture=config.model.name,
+            depth=config.model.depth,
+            activation=config.model.activation,
+            posterior=config.posterior,
+            likelihood=config.likelihood,
+            prior=config.prior,
+            prior_components=config.prior_components,
+            model_options=config.model.options,
+            posterior_options=config.posterior_options,
+            likelihood_options=config.likelihood_options,
+            prior_options=config.prior_options,
+        )
+
+    @classmethod
+    def from_keras_weights(cls, weights: Sequence[Any]) -> "VAE":
+        """The notebook's trained model in torch.
+
+        Args:
+            weights: The ten arrays of `encoder.get_weights() + decoder.get_weights()`: kernel (in,
+                out) and bias (out,) of the encoder's hidden layer, z_mean, z_log_var, the decoder's
+                hidden layer and its output layer.
+
+        Raises:
+            ValueError: Not ten arrays, or shapes that do not chain.
+        """
+        arrays = [torch.tensor(w, dtype=torch.float32) for w in weights]
+        if len(arrays) != 10:
+            raise ValueError(f"got {len(arrays)} arrays; the notebook's two models have ten")
+        kernel_shapes = [tuple(a.shape) for a in arrays[::2]]
+        if any(len(shape) != 2 for shape in kernel_shapes):
+            raise ValueError(f"kernels have shapes {kernel_shapes}; each must be (in, out)")
+        (pixels, hidden), (_, latent_dim) = kernel_shapes[:2]
+        vae = cls((pixels,), latent_dim, hidden)
+        layers = [m for m in vae.modules() if isinstance(m, nn.Linear)]  # in Keras' order
+        with torch.no_grad():
+            for layer, kernel, bias in zip(layers, arrays[::2], arrays[1::2], strict=True):
+                if kernel.T.shape != layer.weight.shape or bias.shape != layer.bias.shape:
+                    raise ValueError(
+                        f"a kernel of shape {tuple(kernel.shape)} and bias {tuple(bias.shape)} "
+                        f"stand where {tuple(layer.weight.T.shape)} and {tuple(layer.bias.shape)} "
+                        f"belong in a {pixels}-{hidden}-{latent_dim}-{hidden}-{pixels} model"
+                    )
+                layer.weight.copy_(kernel.T)
+                layer.bias.copy_(bias)
+        return vae
+
+    @torch.no_grad()
+    def init_output_bias(self, mean_image: Tensor) -> None:
+        """Start an untrained decoder at the mean image; for Bernoulli pixels.
+
+        The output bias becomes that image's logit, as in the code of Burda et al. (2016). Otherwise
+        the first steps go into the mean image, and latents that help little with it are shut.
+
+        Args:
+            mean_image: Of the training images: as many values in [0, 1] as an image has pixels.
+
+        Raises:
+            ValueError: Another number of pixels, values outside [0, 1], or a decoder that ends in
+                no linear layer.
+        """
+        if not isinstance(self.decoder.out, nn.Linear):
+            raise ValueError("the decoder has no bias per pixel; use architecture mlp or residual")
+        pixels = self.decoder.out.bias.numel()
+        if mean_image.numel() != pixels:
+            raise ValueError(f"mean_image has {mean_image.numel()} pixels, an image {pixels}")
+        check_pixels(mean_image)
+        logits = torch.logit(mean_image.clamp(0.001, 0.999))
+        self.decoder.out.bias.copy_(logits.flatten())
+
+    def encode(self, x: Tensor) -> Any:
+        """q(z|x), by default a Gaussian: `mean, logvar = vae.encode(x)`.
+
+        Args:
+            x: (B, *input_shape) or (B, pixels) in [0, 1]; (B, *any) with as many pixels where
+                `input_shape` is flat. Every training step comes through here, so the values are not
+                looked at: see `check`.
+
+        Returns:
+            A `Posterior`; for a Gaussian a pair of mean and logvar, (B, latent_dim) each.
+
+        Raises:
+            ValueError: Another shape, or integer pixels.
+        """
+        x = as_images(x, self.input_shape)
+        return self.posterior(self.encoder(x.reshape(len(x), *self._shape)))
+
+    def check(self, x: Tensor) -> Tensor:
+        """Images from outside in this model's shape and type, after a look at their values.
+
+        Args:
+            x: (B, *input_shape) or (B, pixels); (B, *any) with as many pixels where `input_shape`
+                is flat.
+
+        Returns:
+            (B, *input_shape), in the type of the weights.
+
+        Raises:
+            ValueError: Another shape, integer pixels, or pixels that the likelihood has no density
+                for: outside [0, 1], for a Gaussian NaN or infinite.
+        """
+        x = as_images(x, self.input_shape)
+        check_pixels(x, getattr(self.likelihood, "pixels", UNIT_INTERVAL))
+        return x.to(next(self.parameters()).dtype)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """The likelihood's parameters: (..., latent_dim) -> (..., *input_shape).
+
+        For Bernoulli pixels these are logits. A likelihood with several outputs for a pixel has
+        (..., outputs, *input_shape).
+
+        Raises:
+            ValueError: The last dimension of z is not `latent_dim`, or z holds integers.
+        """
+        if z.ndim < 1 or z.shape[-1] != self.latent_dim:
+            raise ValueError(f"z has shape {tuple(z.shape)}; it must end in {self.latent_dim}")
+        if not z.is_floating_point():
+            raise ValueError(f"z is {z.dtype}; latents are floats")
+        outputs = (self.outputs,) if self.outputs > 1 else ()
+        return _decoded(self.decoder, z, (*outputs, *self.input_shape))
+
+    def forward(
+        self, x: Tensor, *, eps: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> VAEOutput:
+        """Encode, draw z, decode. `eps` or `generator` fix the draw; see `reparameterize`."""
+        q = self.encode(x)
+        if isinstance(q, DiagonalGaussian):
+            z = reparameterize(*q, eps=eps, generator=generator)
+            return VAEOutput(self.decode(z), *q, z)
+        if eps is None:
+            eps = torch.randn(q.mean.shape, generator=generator, device=x.device, dtype=x.dtype)
+        z = q.rsample(eps)
+        return VAEOutput(self.decode(z), q.mean, None, z)
+
+    def log_prior(self, z: Tensor) -> Tensor:
+        """Log-density of the prior, in nats: (..., latent_dim) -> (...)."""
+        return self.prior.log_prob(z)  # type: ignore[no-any-return]
+
+    def kl_per_dim(self, q: Posterior) -> Tensor | None:
+        """KL(q(z|x) || p(z)) of each dimension, (B, latent_dim) nats, where it has a closed form.
+
+        Kingma and Welling (2013), appendix B: for a Gaussian posterior and the standard prior.
+        """
+        closed_form = getattr(self.prior, "kl_per_dim", None)
+        return closed_form(q) if closed_form else None
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Expected pixels at the posterior mean: (B, *shape) -> (B, *input_shape) in [0, 1].
+
+        Raises:
+            ValueError: Images of another shape, or pixels outside [0, 1].
+        """
+        x = self.check(x)
+        check_pixels(x)  # a Gaussian's too: what it draws is held inside [0, 1]
+        return self.likelihood.mean(self.decode(self.encode(x).mean))  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """Expected pixels of n draws from the prior: (n, *input_shape) in [0, 1].
+
+        Raises:
+            ValueError: n is below 1.
+        """
+        if n < 1:
+            raise ValueError(f"n is {n}; it must be 1 or more")
+        weight = next(self.parameters())
+        z = self.prior.sample(n, generator)
+        return self.likelihood.mean(self.decode(z.to(weight)))  # type: ignore[no-any-return]
+
+    def _start_as_keras(self, network: Network, *, own: tuple[bool, bool]) -> None:
+        """Draw the weights of those parts that start as in Keras, in one order."""
+        parts = [self.encoder, self.posterior, self.decoder]
+        theirs = getattr(network, "glorot", False)
+        start = (
+            theirs and not own[0],
+            getattr(self.posterior, "glorot", False),
+            theirs and not own[1],
+        )
+        for part, wanted in zip(parts, start, strict=True):
+            if wanted:
+                part.apply(_keras_init)
+
+    def _check_decoder(self) -> None:
+        """Whether it gives as many numbers as the likelihood needs: on one latent, in eval mode."""
+        shape = (*((self.outputs,) if self.outputs > 1 else ()), *self.input_shape)
+        made = _one(self.decoder, (self.latent_dim,), "decoder")
+        if made.numel() != math.prod(shape):
+            raise ValueError(
+                f"decoder gives {tuple(made.shape[1:])} for an image; it must give "
+                f"{math.prod(shape)} numbers, {shape}"
+            )
+
+
+def _network(
+    name: str, width: int, depth: int, activation: str, options: Mapping[str, Any]
+) -> Network:
+    shared = {
+        "intermediate_dim": (width, 512),
+        "depth": (depth, 1),
+        "activation": (activation, "relu"),
+    }
+    return networks.build(name, options, shared=shared)  # type: ignore[no-any-return]
+
+
+def _shape_for(network: Network, shape: Sequence[int]) -> tuple[int, ...]:
+    """What a network is told of the shape of an image."""
+    return (math.prod(shape),) if getattr(network, "flat", False) else image_shape(shape)
+
+
+def _features(encoder: nn.Module, shape: Sequence[int]) -> int:
+    """How many features an encoder gives.
+
+    Raises:
+        ValueError: It takes no images of this shape, or gives no (B, features).
+    """
+    features = _one(encoder, shape, "encoder")
+    if features.ndim != 2:
+        raise ValueError(
+            f"encoder gives {tuple(features.shape)} for one image; it must be (1, features)"
+        )
+    return features.shape[1]
+
+
+@torch.no_grad()
+def _one(module: nn.Module, shape: Sequence[int], name: str) -> Tensor:
+    """What a module makes of one input of zeros; it stays in the mode that it is in."""
+    like = next(module.parameters(), torch.zeros(()))
+    training = module.training
+    module.eval()
+    try:
+        made = module(torch.zeros(1, *shape, dtype=like.dtype, device=like.device))
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{name} does not take {tuple(shape)}: {reason}") from None
+    finally:
+        module.train(training)
+    if not isinstance(made, Tensor):
+        raise ValueError(f"{name} gives a {type(made).__name__}; it must give one tensor")
+    return made
+
+
+def _decoded(decoder: nn.Module, z: Tensor, shape: Sequence[int]) -> Tensor:
+    """A decoder's output for z with any leading dimensions, in the type of z."""
+    out = decoder(z.reshape(-1, z.shape[-1]))
+    return out.to(z.dtype).reshape(*z.shape[:-1], *shape)  # type: ignore[no-any-return]
+
+
+def _keras_init(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
