@@ -33,7 +33,7 @@ from vae_torch.evaluate import (
     posterior_elbo,
     verdict,
 )
-from vae_torch.parts.likelihoods import LIKELIHOODS
+from vae_torch.parts.likelihoods import likelihoods
 from vae_torch.parts.priors import Mixture
 from vae_torch.quadrature import QuadratureError, exact_log_px
 
@@ -113,7 +113,7 @@ def test_integral_finds_what_the_encoder_does_not_know_of():
 def test_integral_finds_a_far_mode_of_the_prior(place, deviation):
     """p(z) = ½ N(0, 0.3²) + ½ N(place, deviation²) in the first of two dimensions."""
     vae, _ = linear_gaussian(2)
-    prior = Mixture(2, 2).double()
+    prior = Mixture(2, components=2).double()
     prior.means.data = torch.tensor([[0.0, 0.0], [place, 0.0]]).double()
     prior.logvars.data = torch.tensor([[0.3, 0.3], [deviation, deviation]]).double().log() * 2
     vae.prior = prior
@@ -564,7 +564,7 @@ def test_images_weigh_the_same_in_batches_of_any_size(trained):
 def test_a_learned_priors_scale_is_no_collapse(collapsed):
     """Latents in units so small that Burda's 0.01 would call all of them inactive."""
     vae, x = linear_gaussian(2)
-    vae.prior = Mixture(2, 1).double()
+    vae.prior = Mixture(2, components=1).double()
     with torch.no_grad():
         vae.prior.means.zero_()
         vae.prior.logvars.fill_(2 * math.log(0.05))
@@ -665,7 +665,7 @@ def test_components_of_the_prior_may_be_wide(logvar):
     x = torch.rand(5, PIXELS)
     usual, wide = (vamp_with_components_of(v) for v in (12.0, logvar))
     for vae in (usual, wide):  # log p(x|z) = -½ |z|² / 2 + a constant, about: a bump at 0
-        vae.likelihood = LIKELIHOODS["gaussian"]()
+        vae.likelihood = likelihoods["gaussian"]()
         vae.decoder.trunk = nn.Identity()
         vae.decoder.out = nn.Linear(2, PIXELS)
         vae.decoder.out.weight.data = 0.5 * torch.linalg.qr(torch.randn(PIXELS, 2))[0]
@@ -703,7 +703,7 @@ def test_integrals_that_need_too_much_are_refused_before_they_take_it(monkeypatc
 def test_an_integral_over_nan_is_refused():
     for part, words in (("encoder", "posteriors"), ("decoder", "model's weights")):
         vae, x = linear_gaussian(2)
-        (vae.encoder.mean if part == "encoder" else vae.decoder.out).bias.data[0] = math.nan
+        (vae.posterior.mean if part == "encoder" else vae.decoder.out).bias.data[0] = math.nan
         with pytest.raises(QuadratureError, match=words):
             exact_log_px(vae, x)
     vae, x = linear_gaussian(2)
@@ -718,7 +718,7 @@ def test_the_integral_takes_a_prior_of_ones_own():
     class Narrow(nn.Module):
         name = "narrow"
 
-        def log_prob(self, z, _):
+        def log_prob(self, z):
             return torch.distributions.Normal(0.0, 0.5).log_prob(z).sum(-1)
 
     vae.prior = Narrow()

@@ -271,8 +271,11 @@ def test_explore_refuses_a_model_that_it_cannot_draw(made_up_root, tmp_path):
     assert done.returncode == 0, done.stderr
     script = f"""if True:
         import runpy, sys
-        from vae_torch.parts.likelihoods import Bernoulli
-        Bernoulli.mean = lambda self, logits: 0 * logits
+        from vae_torch.parts.likelihoods import Bernoulli, likelihoods
+        class Dark(Bernoulli):
+            def mean(self, logits):
+                return 0 * logits
+        likelihoods._parts["bernoulli"] = Dark
         sys.argv = ["explore.py", "run={run_dir}"]
         sys.path.insert(0, "scripts")
         runpy.run_path("scripts/explore.py", run_name="__main__")
