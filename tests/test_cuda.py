@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-from tests.test_scripts import run_script
+from tests.command_lines import run_script
 from vae_torch import VAE, ObjectiveConfig, mnist_loaders, train
 from vae_torch.checkpoint import Checkpoints
 from vae_torch.config import ConfigError, OptimizerConfig
