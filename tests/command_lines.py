@@ -7,6 +7,7 @@ to torch. Where a test is about the start itself, it takes a Python of its own.
 
 import atexit
 import functools
+import gc
 import importlib
 import json
 import os
@@ -264,6 +265,8 @@ def _do_what_is_slow_the_first_time():
     importlib.import_module("vae_torch.cli.compose").compose()  # Hydra's parsers learn
     importlib.import_module("vae_torch.runs.identity").code_hash()
     warnings.simplefilter("error", UserWarning)
+    gc.collect()
+    gc.freeze()  # what no child will free is not looked at again in each of them
 
 
 if __name__ == "__main__":
