@@ -759,7 +759,8 @@ def test_estimators_refuse_images_of_another_shape(small_vae, call):
 
 def test_a_card_of_images_in_every_form_is_the_same(trained):
     vae, train_loader, test_loader = trained
-    x, y = (torch.cat(parts) for parts in zip(*test_loader, strict=True))
+    x, y = (torch.cat(parts)[:40] for parts in zip(*test_loader, strict=True))
+    test_loader = [(x[:30], y[:30]), (x[30:], y[30:])]
     expected = card_of(vae, test_loader)
     for data in (x, x.numpy(), [x], [[x]], [(x, y, "more")], (255 * x).round().to(torch.uint8)):
         card = card_of(vae, data)

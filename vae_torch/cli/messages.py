@@ -62,7 +62,7 @@ def tell_interrupts() -> None:
         if issubclass(kind, KeyboardInterrupt):
             print(f"{program()}: interrupted", file=sys.stderr, flush=True)
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGINT)  # a shell sees why, and stops its own loop too
+            signal.raise_signal(signal.SIGINT)  # a shell sees why, and stops its own loop too
         sys.__excepthook__(kind, error, trace)
 
     sys.excepthook = end
