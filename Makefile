@@ -6,11 +6,11 @@ READY  := $(VENV)/.ready
 ARGS   ?=
 
 # `make train model.latent_dim=8` works: what is no variable of this file is a setting.
-SETTINGS = $(filter-out PYTHON=% VENV=% ARGS=% RUN=%,$(MAKEOVERRIDES)) $(ARGS)
+SETTINGS = $(filter-out PYTHON=% VENV=% ARGS=% RUN=% MATRIX=%,$(MAKEOVERRIDES)) $(ARGS)
 # The run to look at: the newest finished one, or RUN=DIR.
 RUN = $(patsubst %/summary.json,%,$(firstword $(shell ls -t outputs/*/*/summary.json 2>/dev/null)))
 
-.PHONY: help install train evaluate explore test test-all lint format clean
+.PHONY: help install train evaluate explore test test-all test-matrix lint format clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,6 +41,18 @@ test: $(READY)   ## the test-suite
 test-all: $(READY) ## everything, the long campaigns included
 	$(BIN)/python -m pytest -q -n auto -m "slow or not slow" $(ARGS)
 
+# Needs uv and the network. MATRIX="3.13-lowest" runs one of them.
+MATRIX ?= $(foreach python,3.11 3.12 3.13,$(python)-lowest $(python)-newest)
+test-matrix:     ## the suite for Python 3.11 to 3.13, with the lowest and the newest dependencies
+	@command -v uv >/dev/null || { echo "uv not found: pip install uv" >&2; exit 2; }
+	@failed=; for each in $(MATRIX); do \
+	  python=$${each%-*}; case $$each in *-lowest) how=lowest-direct;; *) how=highest;; esac; \
+	  here=.matrix/$$each; echo "== Python $$python, $${each#*-} dependencies"; \
+	  uv venv --quiet --clear --python $$python $$here && \
+	  uv pip install --quiet --python $$here/bin/python --resolution $$how --editable ".[dev]" && \
+	  $$here/bin/python -m pytest -q -n auto $(ARGS) || failed="$$failed $$each"; \
+	done; test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
+
 lint: $(READY)   ## ruff (lint and format) and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,4 +63,4 @@ format: $(READY) ## rewrite the code in the project's format
 	$(BIN)/ruff format .
 
 clean:           ## remove the environment and caches, keep data/ and outputs/
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .matrix build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,23 +1,49 @@
-"""Runs many command lines in one interpreter that has imported the slow libraries once.
+"""Starts many command lines from one interpreter that has imported the slow libraries once.
 
-`python -m tests.command_lines` reads requests from stdin, one JSON object a line, and answers with
-one JSON object a line. Each command line runs in a forked process of its own, so none sees what
-another has done to Hydra, to logging or to torch.
+`python -m tests.command_lines` is that interpreter. It forks a process for each command line, which
+is therefore there in milliseconds and sees nothing of what another has done to Hydra, to logging or
+to torch. Where a test is about the start itself, it takes a Python of its own.
 """
 
+import atexit
+import functools
+import gc
+import importlib
 import json
 import os
+import resource
 import runpy
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
-import traceback
+import threading
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 from tests.moments import kill_at
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+REPOSITORY = Path(__file__).parent.parent
+SCRIPTS = REPOSITORY / "scripts"
+
+SLOW = (
+    "hydra",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.pyplot",
+    "PIL.GifImagePlugin",
+    "torch._dynamo",  # by the first optimiser
+    "torch.utils.tensorboard",
+    "torchvision",
+    "vae_torch.cli.train",
+    "vae_torch.cli.hooks",
+    "vae_torch.evaluate",
+    "vae_torch.explorer",
+    "vae_torch.runs.run",
+    "vae_torch.runs.summary",
+)
+_LONGEST = 1 << 16  # bytes of a request
 
 
 class Ended(NamedTuple):
@@ -28,79 +54,221 @@ class Ended(NamedTuple):
     error: str
 
 
+class Started:
+    """A command line that runs, or ran: what `subprocess.Popen` is to a process of one's own."""
+
+    def __init__(self, server, pid, out, error):
+        self.pid, self.stdout, self.stderr = pid, out, error
+        self.status, self.seconds = None, None  # once it has ended; the processor's seconds
+        self._server = server
+
+    def wait_for(self, beginning):
+        """Read its output until a line begins so."""
+        for line in self.stdout:
+            if line.startswith(beginning):
+                return line
+        raise AssertionError(f"no {beginning!r}: {self.end()}")
+
+    def send_signal(self, number):
+        """Unless it has ended."""
+        if not self.has_ended():
+            os.kill(self.pid, number)
+
+    def has_ended(self):
+        """Without waiting for it."""
+        return self._ask(wait=False)
+
+    def end(self):
+        """Wait for its end; the output that was not read yet."""
+        out = self.stdout.read()
+        self._ask(wait=True)
+        self.stderr.seek(0)
+        return Ended(self.status, out, self.stderr.read())
+
+    def _ask(self, *, wait):
+        if self.status is None:
+            self.status, self.seconds = self._server.ask({"pid": self.pid, "wait": wait})
+        return self.status is not None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        """Nothing is left of it."""
+        self.send_signal(signal.SIGKILL)
+        self._ask(wait=True)
+        self.stdout.close()
+        self.stderr.close()
+
+
 class CommandLines:
-    """The other side of the pipe."""
+    """The other side of the socket."""
 
     def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.command_lines"],
-            cwd=SCRIPTS.parent,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.command_lines", str(theirs.fileno())],
+                cwd=REPOSITORY,
+                pass_fds=[theirs.fileno()],
+            )
 
-    def run(self, script: str, *arguments: str, cwd: Path = SCRIPTS.parent, killed=None):
-        """One command line; `killed` are the arguments of `kill_at`."""
-        request = {"script": script, "arguments": arguments, "cwd": str(cwd), "killed": killed}
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return Ended(**json.loads(self.process.stdout.readline()))
+    def ask(self, request, files=()):
+        """The server's answer."""
+        socket.send_fds(self._socket, [json.dumps(request).encode()], files)
+        return json.loads(self._socket.recv(_LONGEST))
+
+    def start(
+        self, script, *arguments, cwd=REPOSITORY, env=None, killed=None, before=None, group=False,
+        largest_file=None,
+    ):  # fmt: skip
+        """Start a command line.
+
+        Args:
+            script: Its name in scripts/, or any file's path.
+            arguments: Of the script.
+            cwd: Its working folder.
+            env: More environment variables; None takes one away.
+            killed: The arguments of `kill_at`.
+            before: `module:function` and its arguments, called in the process before the script.
+            group: It leads a process group of its own, which a test can send a signal.
+            largest_file: In bytes; a write beyond it fails.
+        """
+        reading, writing = os.pipe()
+        error = tempfile.TemporaryFile(  # noqa: SIM115 - `Started` closes it
+            "w+", encoding="utf-8", errors="backslashreplace"
+        )
+        request = {
+            "script": str(SCRIPTS / script), "arguments": list(map(str, arguments)),
+            "cwd": str(cwd), "env": env or {}, "killed": killed, "before": before, "group": group,
+            "largest_file": largest_file,
+        }  # fmt: skip
+        pid = self.ask(request, [writing, error.fileno()])
+        os.close(writing)
+        out = os.fdopen(reading, encoding="utf-8", errors="backslashreplace")
+        return Started(self, pid, out, error)
+
+    def run(self, script, *arguments, **options):
+        """A command line from start to end; the options are those of `start`."""
+        with self.start(script, *arguments, **options) as started:
+            return started.end()
 
     def close(self) -> None:
         """No more requests."""
-        self.process.communicate()
+        self._socket.close()
+        self._process.wait()
 
 
-def _answer(request):
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as error:
-        child = os.fork()
-        if not child:
-            os.dup2(out.fileno(), 1)
-            os.dup2(error.fileno(), 2)
-            os._exit(_run(request))
-        _, status = os.waitpid(child, 0)
-        texts = []
-        for file in (out, error):
-            file.seek(0)
-            texts.append(file.read().decode(errors="backslashreplace"))
-        return Ended(os.waitstatus_to_exitcode(status), *texts)
+@functools.cache
+def command_lines() -> CommandLines:
+    """The one of this process."""
+    lines = CommandLines()
+    atexit.register(lines.close)
+    return lines
+
+
+def start_script(script, *arguments, **options) -> Started:
+    """Start a command line; the options are those of `CommandLines.start`."""
+    return command_lines().start(script, *arguments, **options)
+
+
+def run_script(script, *arguments, **options) -> subprocess.CompletedProcess:
+    """A command line from start to end, as `subprocess.run` gives it."""
+    ended = command_lines().run(script, *arguments, **options)
+    return subprocess.CompletedProcess([script, *arguments], *ended)
+
+
+def _serve(requests):
+    while True:
+        message, files, *_ = socket.recv_fds(requests, _LONGEST, 2)
+        if not message:
+            return
+        request = json.loads(message)
+        if "pid" in request:
+            answer = _ended(**request)
+        else:
+            answer = os.fork()
+            if not answer:
+                requests.close()
+                _become(request, *files)
+            for file in files:
+                os.close(file)
+        requests.send(json.dumps(answer).encode())
+
+
+def _ended(pid, wait):
+    """Exit status and the processor's seconds of a child that ended."""
+    found, status, used = os.wait4(pid, 0 if wait else os.WNOHANG)
+    if not found:
+        return None, None
+    return os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime
+
+
+def _become(request, out, error):
+    """The child: as if an interpreter of its own had been started for the script."""
+    status = 1
+    try:
+        with Path(os.devnull).open("rb") as nothing:
+            os.dup2(nothing.fileno(), 0)
+        os.dup2(out, 1)
+        os.dup2(error, 2)
+        os.close(out)
+        os.close(error)
+        if request["group"]:
+            os.setsid()
+        if request["largest_file"]:
+            resource.setrlimit(resource.RLIMIT_FSIZE, [request["largest_file"]] * 2)
+        for name, value in request["env"].items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        os.chdir(request["cwd"])
+        status = _run(request)
+        # as the interpreter does at its end: what runs side by side is waited for, or told to end
+        threading._shutdown()
+        atexit._run_exitfuncs()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(status)
 
 
 def _run(request):
     """What the interpreter does with a script, its exit status included."""
-    script = str(SCRIPTS / request["script"])
+    script = request["script"]
     sys.argv = [script, *request["arguments"]]
-    os.chdir(request["cwd"])
-    if request["killed"]:
-        kill_at(*request["killed"])
-    status = 0
+    sys.orig_argv = [sys.executable, *sys.argv]
+    sys.path.insert(0, str(Path(script).parent))
     try:
+        if request["before"]:
+            name, *arguments = request["before"]
+            module, function = name.split(":")
+            getattr(importlib.import_module(module), function)(*arguments)
+        if request["killed"]:
+            kill_at(*request["killed"])
         runpy.run_path(script, run_name="__main__")
     except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else int(end.code is not None)
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
-        traceback.print_exc()
-        status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    return status
+        sys.excepthook(*sys.exc_info())
+        return 1
+    return 0
 
 
-def _serve():
-    import hydra  # noqa: F401
-    import matplotlib.pyplot  # noqa: F401
-    import torch.utils.tensorboard  # noqa: F401
-    import torchvision  # noqa: F401
-
-    import vae_torch.evaluate  # noqa: F401
-
-    sys.path.insert(0, str(SCRIPTS))
-    for line in sys.stdin:
-        print(json.dumps(_answer(json.loads(line))._asdict()), flush=True)
+def _do_what_is_slow_the_first_time():
+    for name in SLOW:
+        importlib.import_module(name)
+    importlib.import_module("hydra.core.plugins").Plugins.instance()  # looks for all there are
+    importlib.import_module("vae_torch.cli.compose").compose()  # Hydra's parsers learn
+    importlib.import_module("vae_torch.runs.identity").code_hash()
+    warnings.simplefilter("error", UserWarning)
+    gc.collect()
+    gc.freeze()  # what no child will free is not looked at again in each of them
 
 
 if __name__ == "__main__":
-    _serve()
+    _do_what_is_slow_the_first_time()
+    _serve(socket.socket(fileno=int(sys.argv[1])))

@@ -1,4 +1,5 @@
 import os
+from collections import Counter
 from pathlib import Path
 
 # One thread a test: the models are tiny, and threads that wait for each other on a busy machine
@@ -13,6 +14,38 @@ from vae_torch import VAE
 from vae_torch.data import idx_bytes
 
 REPOSITORY = Path(__file__).parent.parent
+
+
+# What a skipped test lacks, by words of its reason, and what brings it.
+BROUGHT_BY = {
+    "CUDA": "pytest tests/test_cuda.py on a machine with a CUDA device",
+    "chromium": "apt-get install chromium chromium-driver",
+    "mounting": "sudo make test",
+    "C++ compiler": "apt-get install g++",
+    "torch 2.14": "pip install 'torch>=2.14'",
+    "extra": "pip install -e '.[sweep,cluster,ray,search]'",
+    "not installed": "pip install -e '.[sweep,cluster,ray,search]'",
+}
+
+
+def pytest_terminal_summary(terminalreporter):
+    """One line on what was skipped, with the command that brings it."""
+    reasons = [report.longrepr[2] for report in terminalreporter.stats.get("skipped", [])]
+    if said := skipped_line(reasons):
+        terminalreporter.write_line(said)
+
+
+def skipped_line(reasons: list[str]) -> str:
+    """`12 skipped: 10 (what brings them), ...`."""
+    ways = Counter(
+        next(
+            (way for words, way in BROUGHT_BY.items() if words in reason),
+            reason.removeprefix("Skipped: "),
+        )
+        for reason in reasons
+    )
+    parts = ", ".join(f"{count} ({way})" for way, count in ways.most_common())
+    return f"{len(reasons)} skipped, and what brings them: {parts}" if parts else ""
 
 
 def made_up_digits(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.command_lines import CommandLines
+from tests.command_lines import command_lines
 from vae_torch import (
     VAE,
     elbo,
@@ -27,18 +27,11 @@ SMALL = ("model.intermediate_dim=8", "train.epochs=1", "data.limit_train=20", "d
 
 
 @pytest.fixture(scope="module")
-def command_lines():
-    lines = CommandLines()
-    yield lines
-    lines.close()
-
-
-@pytest.fixture(scope="module")
-def place(made_up_root, tmp_path_factory, command_lines):
+def place(made_up_root, tmp_path_factory):
     """A folder with a finished run, `good`, and runs and data sets that were spoilt."""
     place = tmp_path_factory.mktemp("place")
     order = ("data=fashion_mnist", f"data.root={made_up_root}", *SMALL)
-    ended = command_lines.run("train.py", *order, f"hydra.run.dir={place / 'good'}")
+    ended = command_lines().run("train.py", *order, f"hydra.run.dir={place / 'good'}")
     assert ended.status == 0, ended.error
 
     def spoilt_run(name):
@@ -253,7 +246,7 @@ REFUSED = [
 ]
 
 
-def ends(command_lines, place, made_up_root, line):
+def ends(place, made_up_root, line):
     script, *arguments = shlex.split(line)
     multirun = [arguments.pop(0)] if arguments[:1] == ["-m"] else []  # stands before all others
     defaults = []
@@ -266,15 +259,15 @@ def ends(command_lines, place, made_up_root, line):
         return {path for path in place.rglob("*") if path.suffix != ".lock"}
 
     before = there()
-    ended = command_lines.run(script, *multirun, *defaults, *arguments, cwd=place)
+    ended = command_lines().run(script, *multirun, *defaults, *arguments, cwd=place)
     assert "Traceback" not in ended.error
     assert there() == before  # no leftovers
     return ended
 
 
 @pytest.mark.parametrize(("line", "words"), REFUSED, ids=lambda value: value[:60])
-def test_a_mistake_is_told_in_one_line(command_lines, place, made_up_root, line, words):
-    ended = ends(command_lines, place, made_up_root, line)
+def test_a_mistake_is_told_in_one_line(place, made_up_root, line, words):
+    ended = ends(place, made_up_root, line)
     assert ended.status == 2, ended
     (said,) = ended.error.splitlines()
     assert said.startswith(line.split()[0] + ": ")
@@ -283,14 +276,14 @@ def test_a_mistake_is_told_in_one_line(command_lines, place, made_up_root, line,
 
 
 @pytest.mark.parametrize("name", ["a run", "Läufe/数字", "x" * 200, "a=b,c=d", "it's"])
-def test_folders_may_have_any_name(command_lines, made_up_root, tmp_path, name):
+def test_folders_may_have_any_name(made_up_root, tmp_path, name):
     root = tmp_path / f"data {name}"[:200]
     shutil.copytree(made_up_root, root)
     order = ["data=fashion_mnist", f"data.root={root}", *SMALL, f"hydra.run.dir={name}"]
-    ended = command_lines.run("train.py", *order, cwd=tmp_path)
+    ended = command_lines().run("train.py", *order, cwd=tmp_path)
     assert ended.status == 0, ended.error
     assert (tmp_path / name / "summary.json").exists()
-    ended = command_lines.run("evaluate.py", f"run={name}", "eval.exact=maybe", cwd=tmp_path)
+    ended = command_lines().run("evaluate.py", f"run={name}", "eval.exact=maybe", cwd=tmp_path)
     assert "eval.exact" in ended.error  # the folder's name was understood
 
 

@@ -9,6 +9,7 @@ from contextlib import suppress
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.command_lines import run_script, start_script
 from tests.conftest import REPOSITORY
 from vae_torch import load_run
 from vae_torch.runs.folders import read_metrics
@@ -60,28 +61,19 @@ def test_runs_started_at_once_fetch_once_and_are_all_right(made_up_root, tmp_pat
 
 def test_a_reader_sees_a_consistent_state_of_a_run_that_is_written(made_up_root, tmp_path):
     run_dir = tmp_path / "run"
-    order = [
-        *(sys.executable, "scripts/train.py", "data=fashion_mnist", f"data.root={made_up_root}"),
-        *("model.intermediate_dim=16", "train.epochs=100000", f"hydra.run.dir={run_dir}"),
-        *("train.figure_every=0", "data.limit_train=100", "data.limit_test=50"),
-    ]
-    with subprocess.Popen(order, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if line.startswith("epoch   3/"):
-                break
+    with start_script("train.py", *endless(made_up_root, run_dir)) as process:
+        process.wait_for("epoch   3/")
         last, reads = 0, 0
-        until = time.monotonic() + 3
-        while time.monotonic() < until:
+        while reads < 40 or last < 20:
             vae, config = load_run(run_dir)
             assert config.model.intermediate_dim == vae.intermediate_dim
             epochs = [m["epoch"] for m in read_metrics(run_dir)]
             assert epochs == list(range(1, len(epochs) + 1))
             assert len(epochs) >= last
             last, reads = len(epochs), reads + 1
+            assert not process.has_ended()
         points = EventAccumulator(str(run_dir / "tensorboard")).Reload().Scalars("test/elbo")
         assert [p.step for p in points] == list(range(1, len(points) + 1))
-        process.kill()
-    assert reads > 10
 
 
 @pytest.fixture
@@ -100,34 +92,31 @@ def tiny_disk(tmp_path):
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-def order_of(made_up_root, run_dir, *more):
+def settings_of(made_up_root, run_dir, *more):
     return [
-        *(sys.executable, "scripts/train.py", "data=fashion_mnist", f"data.root={made_up_root}"),
-        *("model.intermediate_dim=16", "data.limit_train=100", "data.limit_test=50"),
+        *("data=fashion_mnist", f"data.root={made_up_root}", "model.intermediate_dim=16"),
+        *("data.limit_train=100", "data.limit_test=50"),
         *("train.figure_every=0", f"hydra.run.dir={run_dir}", *more),
     ]
 
 
+def endless(made_up_root, run_dir):
+    return settings_of(made_up_root, run_dir, "train.epochs=100000")
+
+
 def test_a_disk_that_fills_leaves_the_last_checkpoint(made_up_root, tiny_disk):
-    order = order_of(made_up_root, tiny_disk / "run", "train.epochs=100000")
-    with subprocess.Popen(
-        order, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        for line in process.stdout:
-            if line.startswith("epoch   3/"):
-                break
-        error = None
-        began = time.monotonic()
+    with start_script("train.py", *endless(made_up_root, tiny_disk / "run")) as process:
+        process.wait_for("epoch   3/")
         with (tiny_disk / "filler").open("wb", buffering=0) as filler:
-            while error is None:  # a rename of the run may free what was full a moment ago
-                assert time.monotonic() - began < 60
+            # a rename of the run may free what was full a moment ago
+            while not process.has_ended():
                 with suppress(OSError):
                     while filler.write(bytes(4096)):
                         pass
-                with suppress(subprocess.TimeoutExpired):
-                    _, error = process.communicate(timeout=0.1)
-    assert process.returncode == 1
-    (said,) = error.strip().splitlines()
+                time.sleep(0.01)
+        ended = process.end()
+    assert ended.status == 1
+    (said,) = ended.error.strip().splitlines()
     assert "No space left on device" in said
     assert "the last checkpoint is" in said
     load_run(tiny_disk / "run")
@@ -138,8 +127,7 @@ def test_a_disk_that_fills_leaves_the_last_checkpoint(made_up_root, tiny_disk):
 
 def test_a_read_only_folder_is_refused(made_up_root, tiny_disk):
     subprocess.run(["mount", "-o", "remount,ro", str(tiny_disk)], check=True)
-    order = order_of(made_up_root, tiny_disk / "run", "train.epochs=1")
-    ended = subprocess.run(order, cwd=REPOSITORY, capture_output=True, text=True)
+    ended = run_script("train.py", *settings_of(made_up_root, tiny_disk / "run", "train.epochs=1"))
     assert ended.returncode == 2
     (said,) = ended.stderr.splitlines()
     assert "Read-only file system" in said
@@ -148,17 +136,12 @@ def test_a_read_only_folder_is_refused(made_up_root, tiny_disk):
 
 def test_a_folder_taken_away_is_told_in_one_line(made_up_root, tmp_path):
     run_dir = tmp_path / "run"
-    order = order_of(made_up_root, run_dir, "train.epochs=100000")
-    with subprocess.Popen(
-        order, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        for line in process.stdout:
-            if line.startswith("epoch   3/"):
-                break
+    with start_script("train.py", *endless(made_up_root, run_dir)) as process:
+        process.wait_for("epoch   3/")
         run_dir.rename(tmp_path / "elsewhere")
-        _, error = process.communicate(timeout=60)
-    assert process.returncode == 1
-    (said,) = error.strip().splitlines()
+        ended = process.end()
+    assert ended.status == 1
+    (said,) = ended.error.strip().splitlines()
     assert f"{run_dir}: No such file or directory" in said
     assert said.endswith("the run's folder was moved or removed while the run wrote into it")
     assert not run_dir.exists()

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from tests.command_lines import run_script
 from tests.terms import objective_terms
-from tests.test_scripts import run_script
 from vae_torch import VAE, ObjectiveConfig, mnist_loaders, train
 from vae_torch.checkpoint import Checkpoints
 from vae_torch.config import ConfigError, OptimizerConfig

@@ -1,9 +1,6 @@
 import gzip
 import math
 import struct
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,6 +10,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from torchvision.datasets import FashionMNIST
 
+from tests.command_lines import start_script
 from tests.conftest import REPOSITORY, made_up_digits
 from vae_torch import load_images, mnist_loaders
 from vae_torch.data import (
@@ -251,11 +249,12 @@ sources._from_torchvision = slow
 print(sources.load_images("fashion_mnist", root=root).images.sum().item())
 """
     source = made_up_root / "FashionMNIST" / "raw"
-    command = [sys.executable, "-c", script, str(tmp_path), str(source)]
-    with ThreadPoolExecutor(4) as pool:
-        runs = list(pool.map(lambda _: subprocess.check_output(command, cwd=REPOSITORY), range(4)))
+    (tmp_path / "load.py").write_text(script)
+    runs = [start_script(tmp_path / "load.py", tmp_path, source) for _ in range(4)]
     expected = load_images("fashion_mnist", root=made_up_root).images.sum().item()
-    assert [int(out) for out in runs] == [expected] * 4
+    for run in runs:
+        with run:
+            assert run.end() == (0, f"{expected}\n", "")
     assert (tmp_path / "fetches").read_text() == "x"
 
 

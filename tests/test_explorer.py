@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 import time
 from contextlib import contextmanager
 
@@ -16,12 +15,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from tests.conftest import REPOSITORY, made_up_digits
-from tests.test_scripts import run_script
+from tests.command_lines import run_script
+from tests.conftest import made_up_digits
 from vae_torch import VAE
 from vae_torch import explorer as module
 from vae_torch.explorer import MAX_BYTES, ExplorerError, explorer_page, run_notes
-from vae_torch.parts.likelihoods import Bernoulli
+from vae_torch.parts.likelihoods import Bernoulli, likelihoods
 from vae_torch.parts.networks import Output
 
 
@@ -263,41 +262,38 @@ def test_every_model_of_the_command_line_is_drawn(architecture, scale):
             assert data_of(explorer_page(vae))["ops"]
 
 
+class Dark(Bernoulli):
+    def mean(self, logits):
+        return 0 * logits
+
+
+def in_the_dark():
+    likelihoods._parts["bernoulli"] = Dark
+
+
 def test_explore_refuses_a_model_that_it_cannot_draw(made_up_root, tmp_path):
     run_dir = tmp_path / "run"
     settings = ["data=fashion_mnist", f"data.root={made_up_root}", "model.intermediate_dim=16"]
     quiet = ["train.epochs=1", "train.figure_every=0", f"hydra.run.dir={run_dir}"]
     done = run_script("train.py", *settings, *quiet)
     assert done.returncode == 0, done.stderr
-    script = f"""if True:
-        import runpy, sys
-        from vae_torch.parts.likelihoods import Bernoulli, likelihoods
-        class Dark(Bernoulli):
-            def mean(self, logits):
-                return 0 * logits
-        likelihoods._parts["bernoulli"] = Dark
-        sys.argv = ["explore.py", "run={run_dir}"]
-        sys.path.insert(0, "scripts")
-        runpy.run_path("scripts/explore.py", run_name="__main__")
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True
-    )
+    done = run_script("explore.py", f"run={run_dir}", before=["tests.test_explorer:in_the_dark"])
     assert done.returncode == 2
     assert done.stderr.startswith(f"explore.py: run={run_dir}: the page would not draw")
     assert done.stderr.count("\n") == 1
     assert not (run_dir / "explorer.html").exists()
 
 
-def test_a_run_becomes_a_page(made_up_root, tmp_path, monkeypatch):
+def test_a_run_becomes_a_page(made_up_root, tmp_path):
     run_dir = tmp_path / "a=run, <b>"
     settings = ["data=fashion_mnist", f"data.root={made_up_root}", "model.intermediate_dim=16"]
     quiet = ["train.epochs=1", "train.figure_every=0", f"hydra.run.dir='{run_dir}'"]
     done = run_script("train.py", *settings, *quiet)
     assert done.returncode == 0, done.stderr
 
-    monkeypatch.setenv("BROWSER", "echo opens %s")
-    done = run_script("explore.py", f"run={run_dir}", f"data_root={made_up_root}", "--open")
+    browser = {"BROWSER": "echo opens %s"}
+    line = ("explore.py", f"run={run_dir}", f"data_root={made_up_root}", "--open")
+    done = run_script(*line, env=browser)
     assert done.returncode == 0, done.stderr
     path = run_dir / "explorer.html"
     assert sorted(done.stdout.splitlines()) == sorted([str(path), f"opens {path.as_uri()}"])

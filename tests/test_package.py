@@ -7,6 +7,7 @@ import tomllib
 
 import pytest
 
+from tests.command_lines import run_script
 from tests.conftest import REPOSITORY
 
 MODULES = sorted(
@@ -55,9 +56,16 @@ def test_readme_python_blocks_run(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     assert blocks
     run_dir = tmp_path / "run"
-    command = [sys.executable, "scripts/train.py", "train.epochs=1", "data.limit_train=1000"]
-    subprocess.check_output([*command, f"hydra.run.dir={run_dir}"], cwd=REPOSITORY)
-    script = "\n".join(blocks).replace('"outputs/my-run"', repr(str(run_dir)))
-    script = script.replace('"outputs/from-python"', repr(str(tmp_path / "from-python")))
-    script = script.replace("epochs=50", "epochs=1")  # of two minutes' time
+    few = ("train.epochs=1", "data.limit_train=1000", "data.limit_test=1000")
+    assert run_script("train.py", *few, f"hydra.run.dir={run_dir}").returncode == 0
+    script = "\n".join(blocks)
+    for shown, tried in (
+        ('"outputs/my-run"', repr(str(run_dir))),
+        ('"outputs/from-python"', repr(str(tmp_path / "from-python"))),
+        ("batch_size=128", "limit_train=1000, limit_test=1000"),
+        ("epochs=50)", "epochs=1)"),
+        ('"train.epochs=50"', ", ".join(map(repr, few))),
+    ):
+        assert shown in script
+        script = script.replace(shown, tried)
     subprocess.run([sys.executable, "-W", "error", "-c", script], cwd=REPOSITORY, check=True)

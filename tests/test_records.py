@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.test_scripts import run_script
+from tests.command_lines import run_script
 from vae_torch import VAE
 from vae_torch.runs.records import Records, add_evaluation
 

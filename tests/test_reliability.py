@@ -1,14 +1,13 @@
 """Runs that are killed, stopped, starved of disk or started twice: by doing the damage."""
 
 import html
+import itertools
 import json
 import os
 import random
 import re
-import resource
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -23,8 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.data import DataLoader
 
-from tests.command_lines import CommandLines
-from tests.conftest import REPOSITORY
+from tests.command_lines import command_lines, run_script, start_script
 from tests.test_untrusted_files import damaged
 from vae_torch import mnist_loaders
 from vae_torch.checkpoint import Checkpoints, load_checkpoint, load_run
@@ -34,45 +32,11 @@ from vae_torch.runs.folders import LOCK, RecordError, read_metrics
 from vae_torch.runs.records import Records
 
 
-@pytest.fixture(scope="module")
-def command_lines():
-    lines = CommandLines()
-    yield lines
-    lines.close()
-
-
-def command(made_up_root, run_dir, *more):
+def settings_of(made_up_root, run_dir, *more):
     return [
-        *(sys.executable, "scripts/train.py", "data=fashion_mnist", f"data.root={made_up_root}"),
-        *("model.intermediate_dim=16", f"hydra.run.dir={run_dir}", *more),
+        *("data=fashion_mnist", f"data.root={made_up_root}", "model.intermediate_dim=16"),
+        *(f"hydra.run.dir={run_dir}", *more),
     ]
-
-
-def start(arguments, **options):
-    return subprocess.Popen(
-        arguments, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        **options,
-    )  # fmt: skip
-
-
-def wait_for(process, beginning):
-    for line in process.stdout:
-        if line.startswith(beginning):
-            return
-    raise AssertionError(process.stderr.read())
-
-
-def processor_seconds(pid):
-    """What a process has used so far: unlike the wall's time, no busy machine makes it more."""
-    ticks = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[11:13]
-    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
-
-
-def wait(process):
-    """Exit status, and the processor's seconds in all."""
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    return process.returncode, used.ru_utime + used.ru_stime
 
 
 def what_stays(run_dir):
@@ -125,39 +89,40 @@ def without_times(metrics):
 )
 def test_a_signal_ends_a_run_that_can_go_on(made_up_root, tmp_path, number):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    more = ["train.epochs=8", "data.binarize=dynamic", "data.batch_size=4"]
-    with start(command(made_up_root, cut, *more)) as process:
-        wait_for(process, "epoch   2/8")
-        process.send_signal(number)
-        began = processor_seconds(process.pid)
-        out = process.stdout.read()
-        assert process.stderr.read() == ""
-        ended, seconds = wait(process)
-    assert ended == 128 + number
-    assert seconds - began < 5
-    assert f"train.resume={cut}" in out
+    more = ["train.epochs=4", "data.binarize=dynamic", "data.batch_size=10"]
+    order = settings_of(made_up_root, cut, *more)
+    ended = run_script("train.py", *order, killed=("step", 2 * 60 + 25, "", number))
+    assert (ended.returncode, ended.stderr) == (128 + number, "")
+    assert f"train.resume={cut}" in ended.stdout
     state = load_checkpoint(cut / "checkpoints" / "last.pt")
-    assert 1 < state["epoch"] + state["step"] / 150 < 8
+    assert (state["epoch"], state["step"]) == (2, 25)  # right after the step
 
     settings = (cut / ".hydra" / "config.yaml").read_text()
     for mistake, part in (
-        (command(made_up_root, cut, *more), "add train.resume=auto"),
-        (
-            command(made_up_root, cut, *more, "train.resume=auto", "seed=3"),
-            "seed=0, this one has 3",
-        ),
+        (order, "add train.resume=auto"),
+        ([*order, "train.resume=auto", "seed=3"], "seed=0, this one has 3"),
     ):
-        refused = subprocess.run(mistake, cwd=REPOSITORY, capture_output=True, text=True)
+        refused = run_script("train.py", *mistake)
         assert refused.returncode == 2
         assert part in refused.stderr
     assert (cut / ".hydra" / "config.yaml").read_text() == settings
 
     (cut / "metrics.jsonl").write_bytes(b"{}\xff")  # its checkpoint knows better
-    resume = [sys.executable, "scripts/train.py", f"train.resume={cut}"]  # knows the overrides
-    assert subprocess.run(resume, cwd=REPOSITORY, capture_output=True).returncode == 0
-    with start(command(made_up_root, whole, *more)) as process:
-        process.communicate()
+    later = ("tests.moments:tensorboard_begins", 1)
+    resume = run_script("train.py", f"train.resume={cut}", before=later)  # knows the overrides
+    assert resume.returncode == 0, resume.stderr
+    assert run_script("train.py", *settings_of(made_up_root, whole, *more)).returncode == 0
     assert what_stays(cut) == what_stays(whole)
+
+
+def test_a_signal_from_outside_ends_a_run(made_up_root, tmp_path):
+    order = settings_of(made_up_root, tmp_path, "train.epochs=100000", "data.limit_train=100")
+    with start_script("train.py", *order) as process:
+        process.wait_for("epoch   2/")
+        process.send_signal(signal.SIGTERM)
+        ended = process.end()
+    assert (ended.status, ended.error) == (128 + signal.SIGTERM, "")
+    assert f"train.resume={tmp_path}" in ended.out
 
 
 # While the data is read, after a step, in an evaluation, in a figure, and after the last epoch.
@@ -171,16 +136,18 @@ SIGNALS = [
 ]
 
 
-def test_a_signal_ends_a_run_wherever_it_is(command_lines, made_up_root, tmp_path):
+def test_a_signal_ends_a_run_wherever_it_is(made_up_root, tmp_path):
     more = [
         *("train.epochs=3", "train.figure_every=2", "data.binarize=dynamic", "train.ema=0.9"),
         *("data.limit_train=100", "data.limit_test=50", "data.batch_size=10"),
     ]
 
+    second = itertools.count()
+
     def run(run_dir, killed=None):
-        time.sleep(1)  # TensorBoard takes its files in the order of their seconds
-        order = command(made_up_root, run_dir, *more, "train.resume=auto")
-        return command_lines.run("train.py", *order[2:], killed=killed)
+        order = settings_of(made_up_root, run_dir, *more, "train.resume=auto")
+        before = ("tests.moments:tensorboard_begins", next(second))
+        return command_lines().run("train.py", *order, killed=killed, before=before)
 
     for moment, number in SIGNALS:
         moment = [*moment, *[""] * (3 - len(moment)), number]
@@ -201,10 +168,10 @@ def test_a_signal_ends_a_run_wherever_it_is(command_lines, made_up_root, tmp_pat
     assert not list((tmp_path / "cut").rglob(".*.part"))
 
 
-def test_a_second_ctrl_c_ends_at_once(command_lines, made_up_root, tmp_path):
-    order = command(made_up_root, tmp_path / "run", "train.epochs=1", "data.limit_train=100")
+def test_a_second_ctrl_c_ends_at_once(made_up_root, tmp_path):
+    order = settings_of(made_up_root, tmp_path / "run", "train.epochs=1", "data.limit_train=100")
     twice = ("step", 1, "", signal.SIGINT, signal.SIGINT)
-    ended = command_lines.run("train.py", *order[2:], killed=twice)
+    ended = command_lines().run("train.py", *order, killed=twice)
     assert (ended.status, ended.error) == (130, "")
     assert "stopped" not in ended.out
     assert not (tmp_path / "run" / "checkpoints").exists()
@@ -233,28 +200,24 @@ def test_resume_auto_finds_the_newest_interrupted_run_of_these_settings(config, 
 
 
 def test_two_processes_cannot_write_one_run(made_up_root, tmp_path):
-    arguments = command(made_up_root, tmp_path / "run", "train.epochs=2000")
-    with start(arguments) as process:
-        wait_for(process, "epoch   2/2000")
-        with start([*arguments, "train.resume=auto"]) as second:
-            _, error = second.communicate()
+    order = settings_of(made_up_root, tmp_path / "run", "train.epochs=100000")
+    with start_script("train.py", *order) as process:
+        process.wait_for("epoch   2/")
+        second = run_script("train.py", *order, "train.resume=auto")
         assert second.returncode == 2
-        assert "another process is writing this run" in error
-        assert process.poll() is None
-        process.kill()
+        assert "another process is writing this run" in second.stderr
+        assert not process.has_ended()
 
 
-def test_a_run_that_is_refused_leaves_the_notes_of_the_one_that_runs(
-    command_lines, made_up_root, tmp_path
-):
+def test_a_run_that_is_refused_leaves_the_notes_of_the_one_that_runs(made_up_root, tmp_path):
     notes = tmp_path / "run" / ".hydra" / "config.yaml"
     notes.parent.mkdir(parents=True)
     notes.write_text("the other's")
     with FileLock(tmp_path / "run" / LOCK):
-        order = command(made_up_root, tmp_path / "run", "train.resume=auto")
-        ended = command_lines.run("train.py", *order[2:])
-    assert ended.status == 2
-    assert "another process is writing this run" in ended.error
+        order = settings_of(made_up_root, tmp_path / "run", "train.resume=auto")
+        ended = run_script("train.py", *order)
+    assert ended.returncode == 2
+    assert "another process is writing this run" in ended.stderr
     assert notes.read_text() == "the other's"
 
 
@@ -357,15 +320,11 @@ def test_data_order_does_not_depend_on_workers_or_threads(made_up_root):
 def test_a_full_disk_is_told_in_one_line(made_up_root, tmp_path):
     """A limit on file sizes fails the same calls as a full disk, and needs no mount."""
     run_dir = tmp_path / "run"
-    arguments = command(made_up_root, run_dir, "train.epochs=400", "train.checkpoint_every=100")
-    with start(
-        arguments,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
-    ) as process:
-        _, error = process.communicate()
-    assert process.returncode == 1
-    assert len(error.strip().splitlines()) == 1, error
-    assert "File too large" in error
+    order = settings_of(made_up_root, run_dir, "train.epochs=400", "train.checkpoint_every=100")
+    ended = run_script("train.py", *order, largest_file=100_000)
+    assert ended.returncode == 1
+    assert len(ended.stderr.strip().splitlines()) == 1, ended.stderr
+    assert "File too large" in ended.stderr
     assert not list(run_dir.glob("checkpoints/.*.part"))
 
 
@@ -456,14 +415,14 @@ CAMPAIGN = {
 }
 
 
-def test_a_resumed_run_removes_what_a_killed_one_left(command_lines, made_up_root, tmp_path):
-    order = command(made_up_root, tmp_path / "run", "train.epochs=2", "data.limit_train=100")
+def test_a_resumed_run_removes_what_a_killed_one_left(made_up_root, tmp_path):
+    order = settings_of(made_up_root, tmp_path / "run", "train.epochs=2", "data.limit_train=100")
     order += ["train.figure_every=0", "train.resume=auto"]
     for moment in (("half", 1, "last.pt"), ("before", 1, "last.pt")):
-        ended = command_lines.run("train.py", *order[2:], killed=moment)
+        ended = command_lines().run("train.py", *order, killed=moment)
         assert ended.status == -signal.SIGKILL, (moment, ended)
         assert len(list((tmp_path / "run").rglob(".*.part"))) == 1  # of this one alone
-    ended = command_lines.run("train.py", *order[2:])
+    ended = command_lines().run("train.py", *order)
     assert ended.status == 0, ended.error
     assert not list((tmp_path / "run").rglob(".*.part"))
 
@@ -471,20 +430,25 @@ def test_a_resumed_run_removes_what_a_killed_one_left(command_lines, made_up_roo
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CAMPAIGN)
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_was_left_alone(
-    command_lines, made_up_root, tmp_path, name
+    made_up_root, tmp_path, name
 ):
     settings, moments = CAMPAIGN[name]
+    second = itertools.count()
+
+    def start(run_dir, killed=None):
+        order = settings_of(made_up_root, run_dir, *settings, "train.epochs=12")
+        more = ("data.batch_size=10", "train.figure_every=3", "train.resume=auto")
+        before = ("tests.moments:tensorboard_begins", next(second))
+        return start_script("train.py", *order, *more, killed=killed, before=before)
 
     def run(run_dir, killed=None):
-        time.sleep(1)  # TensorBoard takes its files in the order of their seconds
-        order = command(made_up_root, run_dir, *settings, "train.epochs=12", "data.batch_size=10")
-        more = ("train.figure_every=3", "train.resume=auto")
-        return command_lines.run("train.py", *order[2:], *more, killed=killed)
+        with start(run_dir, killed) as process:
+            return process.end()
 
-    began = time.monotonic()
-    ended = run(tmp_path / "whole")
+    with start(tmp_path / "whole") as process:
+        ended = process.end()
     assert ended.status == 0, ended.error
-    seconds = time.monotonic() - began
+    seconds = process.seconds
     expected = what_stays(tmp_path / "whole")
 
     for moment in moments:
@@ -535,20 +499,15 @@ def test_ten_thousand_epochs_and_500_figures_stay_flat(made_up_root, tmp_path):
         print(epoch, *looks[-1], flush=True)
 
     began, peak = time.monotonic(), 0.0
-    order = command(made_up_root, run_dir, *more)
-    with (
-        (tmp_path / "errors").open("w") as errors,
-        subprocess.Popen(
-            order, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=errors, text=True
-        ) as process,
-    ):
+    with start_script("train.py", *settings_of(made_up_root, run_dir, *more)) as process:
         for line in process.stdout:  # to the last one, which it says with all its work done
             # not `wait4`: that counts the peak of this process too, of which it was forked
             peak = max(peak, mebibytes(process.pid, "VmHWM"))
             epoch = re.match(r"epoch +(\d+)/", line)
             if epoch and int(epoch[1]) % 500 == 0 and int(epoch[1]) < 10000:
                 look(epoch[1], process.pid)
-    assert process.returncode == 0, (tmp_path / "errors").read_text()
+        ended = process.end()
+    assert ended.status == 0, ended.error
     print(f"{time.monotonic() - began:.0f} s, peak {peak:.0f} MiB")
     memory, files, checkpoints = zip(*looks, strict=True)
     half = len(memory) // 2  # a look can fall into a figure

@@ -13,21 +13,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+from tests.command_lines import run_script, start_script
 from tests.conftest import REPOSITORY
 from vae_torch import load_run
 from vae_torch.runs.records import trial_name
-
-
-def run_script(name, *arguments, cwd=REPOSITORY):
-    environment = os.environ | {"PYTHONWARNINGS": "error::UserWarning"}
-    return subprocess.run(
-        [sys.executable, str(REPOSITORY / "scripts" / name), *arguments],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=environment,
-        check=False,
-    )
 
 
 @pytest.fixture
@@ -233,21 +222,16 @@ def test_an_experiment_of_ones_own_chooses_where_and_can_be_resumed(made_up_root
     summary = json.loads((tmp_path / "s" / "seed-0_grid" / "summary.json").read_text("utf-8"))
     assert summary["config"]["threads"] == 1
 
-    script = [sys.executable, str(REPOSITORY / "scripts" / "train.py")]
-    order = [*script, "--config-dir", "mine", "experiment=tiny", "hydra.run.dir=r"]
-    with subprocess.Popen(order, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if line.startswith("epoch   2/"):
-                break
+    tiny = ("--config-dir", "mine", "experiment=tiny", "hydra.run.dir=r")
+    with start_script("train.py", *tiny, cwd=tmp_path) as process:
+        process.wait_for("epoch   2/")
         process.send_signal(signal.SIGINT)
-        said = process.stdout.read()
+        said = process.end().out
     (command,) = re.findall(r"resume with +(.*)", said)
-    with subprocess.Popen(
-        shlex.split(command), cwd=tmp_path, stdout=subprocess.PIPE, text=True
-    ) as process:
+    python, script, *arguments = shlex.split(command)
+    assert (python, script) == (sys.executable, str(REPOSITORY / "scripts" / "train.py"))
+    with start_script(script, *arguments, cwd=tmp_path) as process:
         began = [next(process.stdout) for _ in range(3)]
-        process.send_signal(signal.SIGINT)
-        process.communicate()
     assert began[1].startswith("resuming after epoch ")
     # an epoch that was interrupted while it was logged is logged again
     assert int(re.match(r"epoch +(\d+)/100000", began[2])[1]) >= 2

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from tests.conftest import REPOSITORY
+from tests.command_lines import run_script, start_script
 from vae_torch.runs.folders import SweepError, read_runs
 from vae_torch.runs.metrics import direction_of, higher_is_better
 from vae_torch.runs.prune import behind_median
@@ -435,13 +435,6 @@ def test_a_folder_without_runs_is_refused(tmp_path):
             read_runs(folder)
 
 
-def run_script(script, *arguments):
-    return subprocess.run(
-        [sys.executable, f"scripts/{script}", *map(str, arguments)],
-        cwd=REPOSITORY, capture_output=True, text=True,
-    )  # fmt: skip
-
-
 def tiny_sweep(root, folder, *overrides):
     """Arguments of a sweep over made-up images."""
     return [
@@ -478,26 +471,24 @@ def test_a_wrong_value_fails_its_own_job_alone(made_up_root, tmp_path, where, va
 
 def test_an_interrupted_sweep_counts_the_jobs_that_were_asked_for(made_up_root, tmp_path):
     sweep = tiny_sweep(made_up_root, tmp_path / "s", "train.epochs=100000", "seed=0,1,2")
-    process = start_script("train.py", *sweep)
-    for line in process.stdout:
-        if line.startswith("epoch   2/"):
-            break
-    process.send_signal(signal.SIGINT)
-    said, _ = process.communicate()
-    assert process.returncode == 130
-    assert "0 of 3 runs finished, 1 interrupted, 2 not started" in said
+    with start_script("train.py", *sweep) as process:
+        process.wait_for("epoch   2/")
+        process.send_signal(signal.SIGINT)
+        ended = process.end()
+    assert ended.status == 130
+    assert "0 of 3 runs finished, 1 interrupted, 2 not started" in ended.out
 
 
 def test_ctrl_c_lets_the_runs_of_all_cores_write_a_checkpoint(made_up_root, tmp_path):
     folder = tmp_path / "s"
     sweep = tiny_sweep(made_up_root, folder, "train.epochs=100000", "seed=0,1", "where=cores")
-    process = start_script("train.py", *sweep, start_new_session=True)
-    for seed in (0, 1):
-        first(f"seed-{seed}*/checkpoints/last.pt", folder, process)
-    os.killpg(process.pid, signal.SIGINT)
-    said, _ = process.communicate()
-    assert process.returncode in (-signal.SIGINT, 130)
-    assert "0 of 2 runs finished, 2 interrupted in" in said
+    with start_script("train.py", *sweep, group=True) as process:
+        for seed in (0, 1):
+            first(f"seed-{seed}*/checkpoints/last.pt", folder, process)
+        os.killpg(process.pid, signal.SIGINT)
+        ended = process.end()
+    assert ended.status in (-signal.SIGINT, 130)
+    assert "0 of 2 runs finished, 2 interrupted in" in ended.out
     for seed in (0, 1):
         (log,) = folder.glob(f"seed-{seed}*/run.log")
         assert f"{log.parent.name}: stopped: epoch" in log.read_text("utf-8")
@@ -567,7 +558,7 @@ def test_settings_lie_between_the_plugin_and_the_command_line():
     assert "\nthreads: 2\n" in run_script("train.py", *arguments, "threads=2").stdout
 
 
-def test_work_in_a_child():
+def test_work_in_a_child(tmp_path):
     script = """
 import math, multiprocessing, os, signal, sys
 from vae_torch.cli.children import KilledError, in_a_child
@@ -593,26 +584,18 @@ if __name__ == "__main__":
         assert end.code == 130
     print("all is well")
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True
-    )
+    (tmp_path / "main.py").write_text(script)
+    done = run_script(tmp_path / "main.py")
     assert done.stdout == "all is well\n", done.stderr
 
 
 def first(pattern, folder, process):
     """The first file of this pattern, once there is one while the process runs."""
-    while process.poll() is None:
+    while not process.has_ended():
         if found := sorted(folder.glob(pattern)):
             return found[0]
         time.sleep(0.05)
-    raise AssertionError(f"ended with {process.returncode} before there was {pattern}")
-
-
-def start_script(script, *arguments, **settings):
-    return subprocess.Popen(
-        [sys.executable, f"scripts/{script}", *map(str, arguments)],
-        cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, **settings,
-    )  # fmt: skip
+    raise AssertionError(f"before there was {pattern}: {process.end()}")
 
 
 def writer_of(run_dir):
@@ -632,10 +615,8 @@ def writer_of(run_dir):
 def test_a_sweep_that_was_killed_goes_on(made_up_root, tmp_path, where):
     sweep = tiny_sweep(made_up_root, tmp_path, "train.epochs=300", "seed=0,1,2")
     sweep += [f"where={where}", "threads=1"]
-    process = start_script("train.py", *sweep)
-    run_dir = first("*seed-0*/checkpoints/last.pt", tmp_path, process).parent.parent
-    process.kill()
-    process.communicate()
+    with start_script("train.py", *sweep) as process:  # and kills it
+        run_dir = first("*seed-0*/checkpoints/last.pt", tmp_path, process).parent.parent
     done = run_script("train.py", *sweep)
     assert done.returncode == 0, done.stderr
     assert "3 of 3 runs finished" in done.stdout
@@ -648,13 +629,13 @@ def test_a_sweep_that_was_killed_goes_on(made_up_root, tmp_path, where):
 def test_a_killed_run_does_not_sink_joblibs_sweep(made_up_root, tmp_path):
     sweep = tiny_sweep(made_up_root, tmp_path, "train.epochs=300", "seed=0,1,2,3")
     sweep.append("where=cores")
-    process = start_script("train.py", *sweep)
-    run_dir = first("*seed-0*/checkpoints/last.pt", tmp_path, process).parent.parent
-    os.kill(writer_of(run_dir), signal.SIGKILL)
-    out, _ = process.communicate()
-    assert process.returncode == 1
-    assert "3 of 4 runs finished" in out
-    assert f"{run_dir.name}: failed, killed by SIGKILL" in out
+    with start_script("train.py", *sweep) as process:
+        run_dir = first("*seed-0*/checkpoints/last.pt", tmp_path, process).parent.parent
+        os.kill(writer_of(run_dir), signal.SIGKILL)
+        ended = process.end()
+    assert ended.status == 1
+    assert "3 of 4 runs finished" in ended.out
+    assert f"{run_dir.name}: failed, killed by SIGKILL" in ended.out
     assert run_script("train.py", *sweep).returncode == 0
     assert {run.state for run in read_runs(tmp_path)} == {"finished"}
 
@@ -706,13 +687,13 @@ def test_ray_spreads_a_sweep_and_outlives_a_worker(made_up_root, tmp_path):
                     break
         sweep = tiny_sweep(made_up_root, tmp_path / "sweep", "train.epochs=200")
         sweep += ["where=ray", "seed=0,1,2,3,4,5", "model.latent_dim=2,8"]
-        environment = {**os.environ, "RAY_ADDRESS": "127.0.0.1:6397"}
-        process = start_script("train.py", *sweep, env=environment)
-        run_dir = first("*/checkpoints/last.pt", tmp_path / "sweep", process).parent.parent
-        os.kill(writer_of(run_dir), signal.SIGKILL)
-        out, _ = process.communicate()
-        assert process.returncode == 0, out
-        assert "12 of 12 runs finished" in out
+        address = {"RAY_ADDRESS": "127.0.0.1:6397"}
+        with start_script("train.py", *sweep, env=address) as process:
+            run_dir = first("*/checkpoints/last.pt", tmp_path / "sweep", process).parent.parent
+            os.kill(writer_of(run_dir), signal.SIGKILL)
+            ended = process.end()
+        assert ended.status == 0, ended
+        assert "12 of 12 runs finished" in ended.out
     finally:
         for node in reversed(nodes):
             node.terminate()
@@ -723,19 +704,17 @@ def test_ray_spreads_a_sweep_and_outlives_a_worker(made_up_root, tmp_path):
 
 @pytest.mark.parametrize("choice", ["experiment=search", "where=ray"])
 def test_a_missing_plugin_is_told_with_its_remedy(choice):
-    # a blocked namespace package: as if no plugin were installed
-    blind = (
-        "import sys, runpy; sys.modules['hydra_plugins'] = None; "
-        "sys.path.insert(0, 'scripts'); sys.argv = sys.argv[1:]; "
-        "runpy.run_path('scripts/train.py', run_name='__main__')"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", blind, "scripts/train.py", "-m", choice],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    done = run_script("train.py", "-m", choice, before=["tests.test_sweep:without_plugins"])
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"train.py: {choice}: not installed; pip install")
+
+
+def without_plugins():
+    """A blocked namespace package: as if none were installed."""
+    for name in [name for name in sys.modules if name.startswith("hydra_plugins")]:
+        del sys.modules[name]
+    sys.modules["hydra_plugins"] = None
 
 
 def test_summarize_refuses_in_one_line(tmp_path):

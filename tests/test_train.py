@@ -345,8 +345,10 @@ def test_library_default_is_the_command_lines(composed):
 
 
 SLOW = pytest.mark.slow
+NEEDS_2_14 = pytest.mark.skipif(torch.__version__ < "2.14", reason="compile=true needs torch 2.14")
 
 
+@NEEDS_2_14
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize(
     ("objective", "optimizer", "kind"),
@@ -419,7 +421,7 @@ def compiler_that_fails(error):
     return lambda *_, **__: graph
 
 
-@pytest.mark.skipif(torch.__version__ < "2.14", reason="compile=true needs torch 2.14")
+@NEEDS_2_14
 def test_a_step_that_torch_has_a_fault_with_goes_op_by_op(made_up_root, monkeypatch, caplog):
     def trained(compiled):
         vae = new_vae()
@@ -434,7 +436,7 @@ def test_a_step_that_torch_has_a_fault_with_goes_op_by_op(made_up_root, monkeypa
     assert all(torch.equal(got[name], weights) for name, weights in expected.items())
 
 
-@pytest.mark.skipif(torch.__version__ < "2.14", reason="compile=true needs torch 2.14")
+@NEEDS_2_14
 def test_a_compiler_that_the_machine_fails_ends_the_run(made_up_root, monkeypatch):
     """Another day it would compile: a run that went on op by op could not be resumed to the bit."""
     monkeypatch.setattr(torch, "compile", compiler_that_fails(OSError("No space left on device")))
@@ -448,6 +450,7 @@ def test_an_old_torch_cannot_compile(made_up_root, monkeypatch):
         train(new_vae(), *loaders(made_up_root, limit_train=100), epochs=1, compile=True)
 
 
+@NEEDS_2_14
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.slow
 def test_a_compiled_step_takes_any_loader_and_frozen_weights():

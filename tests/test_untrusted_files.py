@@ -11,14 +11,12 @@ import os
 import random
 import re
 import resource
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 
-from tests.conftest import REPOSITORY
+from tests.command_lines import run_script
 from vae_torch import VAE, load_run
 from vae_torch.checkpoint import CheckpointError, Checkpoints, load_checkpoint, save_checkpoint
 from vae_torch.data import DataError, idx_bytes, load_images, read_idx
@@ -234,8 +232,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     header = b"\0\0\x08\x03" + (2**31).to_bytes(4, "big") + (28).to_bytes(4, "big") * 2
     path = tmp_path / ("images.gz" if packed else "images")
     path.write_bytes(gzip.compress(header + bytes(10**6)) if packed else header + bytes(1000))
-    out = subprocess.check_output([sys.executable, "-c", script, str(path)], cwd=REPOSITORY)
-    refused, kibibytes = out.decode().splitlines()
+    (tmp_path / "read.py").write_text(script)
+    refused, kibibytes = run_script(tmp_path / "read.py", path).stdout.splitlines()
     assert "claims 1,683,627,180,048 bytes" in refused
     assert int(kibibytes) < 4096
 

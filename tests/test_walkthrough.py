@@ -1,25 +1,32 @@
-import os
 import re
 import shutil
-import subprocess
-import sys
+import warnings
 
 import pytest
 from PIL import Image
 
+from tests.command_lines import run_script
 from tests.conftest import REPOSITORY
 
 SCRIPT = REPOSITORY / "scripts" / "walkthrough.py"
 
 
+def strict():
+    """Every warning is an error."""
+    warnings.simplefilter("error")
+
+
+def run(script, *arguments, cwd, **settings):
+    environment = {f"WALKTHROUGH_{name}": str(value) for name, value in settings.items()}
+    before = ["tests.test_walkthrough:strict"]
+    return run_script(script, *arguments, cwd=cwd, env=environment, before=before)
+
+
 def test_walkthrough_draws_its_pictures_and_shows_the_collapse(made_up_root, tmp_path):
     settings = {"EPOCHS": "8", "IMAGES": "600", "DATA": "fashion_mnist", "ROOT": str(made_up_root)}
-    environment = {f"WALKTHROUGH_{key}": value for key, value in settings.items()}
-    environment["WALKTHROUGH_OUT"] = str(tmp_path)
-    printed = subprocess.run(
-        [sys.executable, "-W", "error", SCRIPT],
-        env=os.environ | environment, cwd=tmp_path, capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
+    done = run(SCRIPT, cwd=tmp_path, OUT=tmp_path, **settings)
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout
     pictures = sorted(path.stem for path in tmp_path.glob("*.png"))
     assert pictures == sorted(re.findall(r'show\("(\w+)"', SCRIPT.read_text()))
     for name in pictures:
@@ -29,15 +36,6 @@ def test_walkthrough_draws_its_pictures_and_shows_the_collapse(made_up_root, tmp
         assert image.width > 2 * 30 * 10 + 100  # names of the rows beside ten images
     theirs, ours = re.search(r"^kl +([\d.]+) +([\d.]+)$", printed, re.MULTILINE).groups()
     assert float(theirs) < 0.5 < 1 < float(ours)
-
-
-def run(*arguments, cwd, **settings):
-    environment = {name: value for name, value in os.environ.items() if "WALKTHROUGH" not in name}
-    environment |= {f"WALKTHROUGH_{name}": str(value) for name, value in settings.items()}
-    return subprocess.run(
-        [sys.executable, "-W", "error", *arguments],
-        cwd=cwd, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("started", ["as a script elsewhere", "in the notebook's folder"])
@@ -50,18 +48,18 @@ def test_walkthrough_keeps_to_the_folders_of_its_checkout(made_up_root, tmp_path
     beginning = SCRIPT.read_text().partition("# %% [markdown]\n# ## 2.")[0]
     script.write_text(beginning + 'show("picture", torch.eye(9))\n')
     if started == "as a script elsewhere":
-        call, cwd = [script], elsewhere
+        call, cwd = script, elsewhere
     else:  # a kernel has no __file__, and arguments of its own
-        kernel = """if True:
+        call, cwd = tmp_path / "kernel.py", script.parent
+        call.write_text("""if True:
             import sys, types
             sys.modules["IPython"] = sys.modules["IPython.display"] = types.ModuleType("IPython")
             sys.modules["IPython"].display = print
             sys.argv = ["kernel", "-f", "connection.json"]
             source = open("walkthrough.py").read()
             exec(source, {"__name__": "__main__", "get_ipython": print})
-        """
-        call, cwd = ["-c", kernel], script.parent
-    done = run(*call, cwd=cwd, DATA="fashion_mnist")
+        """)
+    done = run(call, cwd=cwd, DATA="fashion_mnist")
     assert done.returncode == 0, done.stderr
     folder = checkout / "outputs" / "walkthrough"
     assert done.stdout.startswith(f"data in {checkout / 'data'}, pictures in {folder}\n")

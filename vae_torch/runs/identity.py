@@ -145,7 +145,10 @@ def git_commit() -> str | None:
     command = ["git", "-C", str(_PACKAGE), "describe", "--always", "--dirty"]
     try:
         got = subprocess.run(
-            [*command, "--abbrev=40", "--exclude=*"], capture_output=True, text=True, timeout=10
+            [*command, "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            encoding="utf-8",
+            timeout=10,
         )
     except (OSError, subprocess.SubprocessError):
         return None
