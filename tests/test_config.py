@@ -16,6 +16,7 @@ from vae_torch.config import (
     check_optimizer,
     config_from_dict,
 )
+from vae_torch.data import data_sources
 
 GROUP_FILES = sorted(p for p in (REPOSITORY / "conf").glob("*/*.yaml"))
 
@@ -32,9 +33,13 @@ def test_every_file_of_conf_composes_to_a_valid_run(composed, path: Path):
 
 
 def test_every_allowed_name_has_its_file():
-    for group in ("model", "data", "objective"):
+    for group, names in (
+        ("model", CHOICES["model.name"]),
+        ("data", data_sources),
+        ("objective", CHOICES["objective.name"]),
+    ):
         files = {p.stem for p in GROUP_FILES if p.parent.name == group}
-        assert files == set(CHOICES[f"{group}.name"])
+        assert files == set(names)
 
 
 def test_a_runs_name_leaves_out_what_is_incidental():

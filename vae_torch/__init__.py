@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from vae_torch.checkpoint import load_run
     from vae_torch.cli.compose import compose
     from vae_torch.config import Config, ConfigError, ObjectiveConfig, OptimizerConfig
-    from vae_torch.data import load_images, mnist_loaders
+    from vae_torch.data import array_loaders, folder_loaders, load_images, mnist_loaders
     from vae_torch.evaluate import evaluate_model
     from vae_torch.model import VAE, Decoder, Encoder, reparameterize
     from vae_torch.objective import elbo, iwae_bound, keras_loss, kl_standard_normal
@@ -26,9 +26,11 @@ _HOME = {
     "Encoder": "model",
     "ObjectiveConfig": "config",
     "OptimizerConfig": "config",
+    "array_loaders": "data",
     "compose": "cli.compose",
     "elbo": "objective",
     "evaluate_model": "evaluate",
+    "folder_loaders": "data",
     "iwae_bound": "objective",
     "keras_loss": "objective",
     "kl_standard_normal": "objective",
@@ -48,9 +50,11 @@ __all__ = [
     "Encoder",
     "ObjectiveConfig",
     "OptimizerConfig",
+    "array_loaders",
     "compose",
     "elbo",
     "evaluate_model",
+    "folder_loaders",
     "iwae_bound",
     "keras_loss",
     "kl_standard_normal",

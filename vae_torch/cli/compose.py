@@ -86,12 +86,15 @@ def _python_here() -> str:
 
 def _skeleton(schema: Any) -> dict[str, Any]:
     """Every key of a schema: what is off by default, and `???` for what `conf/` must give."""
-    return {
-        f.name: _skeleton(f.type)
-        if is_dataclass(f.type)
-        else ("???" if f.default is MISSING else f.default)
-        for f in fields(schema)
-    }
+    node: dict[str, Any] = {}
+    for f in fields(schema):
+        if is_dataclass(f.type):
+            node[f.name] = _skeleton(f.type)
+        elif f.default_factory is not MISSING:  # options of a part: any key may be set
+            node[f.name] = DictConfig(f.default_factory(), flags={"struct": False})
+        else:
+            node[f.name] = "???" if f.default is MISSING else f.default
+    return node
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:
