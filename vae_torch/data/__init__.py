@@ -1,5 +1,8 @@
 """Images: where they come from, as verified tensors, and DataLoaders that feed from them."""
 
+from vae_torch.data.sources import load_images  # first in the table
+
+# isort: split
 from vae_torch.data import arrays, benchmarks, folder, sources, torchvision_sets  # fill the table
 from vae_torch.data.batches import (
     Data,
@@ -22,7 +25,6 @@ from vae_torch.data.loaders import (
     mnist_loaders,
     shape_of,
 )
-from vae_torch.data.sources import load_images
 from vae_torch.data.table import Images, Splits, data_sources
 from vae_torch.seeds import mix_seed, seeded_generator
 

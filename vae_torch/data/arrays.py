@@ -1,6 +1,5 @@
 """NumPy arrays as images: `data=array data.root=FILE.npz` or `FILE.npy`."""
 
-import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,8 @@ from vae_torch.data.idx import DataError
 from vae_torch.data.table import Images, Splits, data_sources
 
 Layout = Literal["auto", "NCHW", "NHWC"]
+_NAMES = ("x", "x_train", "x_test", "y", "y_train", "y_test")
+_MAGIC = b"\x93NUMPY"
 _CHANNELS = 4  # at most, where nobody says which side of an image they are
 
 
@@ -79,21 +80,22 @@ def in_memory(x_train: Any, x_test: Any, y_train: Any, y_test: Any, layout: str)
 def _opened(path: Path) -> Mapping[str, Any]:
     """The arrays of a file by their names; of a `.npy` mapped, as `x`."""
     try:
-        opened = np.load(path, mmap_mode="r" if path.suffix == ".npy" else None, allow_pickle=False)
-        if isinstance(opened, np.ndarray):
-            return {"x": opened}
-        with opened:
-            wanted = ("x", "x_train", "x_test", "y", "y_train", "y_test")
-            return {name: opened[name] if name in wanted else None for name in opened.files}
-    except (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile) as error:
+        with path.open("rb") as file:
+            if file.read(len(_MAGIC)) == _MAGIC:
+                return {"x": np.load(path, mmap_mode="r", allow_pickle=False)}
+            file.seek(0)
+            if not zipfile.is_zipfile(file):
+                raise ValueError("no NumPy file")
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as held:
+                return {name: held[name] if name in _NAMES else None for name in held.files}
+    except Exception as error:  # bytes that somebody made can raise anything
         reason = " ".join(str(error).split())[:120] or type(error).__name__
-        if "pickle" in reason or "Object" in reason:
+        if "pickle" in reason or "bject" in reason:
             reason = "it holds Python objects, which may run code"
         raise DataError(
             f"{path}: refused ({reason}); save plain numbers with numpy.save or numpy.savez"
         ) from None
-    except (pickle.UnpicklingError, SyntaxError) as error:
-        raise DataError(f"{path}: no file of numpy.save ({error}); write it anew") from None
 
 
 def _channels_first(x: Any, layout: str) -> Any:

@@ -79,6 +79,7 @@ class ImageDataset(Dataset[Batch]):
         self.binarize_generator = binarize_generator
         self.device = torch.device(device)
         images, rows = _placed(images, rows, self.device)
+        self._apart = images.device.type != self.device.type
         # a view, unless the channels come last
         self.images = images.flatten(1) if images.is_contiguous() else images
         self.rows = None if rows is None else rows.to(images.device)
@@ -103,18 +104,20 @@ class ImageDataset(Dataset[Batch]):
         """Pixels x (B, *shape) float32 in [0, 1], and labels (B,) where there are some."""
         indices = torch.as_tensor(indices, device=self.images.device)
         x = self.images.index_select(0, indices if self.rows is None else self.rows[indices])
-        if x.device != self.device:
+        if self._apart:
             x = x.to(self.device)
         if self.augment != "none":
             x = x.reshape(-1, *self.image_shape)
             x = augment_images(x, self.augment, generator=self.augment_generator)
-        x = x.reshape(-1, *self.shape)
+        if x.shape[1:] != self.shape:
+            x = x.reshape(-1, *self.shape)
         x = x.float().div_(255) if x.dtype == torch.uint8 else x.float()
         if self.binarize_generator is not None:
             x = torch.bernoulli(x, generator=self.binarize_generator)
         if self.labels is None:
             return (x,)
-        return x, self.labels.index_select(0, indices).to(self.device)
+        labels = self.labels.index_select(0, indices)
+        return x, labels.to(self.device) if self._apart else labels
 
     def first(self, n: int) -> tuple[Tensor, Tensor | None]:
         """The first n images, or all where there are fewer, and their labels or None."""

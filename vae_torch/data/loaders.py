@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -154,8 +155,10 @@ def array_loaders(
 
     settings = _settings("array", "data", batch_size, binarize, hold_out, augment=augment)
     found = as_tensors(in_memory(x_train, x_test, y_train, y_test, layout), "array_loaders")
-    train, test = _loaders(found, settings, seed=seed, device=device)
-    return train, None if x_test is None and not hold_out else test
+    if found.test is None and not hold_out:
+        only = replace(found, test=found.train)  # nothing is taken away from it
+        return _loaders(only, settings, seed=seed, device=device)[0], None
+    return _loaders(found, settings, seed=seed, device=device)
 
 
 def _settings(

@@ -126,7 +126,8 @@ def _form(
     image = data[0][0] if len(data) else None
     if not isinstance(image, Image.Image):
         raise DataError(f"data.dataset={name}: gives a {type(image).__name__}, no image")
-    height, width, colours = looks(image)
+    with image:
+        height, width, colours = looks(image)
     if size is not None:
         height, width = (size, size) if isinstance(size, int) else size
     return Form(height, width, channels or colours, background)
@@ -137,17 +138,30 @@ def _decoded(
 ) -> Images:
     """Pixels and labels, from the cache where it has them."""
     labels: list[int] = []
+    name = type(data).__name__
+
+    def read(i: int) -> np.ndarray:
+        image, label = data[i]
+        labels.append(_number(label))
+        with image:
+            height, width, _ = looks(image)
+            if one_size and (height, width) != (form.height, form.width):
+                raise DataError(
+                    f"data.dataset={name}: image {i} is {height}x{width}, the first "
+                    f"{form.height}x{form.width}; set data.size=N or [HEIGHT,WIDTH]"
+                )
+            return pixels(image, form)
 
     def parts() -> Iterator[np.ndarray]:
         for i in bar(range(len(data)), "decoding images", show=True):
-            image, label = data[i]
-            if one_size and looks(image)[:2] != (form.height, form.width):
+            try:
+                yield read(i)
+            except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises
+                if isinstance(error, DataError):
+                    raise
                 raise DataError(
-                    f"{type(data).__name__}: image {i} is {image.height}x{image.width}, the first "
-                    f"{form.height}x{form.width}; set data.size=N or [HEIGHT,WIDTH]"
-                )
-            labels.append(_number(label))
-            yield pixels(image, form)
+                    f"data.dataset={name}: image {i} cannot be read ({_reason(error)}); replace it"
+                ) from None
 
     shape = (len(data), form.channels, form.height, form.width)
     settings = (which, form, one_size)
