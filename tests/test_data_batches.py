@@ -12,6 +12,7 @@ from vae_torch.data import (
     Splits,
     data_hash,
     data_sources,
+    dataset,
     image_dataset,
     loaders_of,
     shape_of,
@@ -32,6 +33,16 @@ def test_the_mnist_family_keeps_flat_images(made_up_root):
     train, test = mnist_loaders(made_up_root, name="fashion_mnist")
     assert shape_of(train) == shape_of(test) == (784,)
     assert image_dataset(train).image_shape == (1, 28, 28)
+
+
+def test_images_that_stay_behind_are_moved_batch_by_batch(monkeypatch):
+    x = RNG.integers(0, 256, (20, 3, 4), np.uint8)
+    monkeypatch.setattr(dataset, "_placed", lambda images, rows, _: (images, rows))
+    train, _ = array_loaders(x, y_train=np.arange(20), augment="flip", device="meta")
+    images, labels = next(iter(train))
+    assert image_dataset(train).images.device.type == "cpu"
+    assert {images.device.type, labels.device.type} == {"meta"}
+    assert (images.shape, images.dtype) == ((20, 1, 3, 4), torch.float32)
 
 
 # augmentation

@@ -287,6 +287,13 @@ def count_decoded(monkeypatch):
     return counted
 
 
+def test_a_warm_start_opens_no_file(tmp_path, monkeypatch):
+    arrays = flat_folder(tmp_path, 5)
+    folder(tmp_path)
+    monkeypatch.setattr(decode.Image, "open", None)
+    np.testing.assert_array_equal(pixels_of(tmp_path), arrays.transpose(0, 3, 1, 2))
+
+
 def test_images_are_decoded_once_for_each_content_and_setting(tmp_path, monkeypatch):
     arrays = flat_folder(tmp_path, 5)
     counted = count_decoded(monkeypatch)
@@ -301,17 +308,20 @@ def test_images_are_decoded_once_for_each_content_and_setting(tmp_path, monkeypa
         pixels_of(tmp_path, size=8)[0], 255 - arrays[0].transpose(2, 0, 1)
     )
     assert len(counted) == 15
-    assert len(list((tmp_path / ".vae_torch").glob("*.npy"))) == 2  # the outdated one is gone
+    caches = (tmp_path / ".vae_torch").glob("*.npy")
+    assert sum(cache.stat().st_size > 200 for cache in caches) == 2  # the outdated one is gone
 
 
 def test_a_torn_cache_is_made_anew(tmp_path):
     flat_folder(tmp_path, 5)
     expected = pixels_of(tmp_path).copy()
-    (file,) = (tmp_path / ".vae_torch").glob("*.npy")
-    content = file.read_bytes()
-    for damaged in (b"", content[:50], content[:-1], b"x" * len(content)):
-        file.write_bytes(damaged)
-        np.testing.assert_array_equal(pixels_of(tmp_path), expected)
+    files = list((tmp_path / ".vae_torch").glob("*.npy"))
+    assert len(files) == 2  # pixels and form
+    for file in files:
+        content = file.read_bytes()
+        for damaged in (b"", content[:50], content[:-1], b"x" * len(content)):
+            file.write_bytes(damaged)
+            np.testing.assert_array_equal(pixels_of(tmp_path), expected)
 
 
 def test_a_folder_that_cannot_be_written_is_cached_elsewhere(tmp_path, monkeypatch):
@@ -322,7 +332,7 @@ def test_a_folder_that_cannot_be_written_is_cached_elsewhere(tmp_path, monkeypat
     for _ in range(2):
         folder(tmp_path / "data")
     assert len(counted) == 3
-    assert len(list((tmp_path / "user" / "vae_torch").glob("*.npy"))) == 1
+    assert len(list((tmp_path / "user" / "vae_torch").glob("*.npy"))) == 2  # pixels and form
 
 
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
@@ -332,7 +342,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(cache.os, "fsync", full)
-    with pytest.raises(DataError, match=r"No space left.*need 576 bytes"):
+    with pytest.raises(DataError, match=r"No space left.*need .* bytes"):
         folder(tmp_path)
     assert not (tmp_path / ".vae_torch").exists()
 

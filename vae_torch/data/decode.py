@@ -29,33 +29,28 @@ class Named(Protocol):
 
 
 def form_of(
-    root: Path,
-    files: Sequence[Named],
-    size: int | Sequence[int] | None,
-    channels: int | None,
-    background: str,
-) -> Form:
-    """What the files are made into; what is not given is looked up in all of them.
+    root: Path, files: Sequence[Named], size: int | Sequence[int] | None, channels: int | None
+) -> tuple[int, int, int]:
+    """Height, width and channels of all files; what is not given is looked up in them.
 
     Raises:
         DataError: They have several sizes, or cannot be read.
     """
-    if size is not None:
-        height, width = (size, size) if isinstance(size, int) else size
-        if channels is not None:
-            return Form(height, width, channels, background)
     names = [file.name for file in files]
     seen = list(_in_parallel(root, names, looks, "looking at images"))
-    if size is None:
-        sizes = {(look[0], look[1]): name for look, name in zip(seen, names, strict=True)}
-        if len(sizes) > 1:
-            (low, first), (high, last) = min(sizes.items()), max(sizes.items())
-            raise DataError(
-                f"{root}: images have {len(sizes)} sizes, {low[0]}x{low[1]} ({first}) to "
-                f"{high[0]}x{high[1]} ({last}); set data.size=N or [HEIGHT,WIDTH]"
-            )
-        ((height, width),) = sizes
-    return Form(height, width, channels or max(look[2] for look in seen), background)
+    channels = channels or max(look[2] for look in seen)
+    if size is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+        return height, width, channels
+    sizes = {(look[0], look[1]): name for look, name in zip(seen, names, strict=True)}
+    if len(sizes) > 1:
+        (low, first), (high, last) = min(sizes.items()), max(sizes.items())
+        raise DataError(
+            f"{root}: images have {len(sizes)} sizes, {low[0]}x{low[1]} ({first}) to "
+            f"{high[0]}x{high[1]} ({last}); set data.size=N or [HEIGHT,WIDTH]"
+        )
+    ((height, width),) = sizes
+    return height, width, channels
 
 
 def decoded(root: Path, files: Sequence[Named], form: Form) -> Iterator[np.ndarray]:

@@ -13,7 +13,7 @@ from vae_torch.config import ConfigError
 from vae_torch.data.cache import cached
 from vae_torch.data.decode import decoded, form_of
 from vae_torch.data.idx import DataError
-from vae_torch.data.pictures import colour
+from vae_torch.data.pictures import Form, colour
 from vae_torch.data.table import Images, Splits, data_sources
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif"}
@@ -64,31 +64,52 @@ def folder(
         _log.info("%s: %d files that are no images are left out: %s", root, len(others), others[0])
     splits = _splits(files)
     names, labels = _labels(root, files, inside=1 if len(splits) == 2 else 0)
-    form = form_of(root, files, size, channels, background)
+    height, width, channels = _form(root, files, size, channels)
+    form = Form(height, width, channels, background)
     shape = (len(files), form.channels, form.height, form.width)
     images = cached(root, form, files, shape, lambda: decoded(root, files, form))
     parts = [Images(images[part], None if labels is None else labels[part]) for part in splits]
     return Splits(parts[0], parts[1] if len(parts) == 2 else None, names)
 
 
+def _form(
+    root: Path, files: Sequence[File], size: int | list[int] | None, channels: int | None
+) -> tuple[int, int, int]:
+    """Height, width and channels: as given, or looked up in all files, once for each content."""
+    if size is not None and channels is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+        return height, width, channels
+    found = cached(
+        root,
+        ("form", size, channels),
+        files,
+        (3,),
+        lambda: [np.array(form_of(root, files, size, channels))],
+        dtype="<i8",
+    )
+    height, width, channels = found.tolist()
+    return height, width, channels
+
+
 def _listed(root: Path) -> tuple[list[File], list[str]]:
     """The image files below a folder, by name, and the names of other files."""
     files, others = [], []
-    for path in _walk(root, ()):
-        name = path.relative_to(root).as_posix()
-        if path.suffix.lower() not in _SUFFIXES:
-            if path.name != _LABELS:
+    for name, entry in _walk(str(root), "", ()):
+        if f".{entry.name.rpartition('.')[2].lower()}" not in _SUFFIXES:
+            if entry.name != _LABELS:
                 others.append(name)
             continue
         try:
-            stat = path.stat()
+            stat = entry.stat()
         except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}); remove it") from None
+            raise DataError(
+                f"{root / name}: cannot be read ({error.strerror}); remove it"
+            ) from None
         files.append(File(name, stat.st_size, stat.st_mtime_ns))
     return files, others
 
 
-def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
+def _walk(folder: str, name: str, above: tuple[str, ...]) -> Iterator[tuple[str, os.DirEntry[str]]]:
     """The files below a folder, hidden ones aside. A link to a folder above is not followed."""
     real = os.path.realpath(folder)
     if real in above:
@@ -100,11 +121,14 @@ def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
     for entry in entries:
         if entry.name.startswith("."):
             continue
-        path = Path(entry.path)
-        if path.is_dir():
-            yield from _walk(path, (*above, real))
+        try:
+            inner = entry.is_dir()
+        except OSError:  # a link that leads to itself: told where it would be read
+            inner = False
+        if inner:
+            yield from _walk(entry.path, f"{name}{entry.name}/", (*above, real))
         else:
-            yield path
+            yield name + entry.name, entry
 
 
 def _splits(files: Sequence[File]) -> list[slice]:
