@@ -200,6 +200,8 @@ def test_batches_may_be_dictionaries():
     assert torch.equal(images_of({"image": x, "label": y}), x)
     assert torch.equal(labels_of({"image": x, "label": y}), y)
     assert labels_of({"image": x}) is None
+    assert torch.equal(images_of([(255 * x).to(torch.uint8)]), (255 * x).floor() / 255)
+    assert images_of(x) is x
     with pytest.raises(ValueError, match="a batch is a dict without images"):
         images_of({"pixels": x})
     vae = VAE((6,), latent_dim=2, intermediate_dim=4)

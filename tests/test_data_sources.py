@@ -361,7 +361,7 @@ def test_a_download_arrives_whole_or_leaves_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({}, "data.dataset=None: must be an image data set of torchvision"),
+        ({}, "data.dataset=null: must be an image data set of torchvision"),
         ({"dataset": "Cifar10"}, "data.dataset=Cifar10: must be"),
         ({"dataset": "FakeData"}, "data.dataset=FakeData: must be"),
         ({"dataset": "wrap_dataset_for_transforms_v2"}, "must be an image data set"),

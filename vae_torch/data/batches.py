@@ -87,6 +87,8 @@ def as_loader(
 def images_of(batch: Any) -> Tensor:
     """The images x of a batch: x alone, [x], (x, label), (x, label, anything), or {"image": x}.
 
+    Bytes are divided by 255, floats stay as they are.
+
     Raises:
         ValueError: No tensor and no array stands there.
     """
@@ -100,7 +102,7 @@ def images_of(batch: Any) -> Tensor:
             f"a batch is a {type(batch).__name__} without images in front; it must be x, [x], "
             '(x, label), or {"image": x, "label": label}, x a tensor (B, *shape)'
         )
-    return x
+    return x.float().div_(255) if x.dtype == torch.uint8 else x
 
 
 def labels_of(batch: Any) -> Tensor | None:

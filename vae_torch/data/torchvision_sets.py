@@ -75,7 +75,7 @@ def _class(name: str | None) -> Any:
     kind = getattr(datasets, str(name)) if name in datasets.__all__ else None
     if not inspect.isclass(kind) or "root" not in inspect.signature(kind).parameters:
         raise ConfigError(
-            f"data.dataset={name}: must be an image data set of torchvision.datasets, such as "
+            f"data.dataset={name or 'null'}: must be an image data set of torchvision, such as "
             "CIFAR10, SVHN or CelebA"
         )
     return kind
