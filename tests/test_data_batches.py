@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from vae_torch import array_loaders, mnist_loaders
+from vae_torch import VAE, array_loaders, mnist_loaders, train
+from vae_torch.checkpoint import Checkpoints
 from vae_torch.config import Config, ConfigError, DataConfig, config_from_dict
 from vae_torch.data import (
     DataError,
@@ -20,6 +21,7 @@ from vae_torch.data import (
 from vae_torch.data.augment import augment_images
 from vae_torch.data.splits import divide
 from vae_torch.data.table import as_tensors
+from vae_torch.training.errors import StoppedError
 
 RNG = np.random.default_rng(0)
 
@@ -108,6 +110,25 @@ def test_augmentation_depends_on_seed_epoch_and_step_alone(augment, binarize):
     state = stopped.batch_sampler.pixels()
     resumed = epoch_of(loader(), 3, skip=2, pixels=state)
     assert not differs(whole[2:], resumed)
+
+
+def test_a_stopped_run_on_augmented_unlabelled_images_resumes_with_the_same_bits(tmp_path, config):
+    x = RNG.integers(0, 256, (60, 6, 6), np.uint8)
+
+    def run(folder, stop=None):
+        torch.manual_seed(0)
+        vae = VAE((1, 6, 6), latent_dim=2, intermediate_dim=8)
+        loaders = array_loaders(x, x, batch_size=16, augment="shift", binarize="dynamic")
+        checkpoints = Checkpoints(tmp_path / folder, config)
+        history = train(vae, *loaders, epochs=3, checkpoints=checkpoints, stop=stop)
+        return history["train/elbo"], vae.state_dict()
+
+    asked = iter(range(1000))
+    with pytest.raises(StoppedError):
+        run("cut", stop=lambda: next(asked) == 6)  # inside the second epoch
+    (elbo, weights), (expected, expected_weights) = run("cut"), run("whole")
+    assert elbo == expected
+    assert all(torch.equal(weights[name], w) for name, w in expected_weights.items())
 
 
 def test_only_training_images_are_augmented():

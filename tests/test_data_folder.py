@@ -221,6 +221,10 @@ def test_damaged_files_are_all_told_and_leave_nothing_behind(tmp_path):
             folder(tmp_path, **settings)
     with pytest.raises(DataError, match="3 of 6 images"):
         folder(tmp_path, size=4, channels=1)
+    for name in ("003.png", "004.png"):
+        (tmp_path / name).unlink()
+    with pytest.raises(DataError, match=r"1 of 4 images cannot be read: 001\.png"):
+        folder(tmp_path)  # its head is whole
     assert not (tmp_path / ".vae_torch").exists()
 
 
@@ -278,6 +282,18 @@ def test_folders_without_use_are_told(tmp_path):
     flat_folder(tmp_path / "sub", 1)
     with pytest.raises(DataError, match=r"000\.png lies beside sub-folders"):
         folder(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_files_are_read_once(tmp_path):
+    save(tmp_path / "0.bmp", noise(2, 2))
+    content = bytearray((tmp_path / "0.bmp").read_bytes())
+    (tmp_path / "0.bmp").unlink()
+    for i in range(100_000):
+        content[-4:-2] = (i % 65_536).to_bytes(2, "big")  # the two upper pixels: rows rise
+        (tmp_path / f"{i:06}.bmp").write_bytes(content)
+    numbers = pixels_of(tmp_path)[:, 0, 0].astype(int) @ [256, 1]
+    np.testing.assert_array_equal(numbers, np.arange(100_000) % 65_536)
 
 
 def count_decoded(monkeypatch):
