@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 from vae_torch import VAE, ObjectiveConfig, kl_standard_normal, mnist_loaders, train
-from vae_torch.config import CHOICES
+from vae_torch.data.sources import FAMILY
 from vae_torch.figures import (
     image_table,
     interpolation_figure,
@@ -84,8 +84,8 @@ if not IN_NOTEBOOK and sys.argv[1:]:  # a kernel has arguments of its own
 EPOCHS = count("WALKTHROUGH_EPOCHS", 10)
 IMAGES = count("WALKTHROUGH_IMAGES", 60000)
 DATA = os.environ.get("WALKTHROUGH_DATA", "mnist")
-if DATA not in CHOICES["data.name"]:
-    refuse(f"WALKTHROUGH_DATA={DATA}: must be one of {', '.join(CHOICES['data.name'])}")
+if DATA not in FAMILY:
+    refuse(f"WALKTHROUGH_DATA={DATA}: must be one of {', '.join(FAMILY)}")
 ROOT = Path(os.environ.get("WALKTHROUGH_ROOT", checkout() / "data"))
 PICTURES = Path(os.environ.get("WALKTHROUGH_OUT", checkout() / "outputs" / "walkthrough"))
 print(f"data in {ROOT}, pictures in {PICTURES}")

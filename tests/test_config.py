@@ -8,7 +8,6 @@ from tests.conftest import REPOSITORY
 from vae_torch.cli.names import run_name
 from vae_torch.cli.sweeps import jobs_of
 from vae_torch.config import (
-    CHOICES,
     INCIDENTAL,
     ConfigError,
     OptimizerConfig,
@@ -16,6 +15,7 @@ from vae_torch.config import (
     check_optimizer,
     config_from_dict,
 )
+from vae_torch.data import data_sources
 from vae_torch.parts.networks import networks
 from vae_torch.parts.objectives import objectives
 
@@ -34,10 +34,13 @@ def test_every_file_of_conf_composes_to_a_valid_run(composed, path: Path):
 
 
 def test_every_allowed_name_has_its_file():
-    for group in ("model", "data", "objective"):
+    for group, names in (
+        ("model", networks),
+        ("data", data_sources),
+        ("objective", objectives),
+    ):
         files = {p.stem for p in GROUP_FILES if p.parent.name == group}
-        known = {"model": networks, "objective": objectives, "data": CHOICES["data.name"]}
-        assert files == set(known[group])
+        assert files == set(names)
 
 
 def test_a_runs_name_leaves_out_what_is_incidental():

@@ -298,6 +298,11 @@ def test_images_that_are_neither_bytes_nor_floats_in_0_and_1_are_refused(images,
         ImageDataset(images, torch.zeros(2, dtype=torch.int64))
 
 
-def test_only_bytes_are_binarised_once():
-    with pytest.raises(ValueError, match=r"torch\.float32"):
-        binarize_images(torch.rand(2, 4))
+def test_bytes_and_floats_are_binarised_with_their_grey_values_as_probabilities():
+    bytes_ = torch.full((4000, 5), 51, dtype=torch.uint8)  # a fifth
+    for images in (bytes_, bytes_ / 255):
+        drawn = binarize_images(images)
+        assert drawn.dtype == torch.uint8
+        assert set(drawn.unique().tolist()) == {0, 255}
+        share = (drawn == 255).double().mean(0)
+        assert ((share - 0.2).abs() < 5.5 * math.sqrt(0.2 * 0.8 / 4000)).all()

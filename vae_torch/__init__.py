@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from vae_torch.checkpoint import load_run
     from vae_torch.cli.compose import compose
     from vae_torch.config import Config, ConfigError, ObjectiveConfig, OptimizerConfig
-    from vae_torch.data import load_images, mnist_loaders
+    from vae_torch.data import array_loaders, folder_loaders, load_images, mnist_loaders
     from vae_torch.evaluate import evaluate_model
     from vae_torch.parts.objectives import elbo, iwae_bound, keras_loss, kl_standard_normal
     from vae_torch.parts.posteriors import reparameterize
@@ -27,9 +27,11 @@ _HOME = {
     "Encoder": "vae",
     "ObjectiveConfig": "config",
     "OptimizerConfig": "config",
+    "array_loaders": "data",
     "compose": "cli.compose",
     "elbo": "parts.objectives",
     "evaluate_model": "evaluate",
+    "folder_loaders": "data",
     "iwae_bound": "parts.objectives",
     "keras_loss": "parts.objectives",
     "kl_standard_normal": "parts.objectives",
@@ -49,9 +51,11 @@ __all__ = [
     "Encoder",
     "ObjectiveConfig",
     "OptimizerConfig",
+    "array_loaders",
     "compose",
     "elbo",
     "evaluate_model",
+    "folder_loaders",
     "iwae_bound",
     "keras_loss",
     "kl_standard_normal",

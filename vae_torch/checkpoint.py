@@ -105,6 +105,7 @@ class Checkpoints:
             a run that is asked to stop always leave one.
         data_sha256: Of the images and labels, by split. A run does not go on with others.
         versions: Of code and libraries; stored inside.
+        input_shape: Of the model; stored inside.
     """
 
     def __init__(
@@ -115,8 +116,10 @@ class Checkpoints:
         every: int | str = 1,
         data_sha256: dict[str, str] | None = None,
         versions: dict[str, str] | None = None,
+        input_shape: Sequence[int] = (784,),
     ) -> None:
         self.versions = versions
+        self.input_shape = list(input_shape)
         self.folder = folder
         self.config = config
         self.data_sha256 = data_sha256
@@ -153,6 +156,7 @@ class Checkpoints:
             "config": self.config.to_dict(),
             "data_sha256": self.data_sha256,
             "versions": self.versions,
+            "input_shape": self.input_shape,
         }
         paths = [self.folder / name for name in names]
         save_checkpoint({**about, **rest, "history_seal": sealed}, *paths)
@@ -310,13 +314,25 @@ def load_run(
                 f"Python load_run(..., plugins=[{listed}])"
             )
         with torch.device("meta"):  # takes no memory: a config can claim any size
-            vae = VAE.from_config(config)
+            vae = VAE.from_config(config, _shape_in(state))
         vae.load_state_dict(state["model"], assign=True)
     except (ConfigError, RuntimeError, TypeError) as error:
         raise CheckpointError(
             f"{path}: does not fit its own config ({_line(error)}); name another run"
         ) from None
     return vae.to(device, torch.float32), config
+
+
+def _shape_in(state: dict[str, Any]) -> list[int]:
+    """Of the model's images; older checkpoints are all of 784 grey pixels.
+
+    Raises:
+        TypeError: It is none.
+    """
+    shape = state.get("input_shape", [784])
+    if not isinstance(shape, list) or not all(type(n) is int and 0 < n < 2**20 for n in shape):
+        raise TypeError(f"its images have shape {shape}")
+    return shape
 
 
 def _line(error: Exception) -> str:

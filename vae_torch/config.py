@@ -71,6 +71,31 @@ def _folder(value: Any) -> Any:
     return str(Path(text).expanduser()) if text.startswith("~") else text
 
 
+def _held_out(value: Any) -> Any:
+    """A number of images, a share of them, or `test`."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value == "test" or (number and (0 < value < 1 or (value >= 0 and value == int(value)))):
+        return int(value) if number and value >= 1 else value
+    raise ConfigError(
+        f"data.hold_out={value}: must be a number of images, 0 or more, a share below 1, or test"
+    )
+
+
+def _image_size(value: Any) -> Any:
+    """One side of a square, or [height, width]."""
+    sides = value if isinstance(value, list | tuple) else [value, value]
+    whole = all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
+    if value is None or (len(sides) == 2 and whole and all(1 <= n <= 4096 for n in sides)):
+        return list(value) if isinstance(value, tuple) else value
+    raise ConfigError(f"data.size={value}: must be N or [HEIGHT,WIDTH], each 1 to 4096")
+
+
+def _channels(value: Any) -> Any:
+    if value is None or (value in (1, 3) and not isinstance(value, bool)):
+        return value
+    raise ConfigError(f"data.channels={value}: must be 1 (grey) or 3 (colour)")
+
+
 _MANY = 2**31 - 1
 Size = Annotated[int, Field(strict=True, ge=1, le=100_000)]
 Count = Annotated[int, Field(strict=True, ge=1, le=_MANY)]
@@ -130,14 +155,19 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """Which images, how many, in what form."""
+    """Which images, how many, in what form. What is null or none is left to the source."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     name: Annotated[
-        Literal["mnist", "fashion_mnist", "kmnist", "emnist", "qmnist"], about("the images")
+        str,
+        Field(min_length=1),
+        about(
+            "the images: mnist, fashion_mnist, kmnist, emnist, qmnist, folder, array, torchvision, "
+            "larochelle, omniglot, caltech101_silhouettes, or a source of your own"
+        ),
     ]
-    root: Annotated[Folder, about("the folder where their files are, or go")]
+    root: Annotated[Folder, about("the folder where their files are, or go; array: the file")]
     batch_size: Annotated[Count, about("images a training step")]
     binarize: Annotated[
         Literal["none", "dynamic", "static"],
@@ -146,8 +176,37 @@ class DataConfig:
     limit_train: Annotated[Count | None, about("only the first N training images")] = None
     limit_test: Annotated[Count | None, about("only the first N test images")] = None
     hold_out: Annotated[
-        CountOrZero, about("validate on the last N training images, leave the test set alone")
+        int | float | str,
+        BeforeValidator(_held_out),
+        about(
+            "N, or a share such as 0.1: validate on as many training images, leave the test set "
+            "alone; test: the source must have a test set of its own"
+        ),
     ] = 0
+    classes: Annotated[
+        list[int | str] | None, about("only images of these classes, by number or name")
+    ] = None
+    augment: Annotated[
+        Literal["none", "shift", "flip"],
+        about("training images moved by up to an eighth of a side, or mirrored, anew every epoch"),
+    ] = "none"
+    size: Annotated[
+        int | list[int] | None,
+        BeforeValidator(_image_size),
+        about("folder, torchvision: N or [height, width]; resize and crop the images to this size"),
+    ] = None
+    channels: Annotated[
+        int | None, BeforeValidator(_channels), about("folder, torchvision: 1 (grey), 3 (colour)")
+    ] = None
+    background: Annotated[
+        str | None,
+        about("folder, torchvision: the colour behind transparent pixels"),
+    ] = None
+    split: Annotated[str | None, about("emnist, torchvision: the part of the images")] = None
+    dataset: Annotated[str | None, about("torchvision: the class, CIFAR10")] = None
+    options: Annotated[dict[str, Any], about("options of a source of your own")] = field(
+        default_factory=dict
+    )
 
 
 @dataclass
@@ -316,6 +375,7 @@ INCIDENTAL = (
 
 # Keys of options that a part's own signature names.
 OPTIONS = (
+    "data.options",
     "model.options",
     "objective.options",
     "posterior_options",

@@ -19,12 +19,14 @@ class Stream(IntEnum):
     FIT = 5  # fitted posteriors: (seed, FIT), and (seed, FIT, 1) for their ELBO
     AGGREGATE = 6  # the aggregate posterior: (seed, AGGREGATE)
     CHOICE = 7  # the images whose posteriors are fitted: (seed, CHOICE)
+    AUGMENT = 16  # how training images are moved: (seed, epoch, AUGMENT, step)
 
 
 # Static binarisation is the same in every run and on every machine, whatever the run's seed: it is
-# seeded by (BINARIZE_SEED, STATIC_TRAIN) and (BINARIZE_SEED, STATIC_TEST).
+# seeded by (BINARIZE_SEED, STATIC_TRAIN) and (BINARIZE_SEED, STATIC_TEST). So is the choice of the
+# images that are held out: (BINARIZE_SEED, HOLD_OUT).
 BINARIZE_SEED = 2016
-STATIC_TRAIN, STATIC_TEST = 0, 1
+STATIC_TRAIN, STATIC_TEST, HOLD_OUT = 0, 1, 2
 
 
 def mix_seed(*parts: int) -> int:

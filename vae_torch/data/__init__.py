@@ -1,24 +1,32 @@
-"""The torchvision MNIST family as verified tensors, and real DataLoaders that feed from them."""
+"""Images: where they come from, as verified tensors, and DataLoaders that feed from them."""
 
-from vae_torch.data.idx import DataError, idx_bytes, read_idx
-from vae_torch.data.loaders import (
+from vae_torch.data.sources import load_images  # first in the table
+
+# isort: split
+from vae_torch.data import arrays, benchmarks, folder, sources, torchvision_sets  # fill the table
+from vae_torch.data.batches import (
     Data,
-    EpochBatches,
-    ImageDataset,
     Loader,
     as_batch,
     as_loader,
     batches_in,
-    binarize_images,
-    data_hash,
-    image_dataset,
     image_loader,
     images_of,
     labels_of,
+)
+from vae_torch.data.dataset import EpochBatches, ImageDataset
+from vae_torch.data.idx import DataError, idx_bytes, read_idx
+from vae_torch.data.loaders import (
+    array_loaders,
+    binarize_images,
+    data_hash,
+    folder_loaders,
+    image_dataset,
     loaders_of,
     mnist_loaders,
+    shape_of,
 )
-from vae_torch.data.sources import Images, load_images
+from vae_torch.data.table import Images, Splits, data_sources
 from vae_torch.seeds import mix_seed, seeded_generator
 
 __all__ = [
@@ -28,11 +36,18 @@ __all__ = [
     "ImageDataset",
     "Images",
     "Loader",
+    "Splits",
+    "array_loaders",
+    "arrays",
     "as_batch",
     "as_loader",
     "batches_in",
+    "benchmarks",
     "binarize_images",
     "data_hash",
+    "data_sources",
+    "folder",
+    "folder_loaders",
     "idx_bytes",
     "image_dataset",
     "image_loader",
@@ -44,4 +59,7 @@ __all__ = [
     "mnist_loaders",
     "read_idx",
     "seeded_generator",
+    "shape_of",
+    "sources",
+    "torchvision_sets",
 ]

@@ -54,8 +54,8 @@ def read_idx(path: Path, *, sha256: str | None = None) -> np.ndarray:
         digest.update(body)
         if digest.hexdigest() != sha256:
             raise DataError(
-                f"{path}: altered; its SHA-256 is {digest.hexdigest()[:12]}..., MNIST's is "
-                f"{sha256[:12]}...; {remedy}"
+                f"{path}: altered; its SHA-256 is {digest.hexdigest()[:12]}..., the published "
+                f"file's is {sha256[:12]}...; {remedy}"
             )
     array = np.frombuffer(bytearray(body), dtype).reshape(shape)
     return array if dtype == np.uint8 else array.astype(np.int64)

@@ -99,7 +99,7 @@ def _run(
     train_loader, test_loader = data.loaders_of(config, device)
     train_set, test_set = (data.image_dataset(loader) for loader in (train_loader, test_loader))
     hashes = {"train": data.data_hash(train_loader), "test": data.data_hash(test_loader)}
-    vae = VAE.from_config(config).to(device)
+    vae = VAE.from_config(config, data.shape_of(train_loader)).to(device)
     if config.model.mean_bias:
         vae.init_output_bias(train_set.mean())
     kept = _to_be_kept(config)
@@ -109,6 +109,7 @@ def _run(
         every=config.train.checkpoint_every,
         data_sha256=hashes,
         versions=versions(),
+        input_shape=vae.input_shape,
     )
     state = checkpoints.load("cpu") if config.train.resume else None
     if state:
@@ -122,7 +123,8 @@ def _run(
     records = Records(
         run_dir, kept, config_text=config_text, history=state["history"] if state else None
     )
-    x, labels = test_set.first(5000)  # for the pictures
+    x, known = test_set.first(5000)  # for the pictures
+    labels = torch.zeros(len(x), dtype=torch.int64) if known is None else known
     images = f"{len(train_set)} training and {len(test_set)} {judged_on(config)} images"
     say("%s: %s, on %s", config.data.name, images, device_name(device))
     if state:

@@ -1,0 +1,122 @@
+"""NumPy arrays as images: `data=array data.root=FILE.npz` or `FILE.npy`."""
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from vae_torch.config import ConfigError
+from vae_torch.data.idx import DataError
+from vae_torch.data.table import Images, Splits, data_sources
+
+Layout = Literal["auto", "NCHW", "NHWC"]
+_NAMES = ("x", "x_train", "x_test", "y", "y_train", "y_test")
+_MAGIC = b"\x93NUMPY"
+_CHANNELS = 4  # at most, where nobody says which side of an image they are
+
+
+@data_sources.register("array")
+def array(root: Path, *, layout: Layout = "auto") -> Splits:
+    """The arrays of a file; a `.npy` is mapped, so that it may be larger than memory.
+
+    Args:
+        root: A `.npy` with the images; or a `.npz` with `x`, or `x_train` and `x_test`, and
+            their labels `y`, or `y_train` and `y_test`.
+        layout: Where the channels are; `auto`: where the shape has 4 or fewer.
+
+    Raises:
+        DataError: The file cannot be read or holds no images; nothing in it is ever unpickled.
+        ConfigError: `root` is no such file, or a shape may be read in two ways.
+    """
+    if root.suffix not in (".npy", ".npz") or not root.is_file():
+        raise ConfigError(f"data.root={root}: must be a .npz or .npy file")
+    held = _opened(root)
+    trained, tested = ("x", None) if "x" in held else ("x_train", "x_test")
+    if trained not in held:
+        raise DataError(
+            f"{root}: holds {', '.join(sorted(held)) or 'nothing'}; must hold x, or x_train and "
+            "x_test, and may hold their labels y, or y_train and y_test"
+        )
+    try:
+        return in_memory(
+            held[trained],
+            held.get(tested) if tested else None,
+            held.get(trained.replace("x", "y")),
+            held.get("y_test") if tested else None,
+            layout,
+        )
+    except DataError as error:
+        raise DataError(f"{root}: {error}") from None
+
+
+def in_memory(x_train: Any, x_test: Any, y_train: Any, y_test: Any, layout: str) -> Splits:
+    """Arrays or tensors as a source's images; labels may be words.
+
+    Raises:
+        ConfigError: A shape may be read in two ways.
+        DataError: It cannot be read in any, or labels are of no use.
+    """
+    if x_test is None and y_test is not None:
+        raise DataError("y_test without x_test: labels need images; give both or neither")
+    classes = None
+    labels = [y if y is None else np.asarray(y) for y in (y_train, y_test)]
+    words = [y for y in labels if y is not None and y.dtype.kind in "US"]
+    if words:
+        classes = sorted({str(word) for y in words for word in y.ravel()})
+        number = {word: i for i, word in enumerate(classes)}
+        if any(y is not None and y.dtype.kind not in "US" for y in labels):
+            raise DataError("labels are words in one part and numbers in the other; use one kind")
+        labels = [
+            y if y is None else np.array([number[str(word)] for word in y.ravel()]) for y in labels
+        ]
+    train = Images(_channels_first(x_train, layout), labels[0])
+    test = None if x_test is None else Images(_channels_first(x_test, layout), labels[1])
+    return Splits(train, test, classes)
+
+
+def _opened(path: Path) -> Mapping[str, Any]:
+    """The arrays of a file by their names; of a `.npy` mapped, as `x`."""
+    try:
+        with path.open("rb") as file:
+            if file.read(len(_MAGIC)) == _MAGIC:
+                return {"x": np.load(path, mmap_mode="r", allow_pickle=False)}
+            file.seek(0)
+            if not zipfile.is_zipfile(file):
+                raise ValueError("no NumPy file")
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as held:
+                return {name: held[name] if name in _NAMES else None for name in held.files}
+    except Exception as error:  # bytes that somebody made can raise anything
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        if "pickle" in reason or "bject" in reason:
+            reason = "it holds Python objects, which may run code"
+        raise DataError(
+            f"{path}: refused ({reason}); save plain numbers with numpy.save or numpy.savez"
+        ) from None
+
+
+def _channels_first(x: Any, layout: str) -> Any:
+    """(N, H, W, C) as (N, C, H, W); other shapes as they are. No copy.
+
+    Raises:
+        ConfigError: Both readings are possible, or neither is.
+    """
+    if not isinstance(x, np.ndarray | torch.Tensor) or x.ndim != 4:
+        if isinstance(x, np.ndarray | torch.Tensor) and x.ndim not in (2, 3):
+            raise DataError(
+                f"images have shape {tuple(x.shape)}; must be (N, H, W), (N, H, W, C), "
+                "(N, C, H, W) or (N, D)"
+            )
+        return x
+    first, last = x.shape[1] <= _CHANNELS, x.shape[3] <= _CHANNELS
+    if layout == "auto" and first == last:
+        raise ConfigError(
+            f"data.options.layout=auto: images of shape {tuple(x.shape[1:])} have their channels "
+            "first or last, which cannot be told; set data.options.layout=NCHW or NHWC"
+        )
+    if layout == "NCHW" or (layout == "auto" and first):
+        return x
+    return x.transpose(0, 3, 1, 2) if isinstance(x, np.ndarray) else x.permute(0, 3, 1, 2)

@@ -1,0 +1,115 @@
+"""Decoded pixels on disk: written once, mapped into memory ever after."""
+
+import hashlib
+import os
+import secrets
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+
+from vae_torch.data.idx import DataError
+
+FOLDER = ".vae_torch"
+
+
+def cached(
+    root: Path,
+    settings: object,
+    content: object,
+    shape: tuple[int, ...],
+    made: Callable[[], Iterable[np.ndarray]],
+    *,
+    dtype: str = "|u1",
+) -> np.ndarray:
+    """An array that was made before, or is made now, mapped from a file.
+
+    The file lies in `root/.vae_torch`, or where that cannot be written in the user's cache folder.
+    It is replaced when the content changes. Several processes may ask at once: one makes it.
+
+    Args:
+        root: The data folder.
+        settings: What the array is made with, ...
+        content: ... and from: any values whose text tells them apart.
+        shape: Of the whole array.
+        made: Its parts, in order, along the first axis.
+        dtype: Of the array, as NumPy writes it.
+
+    Raises:
+        DataError: It cannot be written anywhere.
+    """
+    group = _digest((str(root.resolve()), settings))
+    name = f"{group}-{_digest((content, shape, dtype))}.npy"
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vae_torch"
+    places = (root / FOLDER, user)
+    for place in places:
+        if (array := _mapped(place / name, shape, dtype)) is not None:
+            return array
+    reasons = []
+    for place in places:
+        held = not place.exists()  # by nobody else
+        try:
+            place.mkdir(parents=place == user, exist_ok=True)
+            lock = FileLock(place / "lock").acquire()
+        except OSError as error:
+            reasons.append(f"{place}: {error.strerror}")
+            continue
+        with lock:
+            try:
+                if (array := _mapped(place / name, shape, dtype)) is None:
+                    _write(place / name, shape, dtype, made())
+                    for old in place.glob(f"{group}-*.npy"):
+                        if old.name != name:
+                            with suppress(OSError):  # another system holds what is mapped
+                                old.unlink()
+                    array = _mapped(place / name, shape, dtype)
+            except BaseException:
+                if held:
+                    (place / "lock").unlink(missing_ok=True)
+                    with suppress(OSError):
+                        place.rmdir()
+                raise
+        assert array is not None
+        return array
+    raise DataError(
+        f"the decoded images cannot be kept ({'; '.join(reasons)}); set XDG_CACHE_HOME to a folder "
+        "that can be written"
+    )
+
+
+def _mapped(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray | None:
+    """The file's array, if it is there and whole."""
+    try:
+        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return array if (array.shape, array.dtype) == (shape, np.dtype(dtype)) else None
+
+
+def _write(path: Path, shape: tuple[int, ...], dtype: str, parts: Iterable[np.ndarray]) -> None:
+    """Write beside and rename: the file is there whole, or not at all."""
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with scratch.open("xb") as file:
+            header = {"descr": dtype, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for part in parts:
+                file.write(np.ascontiguousarray(part).data)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise DataError(
+            f"{path.parent}: cannot be written ({error.strerror}); the decoded images need "
+            f"{int(np.prod(shape)) * np.dtype(dtype).itemsize:,} bytes there"
+        ) from None
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]

@@ -1,0 +1,93 @@
+"""What images and labels may be, whatever they come from."""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vae_torch.data.idx import DataError
+
+_CHUNK = 2**24  # pixels that are looked at together: what is mapped never is in memory as a whole
+
+
+def as_pixels(images: Any, where: str) -> Tensor:
+    """Images as a tensor (N, *shape), bytes or floats in [0, 1]; mapped files stay mapped.
+
+    Args:
+        images: A tensor or an array; booleans become the bytes 0 and 255.
+        where: What a refusal begins with.
+
+    Raises:
+        DataError: Another type, no image, or values that are NaN or out of range.
+    """
+    x = tensor_of(images, where) if isinstance(images, np.ndarray) else images
+    if not isinstance(x, Tensor):
+        raise DataError(f"{where} are a {type(x).__name__}; must be an array or a tensor")
+    return _checked(x, where)
+
+
+def _checked(images: Tensor, where: str) -> Tensor:
+    if images.ndim < 2 or images.numel() == 0:
+        raise DataError(f"{where} have shape {tuple(images.shape)}; must be (N, *shape), N >= 1")
+    if images.dtype == torch.bool:
+        images = images.to(torch.uint8) * 255
+    if images.dtype == torch.uint8:
+        return images
+    if not images.is_floating_point():
+        raise DataError(f"{where} are {images.dtype}; must be bytes (uint8), or floats in [0, 1]")
+    extremes = torch.stack([torch.stack(part.aminmax()) for part in in_parts(images)]).double()
+    low, high = extremes[:, 0].min().item(), extremes[:, 1].max().item()  # of a NaN: NaN
+    if not 0 <= low <= high <= 1:
+        raise DataError(
+            f"{where} have values from {low:g} to {high:g}; floats must lie in [0, 1]: divide them "
+            "by the highest value that a pixel can have (255 of bytes)"
+        )
+    return images
+
+
+def tensor_of(array: np.ndarray, where: str = "images") -> Tensor:
+    """An array as a tensor that shares its memory where it can.
+
+    Raises:
+        DataError: Its elements are no numbers.
+    """
+    if array.dtype.kind not in "buif":
+        raise DataError(f"{where} are {array.dtype}; must be bytes (uint8), or floats in [0, 1]")
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    if any(stride < 0 for stride in array.strides) or array.dtype == np.longdouble:
+        array = np.ascontiguousarray(array, np.float64 if array.dtype.kind == "f" else None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # read-only: nothing here writes into it
+        return torch.from_numpy(array)
+
+
+def in_parts(images: Tensor, rows: Tensor | None = None) -> Iterator[Tensor]:
+    """The images (or these rows of them) in order, some at a time."""
+    step = max(1, _CHUNK // max(1, images[0].numel()))
+    if rows is None:
+        yield from images.split(step)
+    else:
+        for some in rows.split(step):
+            yield images.index_select(0, some)
+
+
+def as_labels(labels: Any, count: int, where: str) -> Tensor:
+    """Labels as (N,) int64.
+
+    Raises:
+        DataError: Another number than images, or no whole numbers.
+    """
+    y = tensor_of(labels, where) if isinstance(labels, np.ndarray) else torch.as_tensor(labels)
+    if y.ndim == 2 and y.shape[1] == 1:  # as Keras has CIFAR-10's
+        y = y[:, 0]
+    if y.ndim != 1 or y.is_floating_point() or y.dtype == torch.bool:
+        raise DataError(
+            f"{where} have labels of shape {tuple(y.shape)}, {y.dtype}; must be (N,) whole numbers"
+        )
+    if len(y) != count:
+        raise DataError(f"{where}: {len(y)} labels for {count} images; each needs one")
+    return y.to(torch.int64)
