@@ -214,6 +214,11 @@ def _become(request, out, error):
         os.dup2(error, 2)
         os.close(out)
         os.close(error)
+        # those of the parent remember what kind of file they were
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+        sys.stderr = open(  # noqa: SIM115
+            2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False
+        )
         if request["group"]:
             os.setsid()
         if request["largest_file"]:

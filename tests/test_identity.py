@@ -43,6 +43,8 @@ def test_what_is_left_is_the_same_program(module):
             kinds = ast.Module | ast.ClassDef | ast.FunctionDef
             if isinstance(node, kinds) and ast.get_docstring(node) is not None:
                 del node.body[0]
+            if isinstance(node, kinds):
+                node.body = [part for part in node.body if not isinstance(part, ast.Pass)]
         return ast.dump(tree)
 
     lines = bare(source).splitlines()
@@ -52,7 +54,7 @@ def test_what_is_left_is_the_same_program(module):
             lines[n] += " pass"
     again = without_docstrings(ast.parse("\n".join(lines)))
     expected = without_docstrings(ast.parse(source))
-    assert again.replace("body=[Pass()]", "body=[]") == expected.replace("body=[Pass()]", "body=[]")
+    assert again == expected
 
 
 def test_the_hash_follows_imports():

@@ -5,7 +5,7 @@ A sweep with where=cores has four kinds of processes:
     train.py -> joblib's workers -> a server each, which has imported torch -> a child for each run
 
 A worker watches train.py, a child its worker: where the one is gone, the run ends by SIGTERM, after
-a checkpoint. Windows does not tell a worker that train.py is gone: there the runs go on to their end.
+a checkpoint. Windows does not tell a worker that train.py is gone: there the runs are finished.
 
 Where fork is absent, or unsafe once a system library runs threads (macOS), there is no server: each
 child starts a Python of its own.
