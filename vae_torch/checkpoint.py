@@ -320,7 +320,7 @@ def load_run(
         raise CheckpointError(
             f"{path}: does not fit its own config ({_line(error)}); name another run"
         ) from None
-    return vae.to(device, torch.float32), config
+    return vae.to(device, torch.float32).eval(), config
 
 
 def _shape_in(state: dict[str, Any]) -> list[int]:

@@ -267,6 +267,11 @@ class TrainConfig:
     allow_other_code: Annotated[
         Switch, about("resume a run, and count one as finished, that other code has made")
     ] = False
+    monitor: Annotated[
+        str,
+        Field(min_length=1),
+        about("the metric by which the best epoch, and the best run of a sweep, are chosen"),
+    ] = "test/elbo"
     ema: Annotated[Decay, about("decay of averaged weights a step; 0: keep none")] = 0.0
     prune_after: Annotated[
         CountOrZero, about("epochs until a sweep's run that is behind stops; 0: none does")

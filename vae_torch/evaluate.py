@@ -81,6 +81,8 @@ def bound_metrics(
     sums: dict[str, Tensor] = {}  # float64: () each, or (n,)
     images = 0
     at_once = math.ceil(1000 / draws)  # images: more would not stay in a cache
+    training = vae.training
+    vae.eval()
     for loaded in batches:
         whole = as_batch(loaded, device, weight.dtype)
         for x, y in _parts_of(Batch(vae.check(whole.x), whole.y), at_once):
@@ -93,6 +95,7 @@ def bound_metrics(
                 mean = values.mean(0) if values.ndim else values
                 sums[name] = sums.get(name, 0) + (len(x) * mean).double()
             images += len(x)
+    vae.train(training)
     if not images:
         raise ValueError("there is no image to evaluate; the loader gave no batch")
     return {name: (total / images).tolist() for name, total in sums.items()}

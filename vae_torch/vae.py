@@ -5,7 +5,8 @@ z --decoder--> the likelihood's parameters, for Bernoulli pixels logits (B, *inp
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -395,6 +396,17 @@ class VAE(nn.Module):
             )
 
 
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Within, the module is in eval mode; then in the mode that it was in."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
+
+
 def _network(
     name: str, width: int, depth: int, activation: str, options: Mapping[str, Any]
 ) -> Network:
@@ -429,15 +441,12 @@ def _features(encoder: nn.Module, shape: Sequence[int]) -> int:
 def _one(module: nn.Module, shape: Sequence[int], name: str) -> Tensor:
     """What a module makes of one input of zeros; it stays in the mode that it is in."""
     like = next(module.parameters(), torch.zeros(()))
-    training = module.training
-    module.eval()
     try:
-        made = module(torch.zeros(1, *shape, dtype=like.dtype, device=like.device))
+        with evaluating(module):
+            made = module(torch.zeros(1, *shape, dtype=like.dtype, device=like.device))
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{name} does not take {tuple(shape)}: {reason}") from None
-    finally:
-        module.train(training)
     if not isinstance(made, Tensor):
         raise ValueError(f"{name} gives a {type(made).__name__}; it must give one tensor")
     return made

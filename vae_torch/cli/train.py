@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def task(cfg: DictConfig) -> float:
-    """One run, as Hydra and its launchers call it. Returns the final test elbo."""
+    """One run, as Hydra and its launchers call it. Returns its score, see `metrics.score`."""
     job = HydraConfig.get()
     run_dir = Path(job.runtime.output_dir)
     if job.mode is not RunMode.MULTIRUN:
@@ -83,7 +83,7 @@ def task(cfg: DictConfig) -> float:
         except SystemExit:
             remove_if_unused(run_dir)
             raise
-        tell_what_next(run_dir, f"{judged(cfg)} elbo {elbo:.2f}")
+        tell_what_next(run_dir, result_of(cfg, elbo))
         return elbo
     overrides = [str(override) for override in job.overrides.task]
     if job.runtime.choices["hydra/launcher"] != "joblib":
@@ -118,7 +118,7 @@ def sweep_job(cfg: DictConfig, run_dir: Path, overrides: Sequence[str]) -> float
     else:
         (run_dir / FAILED).unlink(missing_ok=True)  # of an earlier attempt
         seconds = time.monotonic() - began
-        log.info("%s: %s elbo %.2f, %.0f s", run_dir.name, judged(cfg), elbo, seconds)
+        log.info("%s: %s, %.0f s", run_dir.name, result_of(cfg, elbo), seconds)
         return elbo
     return note_failure(run_dir, reason, overrides)
 
@@ -127,6 +127,7 @@ def one_run(cfg: DictConfig, run_dir: Path, *, in_sweep: bool) -> float:
     """From composed settings to a finished folder; what goes wrong is one line and a status."""
     from vae_torch.checkpoint import CheckpointError
     from vae_torch.data import DataError
+    from vae_torch.parts.metrics import score
     from vae_torch.runs.prune import PrunedError, pruned_elbo, pruning
     from vae_torch.runs.run import run
     from vae_torch.runs.signals import StopSignals
@@ -137,7 +138,7 @@ def one_run(cfg: DictConfig, run_dir: Path, *, in_sweep: bool) -> float:
     try:
         with StopSignals() as signals:
             config = run_settings(cfg)
-            callbacks = []
+            judges = []
             if in_sweep:
                 # the same command again resumes what was interrupted; inside `run` any value means
                 # what lies in this folder, only the hooks of a single run search for another
@@ -146,9 +147,10 @@ def one_run(cfg: DictConfig, run_dir: Path, *, in_sweep: bool) -> float:
                     if (elbo := pruned_elbo(run_dir)) is not None:
                         log.info("stopped early already: %s", shown(run_dir))
                         return elbo
-                    callbacks.append(pruning(run_dir, config))
-            summary = run(config, run_dir, callbacks=callbacks, signals=signals)
-            return float(summary["final"]["test/elbo"])
+                    judges.append(pruning(run_dir, config))
+            summary = run(config, run_dir, judges=judges, signals=signals)
+            metric = config.train.monitor
+            return score(metric, float(summary["final"][metric]))
     except PrunedError as pruned:
         log.info("stopped early: %s", pruned)
         return pruned.elbo
@@ -212,6 +214,15 @@ def judged(cfg: DictConfig) -> str:
     from vae_torch.runs.run import judged_on
 
     return judged_on(run_settings(cfg))
+
+
+def result_of(cfg: DictConfig, value: float) -> str:
+    """What a run has reached, in words; `value` is what it returns."""
+    from vae_torch.parts.metrics import metric_of, score
+
+    monitor = cfg.train.monitor
+    name = monitor.removeprefix("test/")
+    return f"{judged(cfg)} {name} {score(monitor, value):.{metric_of(monitor).digits}f}"
 
 
 def tell_what_next(run_dir: Path, result: str) -> None:

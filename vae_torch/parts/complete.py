@@ -5,7 +5,9 @@ from dataclasses import replace
 from typing import Any
 
 from vae_torch.config import Config
+from vae_torch.parts import flows, tcvae  # noqa: F401 - they fill the tables
 from vae_torch.parts.likelihoods import likelihoods
+from vae_torch.parts.metrics import metric_of
 from vae_torch.parts.networks import networks
 from vae_torch.parts.objectives import objectives
 from vae_torch.parts.posteriors import posteriors
@@ -19,6 +21,7 @@ def complete(config: Config) -> Config:
     Raises:
         ConfigError: A part is not known, or has no such option, or a value is of another type.
     """
+    metric_of(config.train.monitor)
     model, objective = config.model, config.objective
     return replace(
         config,

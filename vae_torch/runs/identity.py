@@ -6,6 +6,7 @@ import io
 import logging
 import platform
 import subprocess
+import sys
 import tokenize
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy
 import torch
 
 from vae_torch.config import ConfigError
+from vae_torch.parts.registry import loaded_plugins
 
 log = logging.getLogger("vae_torch")
 
@@ -37,7 +39,18 @@ def versions() -> dict[str, str]:
         "numpy": numpy.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
+        **{f"plug-in {name}": _hash_of(module) for name, module in loaded_plugins().items()},
     }
+
+
+def _hash_of(module: str) -> str:
+    """SHA-256 of the source of a user's module, or of a package's modules."""
+    path = Path(str(sys.modules[module].__file__))
+    files = sorted(path.parent.rglob("*.py")) if path.name == "__init__.py" else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{bare(file.read_text('utf-8'))}\n".encode())
+    return digest.hexdigest()
 
 
 def refuse_other_code(had: object, *, path: Path, allowed: bool) -> None:
@@ -54,7 +67,8 @@ def refuse_other_code(had: object, *, path: Path, allowed: bool) -> None:
     if not isinstance(had, dict):
         return
     now = versions()
-    for name in ("code", "vae_torch", "torch"):
+    own = [name for name in now if name.startswith("plug-in ")]
+    for name in ("code", "vae_torch", "torch", *own):
         before = str(had.get(name))
         if before == now[name]:
             continue

@@ -1,6 +1,7 @@
 """Runs of a sweep that are behind the others are stopped early."""
 
 import json
+import math
 import statistics
 from contextlib import suppress
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import Any
 
 from vae_torch.config import Config
 from vae_torch.files import write_atomically
+from vae_torch.parts.metrics import metric_of, score
 from vae_torch.runs.folders import PRUNED, RecordError, read_metrics
-from vae_torch.runs.run import Callback
+from vae_torch.runs.run import Judge
 from vae_torch.training.errors import StoppedError
 from vae_torch.vae import VAE
 
@@ -22,33 +24,44 @@ class PrunedError(StoppedError):
         self.elbo = elbo
 
 
-def behind_median(run_dir: Path, *, least: int = 5) -> str | None:
+def behind_median(run_dir: Path, *, metric: str = "test/elbo", least: int = 5) -> str | None:
     """Why a run of a sweep is not worth going on with, or None where it is.
 
-    The median rule of Golovin et al., *Google Vizier* (2017), section 3.2.2: its best test elbo so
-    far is below the median of what the sweep's other runs had after as many epochs.
+    Its best value so far is worse than the median of what the sweep's other runs had after as many
+    epochs. A relative of the median rule of Golovin et al., *Google Vizier* (2017), section 3.2.2,
+    which compares with running averages instead.
 
     Args:
         run_dir: The run's folder, beside those of the others.
+        metric: Which one decides.
         least: Fewer others are no judges.
     """
-    metric = "test/elbo"
-    own = [epoch[metric] for epoch in read_metrics(run_dir)]
+    own = _scores(run_dir, metric)
     others = []
     for path in run_dir.parent.glob("*/metrics.jsonl"):
         if path.parent != run_dir:
             with suppress(RecordError, OSError):
-                others.append([epoch[metric] for epoch in read_metrics(path.parent)][: len(own)])
-    rivals = [max(elbos) for elbos in others if len(elbos) == len(own)]
+                others.append(_scores(path.parent, metric)[: len(own)])
+    rivals = [max(scores) for scores in others if len(scores) == len(own)]
     if len(rivals) < least or max(own) >= (median := statistics.median(rivals)):
         return None
+    sign = 1 if metric_of(metric).better == "higher" else -1
+    best, middle = sign * max(own), sign * median
     return (
-        f"after {len(own)} epochs its best {metric} is {max(own):.2f}, "
-        f"the median of {len(rivals)} others {median:.2f}"
+        f"after {len(own)} epochs its best {metric} is {best:.2f}, "
+        f"the median of {len(rivals)} others {middle:.2f}"
     )
 
 
-def pruning(run_dir: Path, config: Config) -> Callback:
+def _scores(run_dir: Path, metric: str) -> list[float]:
+    """A run's values by epoch, higher is better; epochs without one are worse than any."""
+    return [
+        score(metric, epoch[metric]) if metric in epoch else -math.inf
+        for epoch in read_metrics(run_dir)
+    ]
+
+
+def pruning(run_dir: Path, config: Config) -> Judge:
     """A callback that ends a run which `behind_median` finds not worth its time.
 
     Args:
@@ -59,9 +72,9 @@ def pruning(run_dir: Path, config: Config) -> Callback:
     def judge(metrics: dict[str, Any], vae: VAE) -> None:  # noqa: ARG001
         epoch = metrics["epoch"]
         if config.train.prune_after <= epoch < config.train.epochs and (
-            reason := behind_median(run_dir)
+            reason := behind_median(run_dir, metric=config.train.monitor)
         ):
-            elbo = metrics["test/elbo"]
+            elbo = score(config.train.monitor, metrics[config.train.monitor])
             text = json.dumps({"reason": reason, "elbo": elbo})
             write_atomically(run_dir / PRUNED, (text + "\n").encode())
             raise PrunedError(reason, elbo)

@@ -33,10 +33,10 @@ from vae_torch.runs.folders import LOCK
 from vae_torch.runs.identity import refuse_other_code, versions
 from vae_torch.runs.records import Records
 from vae_torch.runs.signals import StopSignals
-from vae_torch.training.loop import train
+from vae_torch.training.loop import Callback, train
 from vae_torch.vae import VAE
 
-Callback = Callable[[dict[str, Any], VAE], None]
+Judge = Callable[[dict[str, Any], VAE], None]
 
 log = logging.getLogger("vae_torch")
 
@@ -46,6 +46,7 @@ def run(
     run_dir: str | Path,
     *,
     callbacks: Sequence[Callback] = (),
+    judges: Sequence[Judge] = (),
     signals: StopSignals | None = None,
 ) -> dict[str, Any]:
     """Make a whole run: data, model, training, records and pictures, in a folder of its own.
@@ -59,7 +60,8 @@ def run(
         config: From `vae_torch.compose`, or a `Config` of your own.
         run_dir: The run's folder; made if absent.
         callbacks: Each is called after every epoch with its metrics and the model that they belong
-            to. One that raises StoppedError ends the run.
+            to, and may add metrics or end the run: see `train`.
+        judges: The same, once the epoch is on record. One that raises StoppedError ends the run.
         signals: Entered already, where the caller has to know which signal came.
 
     Returns:
@@ -75,7 +77,7 @@ def run(
     """
     if signals is None:
         with StopSignals() as signals:
-            return run(config, run_dir, callbacks=callbacks, signals=signals)
+            return run(config, run_dir, callbacks=callbacks, judges=judges, signals=signals)
     check(config)
     load_plugins(config.plugins)
     config = complete(config)
@@ -89,11 +91,15 @@ def run(
             log.info("finished already: %s", run_dir)
             return finished_summary(run_dir, config)
         remove_scratch(run_dir)  # of a process that was killed
-        return _run(config, run_dir, callbacks, signals)
+        return _run(config, run_dir, callbacks, judges, signals)
 
 
 def _run(
-    config: Config, run_dir: Path, callbacks: Sequence[Callback], signals: StopSignals
+    config: Config,
+    run_dir: Path,
+    callbacks: Sequence[Callback],
+    judges: Sequence[Judge],
+    signals: StopSignals,
 ) -> dict[str, Any]:
     device = _prepare_machine(config)
     train_loader, test_loader = data.loaders_of(config, device)
@@ -144,8 +150,8 @@ def _run(
                 records.figures(epoch, model, x, labels)
             if last or (every and (epoch <= 10 or epoch % every == 0)):  # it grows fast at first
                 records.growth(epoch, model, x[:10])
-        for callback in callbacks:
-            callback(metrics, model)
+        for judge in judges:
+            judge(metrics, model)
 
     try:
         with logging_redirect_tqdm(), signals.while_training():
@@ -160,6 +166,8 @@ def _run(
                 precision=config.precision,
                 compile=config.compile,
                 seed=config.seed,
+                monitor=config.train.monitor,
+                callbacks=callbacks,
                 log=record,
                 checkpoints=checkpoints,
                 stop=signals.received,

@@ -7,5 +7,9 @@ class DivergedError(ArithmeticError):
     """The loss is no number any more."""
 
 
+class EndRun(Exception):  # noqa: N818 - no error
+    """A callback has seen enough: the run ends after this epoch, and is complete."""
+
+
 class StoppedError(Exception):
     """A caller asked the loop to end; what was done so far is in the checkpoint."""

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from vae_torch.data import Data, as_batch, as_loader, batches_in
 from vae_torch.evaluate import bound_metrics
 from vae_torch.images import as_images, check_pixels
 from vae_torch.parts.objectives import Objective, as_objective, draw_noise
-from vae_torch.training.errors import ADVICE, DivergedError, StoppedError
+from vae_torch.training.errors import ADVICE, DivergedError, EndRun, StoppedError
 from vae_torch.training.progress import Metrics, Progress, plain
 from vae_torch.training.schedules import beta_at, lr_factor, samples_at
 from vae_torch.training.step import (
@@ -34,6 +34,9 @@ from vae_torch.training.step import (
     make_optimizer,
 )
 from vae_torch.vae import VAE
+
+# An epoch's metrics and the model they belong to -> metrics to add, or nothing.
+Callback = Callable[[Metrics, VAE], Mapping[str, Any] | None]
 
 _DEFAULT_ADAM = OptimizerConfig(name="adam", lr=1e-3, eps=1e-8, schedule="constant")
 
@@ -50,6 +53,8 @@ def train(
     precision: str = "fp32",
     compile: bool = False,
     seed: int = 0,
+    monitor: str = "test/elbo",
+    callbacks: Sequence[Callback] = (),
     log: Callable[[Metrics, VAE], None] | None = None,
     checkpoints: Checkpoints | None = None,
     stop: Callable[[], bool] | None = None,
@@ -77,8 +82,12 @@ def train(
             for it, as `scripts/train.py` does.
         compile: Loss, gradient and optimiser as one graph (torch.compile; on CUDA a CUDA graph).
         seed: Of the noise, and of the order of images that come as one tensor or array.
-        log: Called after every epoch with its metrics and the model they belong to. It may raise
-            StoppedError, as `stop` does.
+        monitor: The metric by which `checkpoints` keep the best epoch: see `parts.metrics`.
+        callbacks: Each is called after every epoch with its metrics and the model they belong to.
+            What it returns is added to the metrics, under names such as `test/mse`. It may raise
+            `EndRun`: the run ends, and is complete.
+        log: Called after that, with all of the epoch's metrics. It may raise StoppedError, as
+            `stop` does.
         checkpoints: Where to keep the state, and where to continue from. Continuing inside an epoch
             needs the loaders of `mnist_loaders`.
         stop: Asked after every step; when true, a checkpoint is written and the loop ends.
@@ -111,7 +120,7 @@ def train(
     opt = make_optimizer(vae, settings)
     averaged = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema else None
     evaluated: VAE = averaged.module if averaged else vae  # type: ignore[assignment]
-    run = Progress(vae, averaged, opt, batches, seed)
+    run = Progress(vae, averaged, opt, batches, seed, monitor=monitor)
     if checkpoints:
         run.resume(checkpoints)
     take_step = _step(vae, opt, minimise, precision, batches, compile=compile)
@@ -122,7 +131,8 @@ def train(
 
     bar = StepBar(epochs, steps)
     while run.epoch < epochs:
-        began, first = time.perf_counter(), run.step
+        began, first, ended = time.perf_counter(), run.step, False
+        vae.train()
         beta = beta_at(scheduled, run.epoch)
         beta_tensor = torch.tensor(beta, device=device)  # a float would be compiled every epoch
         samples = samples_at(scheduled, run.epoch)
@@ -156,6 +166,11 @@ def train(
                 "train/images_per_second": sum(run.sizes[first:]) / seconds,
                 "seconds": time.perf_counter() - began,  # evaluation included
             }
+            for callback in callbacks:
+                try:
+                    metrics |= callback(dict(metrics), evaluated) or {}
+                except EndRun:
+                    ended = True
             if log:  # asked to stop in it, a resumed run evaluates and logs the epoch again
                 log(metrics, evaluated)
         except StoppedError:
@@ -165,8 +180,12 @@ def train(
             raise
         improved = run.end_epoch(metrics)
         if checkpoints:
-            checkpoints.save_epoch(run.to_dict(), best=improved, final=run.epoch == epochs)
+            final = ended or run.epoch == epochs
+            checkpoints.save_epoch(run.to_dict(), best=improved, final=final)
+        if ended:
+            break
     bar.close()
+    vae.eval()
     if averaged:
         vae.load_state_dict(evaluated.state_dict())
     return {name: [plain(value) for value in values] for name, values in run.history.items()}
@@ -242,6 +261,7 @@ def _means(
         )
     means = run.means()
     test: Metrics = {}
+    evaluated.eval()
     if tests is None:
         run.refuse_broken_weights()
     else:

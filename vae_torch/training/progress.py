@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from vae_torch.checkpoint import CheckpointError, Checkpoints
 from vae_torch.data import EpochBatches, batches_in
+from vae_torch.parts.metrics import score
 from vae_torch.seeds import Stream, mix_seed
 from vae_torch.training.errors import ADVICE, DivergedError
 from vae_torch.training.step import Means
@@ -32,12 +33,14 @@ class Progress:
         optimizer: torch.optim.Optimizer,
         loader: Iterable[Any],
         seed: int,
+        *,
+        monitor: str = "test/elbo",
     ) -> None:
         device = next(vae.parameters()).device
         self.vae, self.averaged, self.optimizer = vae, averaged, optimizer
         order = getattr(loader, "batch_sampler", None)
         self.order = order if isinstance(order, EpochBatches) else None
-        self.seed = seed
+        self.seed, self.monitor = seed, monitor
         self.epoch = 0  # finished ones
         self.step = 0  # of the epoch under way
         self.best = -math.inf
@@ -96,13 +99,15 @@ class Progress:
         return with_elbo(dict(zip(self.names, means, strict=True)))
 
     def end_epoch(self, metrics: Metrics) -> bool:
-        """Add to the history; whether the test elbo, where there is one, is the best so far."""
+        """Add to the history; whether its monitored metric, where it has it, is the best so far."""
         for name in [*self.history, *(name for name in metrics if name not in self.history)]:
             values = self.history.setdefault(name, [None] * self.epoch)
             values.append(_compact(metrics.get(name)))
-        elbo = metrics.get("test/elbo", -math.inf)
-        improved = bool(elbo > self.best)
-        self.best = max(self.best, elbo)
+        now = -math.inf
+        if self.monitor in metrics:
+            now = score(self.monitor, metrics[self.monitor])
+        improved = bool(now > self.best)
+        self.best = max(self.best, now)
         self.epoch, self.step = self.epoch + 1, 0
         return improved
 
@@ -121,6 +126,9 @@ class Progress:
             "model": evaluated.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
+        state["random"] = {"cpu": torch.get_rng_state()}  # torch's own generators: of dropout, say
+        if self.noise.device.type == "cuda":
+            state["random"]["cuda"] = torch.cuda.get_rng_state(self.noise.device)
         if self.averaged:
             state["training"] = self.vae.state_dict()
             state["averaged_steps"] = int(self.averaged.n_averaged)
@@ -166,6 +174,11 @@ class Progress:
         self.epoch, self.step = state["epoch"], state["step"]
         self.best = state["best"]
         self.history = {n: [_compact(v) for v in values] for n, values in state["history"].items()}
+        random = state.get("random", {})
+        if "cpu" in random:
+            torch.set_rng_state(random["cpu"].cpu())
+        if "cuda" in random and self.noise.device.type == "cuda":
+            torch.cuda.set_rng_state(random["cuda"].cpu(), self.noise.device)
         self.vae.load_state_dict(state["training"] if self.averaged else state["model"])
         # its settings are this run's: some depend on the device, and the rest are equal
         groups = self.optimizer.state_dict()["param_groups"]
