@@ -258,6 +258,7 @@ def _run(request):
             print(end.code, file=sys.stderr)
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
+        sys.stdout.flush()  # as the interpreter does before it
         sys.excepthook(*sys.exc_info())
         return 1
     return 0
