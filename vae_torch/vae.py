@@ -23,7 +23,7 @@ from vae_torch.parts.priors import priors
 class VAEOutput(NamedTuple):
     """What one forward pass knows."""
 
-    logits: Tensor  # (B, *input_shape), or (B, outputs, *input_shape)
+    logits: Tensor  # (B, *input_shape), or (B, *input_shape, outputs)
     mean: Tensor  # (B, latent_dim)
     logvar: Tensor | None  # (B, latent_dim); None where q(z|x) is no Gaussian
     z: Tensor  # (B, latent_dim)
@@ -311,7 +311,7 @@ class VAE(nn.Module):
         """The likelihood's parameters: (..., latent_dim) -> (..., *input_shape).
 
         For Bernoulli pixels these are logits. A likelihood with several outputs for a pixel has
-        (..., outputs, *input_shape).
+        (..., *input_shape, outputs).
 
         Raises:
             ValueError: The last dimension of z is not `latent_dim`, or z holds integers.
@@ -320,8 +320,7 @@ class VAE(nn.Module):
             raise ValueError(f"z has shape {tuple(z.shape)}; it must end in {self.latent_dim}")
         if not z.is_floating_point():
             raise ValueError(f"z is {z.dtype}; latents are floats")
-        outputs = (self.outputs,) if self.outputs > 1 else ()
-        return _decoded(self.decoder, z, (*outputs, *self.input_shape))
+        return _decoded(self.decoder, z, self.input_shape, self.outputs)
 
     def forward(
         self, x: Tensor, *, eps: Tensor | None = None, generator: torch.Generator | None = None
@@ -452,10 +451,13 @@ def _one(module: nn.Module, shape: Sequence[int], name: str) -> Tensor:
     return made
 
 
-def _decoded(decoder: nn.Module, z: Tensor, shape: Sequence[int]) -> Tensor:
+def _decoded(decoder: nn.Module, z: Tensor, shape: Sequence[int], outputs: int = 1) -> Tensor:
     """A decoder's output for z with any leading dimensions, in the type of z."""
-    out = decoder(z.reshape(-1, z.shape[-1]))
-    return out.to(z.dtype).reshape(*z.shape[:-1], *shape)  # type: ignore[no-any-return]
+    out = decoder(z.reshape(-1, z.shape[-1])).to(z.dtype)
+    if outputs == 1:
+        return out.reshape(*z.shape[:-1], *shape)  # type: ignore[no-any-return]
+    out = out.reshape(*z.shape[:-1], outputs, *shape)
+    return out.movedim(z.ndim - 1, -1)  # type: ignore[no-any-return]
 
 
 def _keras_init(module: nn.Module) -> None:
