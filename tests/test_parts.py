@@ -25,12 +25,13 @@ def test_a_discretized_logistic_is_the_mass_between_the_edges():
     torch.manual_seed(0)
     params = torch.randn(3, 2, 4, 2).double()  # (K, B, pixels, outputs)
     x = torch.tensor([[0, 1, 128, 255], [254, 3, 77, 0]]).double() / 255
+    values = x.numpy()
     theirs = stats.logistic(0.5 + params[..., 0].numpy(), np.exp(params[..., 1].numpy() - 2))
-    high = np.where(x == 1, np.inf, x + 0.5 / 255)
-    low = np.where(x == 0, -np.inf, x - 0.5 / 255)
+    high = np.where(values == 1, np.inf, values + 0.5 / 255)
+    low = np.where(values == 0, -np.inf, values - 0.5 / 255)
     # the difference on the side where the two are small
     mass = np.where(
-        x > theirs.mean(), theirs.sf(low) - theirs.sf(high), theirs.cdf(high) - theirs.cdf(low)
+        values > theirs.mean(), theirs.sf(low) - theirs.sf(high), theirs.cdf(high) - theirs.cdf(low)
     )
     ours = DiscretizedLogistic().log_prob(x, params)
     torch.testing.assert_close(ours, torch.from_numpy(np.log(mass).sum(-1)))
