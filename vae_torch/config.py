@@ -367,6 +367,7 @@ class ExploreConfig:
 # Keys that say where and how a run is made, not what it is: it may be resumed with others, and they
 # are no part of its name.
 INCIDENTAL = (
+    "plugins",  # what they bring is named, and their code is part of the run's
     "data.root",
     "device",
     "threads",

@@ -279,7 +279,8 @@ def _no_such_choice(group: str, choice: str, text: str) -> str:
     options = sorted(re.findall(r"^\t(\S+)$", text, re.MULTILINE))
     near = get_close_matches(choice, options, 1)
     meant = f"; did you mean {near[0]}?" if near else ""
-    return f"{group}={choice}: must be one of {', '.join(options)}{meant}"
+    own = "; one of your own needs plugins=[my_parts]" if group in ("model", "objective") else ""
+    return f"{group}={choice}: must be one of {', '.join(options)}{meant or own}"
 
 
 def _not_installed(argument: str) -> str | None:

@@ -217,9 +217,10 @@ def epoch_line(metrics: dict[str, Any], config: Config, images: int) -> str:
     """What a run says after an epoch; nats per image."""
     speed = metrics["train/images_per_second"]  # 0 where a run resumes after the last step
     judged = judged_on(config)
+    of = "elbo" if "train/elbo" in metrics else "loss"  # not every objective computes it
     return (
         f"epoch {metrics['epoch']:3d}/{config.train.epochs}"
-        f"   train elbo {metrics['train/elbo']:8.2f}   {judged} elbo {metrics['test/elbo']:8.2f}"
+        f"   train {of} {metrics[f'train/{of}']:8.2f}   {judged} elbo {metrics['test/elbo']:8.2f}"
         f" = reconstruction {metrics['test/reconstruction']:8.2f} - kl {metrics['test/kl']:.2f}"
         f"   {images / speed if speed else 0.0:.1f} s"
     )
