@@ -334,7 +334,7 @@ def test_an_integral_that_fails_loses_nothing_else(trained, monkeypatch, exact):
         raise QuadratureError("squares of 2e-06 are still too large")
 
     whole = evaluate_model(vae, test_loader, num_samples=5, fit_images=2, exact=False)
-    monkeypatch.setattr("vae_torch.evaluate.exact_log_px", fails)
+    monkeypatch.setattr("vae_torch.evaluation.card.exact_log_px", fails)
     card = evaluate_model(vae, test_loader, num_samples=5, fit_images=2, exact=exact)
     assert card["verdict"][0].startswith("log_px_exact is left out: squares of 2e-06")
     assert "log_px_exact" not in card
@@ -490,7 +490,7 @@ def test_the_integral_is_computed_once(run_of_the_script, script, monkeypatch):
         calls.append(len(x))
         return exact_log_px(vae, x, **options)
 
-    for module in ("vae_torch.evaluate", "vae_torch.quadrature"):
+    for module in ("vae_torch.evaluation.card", "vae_torch.quadrature"):
         monkeypatch.setattr(f"{module}.exact_log_px", counted)
     script.evaluate_run(asked(run_of_the_script, limit=30, overwrite=True))
     assert calls == [30]

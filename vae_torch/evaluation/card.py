@@ -1,0 +1,268 @@
+"""The evaluation card: every figure of a trained model, and what they mean."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vae_torch.data import Data, as_loader, images_of
+from vae_torch.evaluation.bounds import bounds_of, posterior_elbo
+from vae_torch.evaluation.figures import Figures, standard_error_of, whole_set
+from vae_torch.evaluation.importance import fit_posterior, importance_log_px
+from vae_torch.evaluation.latents import put_latents
+from vae_torch.evaluation.verdict import verdict
+from vae_torch.likelihood import Bernoulli
+from vae_torch.model import VAE
+from vae_torch.objective import ACTIVE_UNIT_VARIANCE, kl_per_dim
+from vae_torch.prior import StandardNormal
+from vae_torch.quadrature import QuadratureError, check_few_latents, exact_log_px
+from vae_torch.seeds import Stream, seeded_generator
+
+
+class Evaluation(NamedTuple):
+    """The evaluation card, and the values behind its means."""
+
+    card: dict[str, Any]
+    per_image: dict[str, Tensor]  # by figure, (N,) float64; NaN for images that were not fitted
+
+
+def evaluate_model(
+    vae: VAE,
+    loader: Data,
+    *,
+    train_loader: Data | None = None,
+    num_samples: int = 5000,
+    fit_images: int = 100,
+    chunk: int = 1024,
+    exact: bool | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """The evaluation card.
+
+    Args:
+        vae: The model.
+        loader: Of the test set: batches x, [x] or (x, label, ...), or all images as one tensor or
+            array.
+        train_loader: Adds the training bound and, where both sets have labels, probes of the
+            latents fitted on it.
+        num_samples: Of the importance-sampling estimate of log p(x).
+        fit_images: How many images get a posterior of their own, to split the gap. The seed chooses
+            them at random.
+        chunk: Decoder rows at once.
+        exact: Integrate log p(x) over the latents; None does so for one or two of them.
+        seed: Of all noise.
+        progress: Show bars on a terminal.
+
+    Returns:
+        Each figure as `{"value", "standard_error", "unit", "definition", "num_samples",
+        "num_images", "seed"}`, by name, and under `verdict` a list of sentences. An integral that
+        does not settle is left out, and the verdict says so.
+
+    Raises:
+        ValueError: num_samples, fit_images or chunk is below 1; an integral over more than two
+            latents is asked for; or no image, or images that `VAE.check` refuses.
+    """
+    return evaluate_images(
+        vae,
+        loader,
+        train_loader=train_loader,
+        num_samples=num_samples,
+        fit_images=fit_images,
+        chunk=chunk,
+        exact=exact,
+        seed=seed,
+        progress=progress,
+    ).card
+
+
+def evaluate_images(
+    vae: VAE,
+    loader: Data,
+    *,
+    train_loader: Data | None = None,
+    num_samples: int = 5000,
+    fit_images: int = 100,
+    chunk: int = 1024,
+    exact: bool | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Evaluation:
+    """`evaluate_model`, with the values of each image beside the card.
+
+    Args and errors are those of `evaluate_model`.
+
+    Returns:
+        The card, and by name the values of each image of `loader`, in its order.
+    """
+    for name, given in (("num_samples", num_samples), ("fit_images", fit_images), ("chunk", chunk)):
+        if given < 1:  # before any work
+            raise ValueError(f"{name}={given}: must be 1 or more")
+    if exact:
+        check_few_latents(vae)
+    if train_loader is not None:
+        train_loader = as_loader(train_loader, vae.input_shape)
+    x, labels = whole_set(vae, loader)
+    card = Figures(len(x), seed)
+
+    _put_bound(card, vae, x)
+    if train_loader is not None:
+        bound, _, _ = bounds_of(vae, (vae.check(images_of(b)) for b in train_loader), seed)
+        error = standard_error_of(bound)
+        card.put(
+            "train_elbo",
+            bound.mean().item(),
+            "elbo on the training images",
+            1,
+            standard_error=error,
+            num_images=len(bound),
+        )
+    if isinstance(vae.likelihood, Bernoulli) and not ((x == 0) | (x == 1)).all():
+        floor = -torch.special.xlogy(x, x) - torch.special.xlogy(1 - x, 1 - x)
+        card.put(
+            "entropy_floor",
+            -floor.flatten(1).sum(1),
+            "reconstruction that no Bernoulli decoder of these grey pixels can exceed; "
+            "grey and binarised figures do not compare",
+            0,
+        )
+    put_latents(card, vae, x, labels, train_loader)
+
+    said = []
+    if exact or (exact is None and vae.latent_dim <= 2):
+        try:
+            grid = exact_log_px(vae, x, progress=progress)
+        except QuadratureError as error:
+            said.append(
+                f"log_px_exact is left out: {error}. log_px is an estimate by importance sampling."
+            )
+        else:
+            card.put(
+                "log_px_exact",
+                grid.log_px,
+                f"log p(x) by integration over ±{grid.half_width:g}, squares down to "
+                f"{grid.side:.2g}",
+                0,
+                more={"residual": grid.residual},
+            )
+    estimate = importance_log_px(
+        vae, x, num_samples=num_samples, seed=seed, chunk=chunk, progress=progress
+    )
+    definition = "log p(x) by importance sampling from q(z|x); in expectation a lower bound"
+    card.put("log_px", estimate.log_px, definition, num_samples)
+    card.put(
+        "effective_samples",
+        estimate.effective_samples,
+        "(Σ w)² / Σ w² of the importance weights",
+        num_samples,
+        unit="samples",
+        more={"share_below_10": (estimate.effective_samples < 10).double().mean().item()},
+    )
+    _put_gap(card, vae, x, fit_images, num_samples, chunk, progress)
+    return Evaluation(
+        {**card.figures, "verdict": said + verdict(card.figures, num_samples)}, card.per_image
+    )
+
+
+@torch.no_grad()
+def _put_bound(card: Figures, vae: VAE, x: Tensor) -> None:
+    elbo, reconstruction, kl = bounds_of(vae, [x], card.seed)
+    analytic = isinstance(vae.prior, StandardNormal)
+    card.put("elbo", elbo, "reconstruction - kl, a lower bound on log p(x)", 1)
+    card.put("reconstruction", reconstruction, "E_q log p(x|z), summed over pixels", 1)
+    how = "in closed form" if analytic else "a Monte Carlo estimate from one draw of z"
+    card.put("kl", kl, f"KL(q(z|x) || p(z)), {how}", 0 if analytic else 1)
+    mean, logvar = vae.encode(x)
+    if analytic:
+        per_dim = kl_per_dim(mean, logvar)
+        card.put(
+            "kl_per_dim",
+            per_dim.mean(0).tolist(),
+            "the KL of each latent dimension",
+            0,
+            standard_error=[standard_error_of(kl) for kl in per_dim.T],
+        )
+    if len(x) == 1:  # nothing varies
+        return
+    variance = mean.var(0)
+    card.put(
+        "active_units",
+        int((variance > ACTIVE_UNIT_VARIANCE).sum()),
+        f"latent dimensions whose posterior mean varies by more than {ACTIVE_UNIT_VARIANCE} "
+        "(variance over images)"
+        + ("" if analytic else "; a learned prior leaves the scale of z free, and this count too"),
+        0,
+        unit=f"of {vae.latent_dim} dimensions",
+        more={"variance_per_dim": variance.tolist()},
+    )
+
+
+def _put_gap(
+    card: Figures,
+    vae: VAE,
+    x: Tensor,
+    fit_images: int,
+    num_samples: int,
+    chunk: int,
+    progress: bool,
+) -> None:
+    seed, known = card.seed, card.per_image
+    exact = known.get("log_px_exact")
+    if exact is None:
+        card.put(
+            "gap",
+            known["log_px"] - known["elbo"],
+            "log_px - elbo; in expectation log_px is too low, and so is this gap",
+            num_samples,
+        )
+    else:
+        card.put("gap", exact - known["elbo"], "log_px_exact - elbo", 1)
+
+    choice = torch.randperm(len(x), generator=seeded_generator("cpu", seed, Stream.CHOICE))
+    chosen = choice[:fit_images].sort().values.to(x.device)
+    x = x[chosen]
+    with torch.no_grad():
+        encoder_elbo = posterior_elbo(vae, x, *vae.encode(x), seed=seed)
+    mean, logvar = fit_posterior(vae, x, seed=seed, progress=progress)
+    best_elbo = posterior_elbo(vae, x, mean, logvar, seed=seed)
+    if exact is None:
+        # the fitted posterior, widened to cover the tails, proposes better than the encoder
+        wider = (mean, logvar + 2 * math.log(1.2))
+        log_px = importance_log_px(
+            vae,
+            x,
+            num_samples=num_samples,
+            seed=seed,
+            chunk=chunk,
+            proposal=wider,
+            progress=progress,
+        ).log_px
+        how = (
+            f"log p(x) by {num_samples} importance samples from the best Gaussian posteriors, a "
+            "fifth wider: in expectation too low, and so is this gap"
+        )
+    else:
+        log_px, how = exact[chosen], "log p(x) by integration"
+    card.put(
+        "fitted_gap",
+        log_px - encoder_elbo,
+        f"log p(x) - elbo of {len(x)} images, drawn at random by the seed; the sum of the "
+        f"approximation_gap and the amortisation_gap, which are of the same images; {how}",
+        1000,
+        of=chosen,
+    )
+    card.put(
+        "approximation_gap",
+        log_px - best_elbo,
+        f"log p(x) - elbo of each image's best Gaussian posterior (Cremer et al., 2018); {how}",
+        1000,
+        of=chosen,
+    )
+    card.put(
+        "amortisation_gap",
+        best_elbo - encoder_elbo,
+        "elbo of the best Gaussian posterior - elbo of the encoder's (Cremer et al., 2018)",
+        1000,
+        of=chosen,
+    )
