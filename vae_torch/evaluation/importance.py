@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vae_torch.bars import bar
+from vae_torch.evaluation.pareto import pareto_k
 from vae_torch.model import VAE
 from vae_torch.objective import log_weights
 from vae_torch.seeds import Stream, seeded_generator
@@ -17,6 +18,7 @@ class ImportanceEstimate(NamedTuple):
 
     log_px: Tensor  # (N,) nats
     effective_samples: Tensor  # (N,) (Σ w)² / Σ w², at most num_samples
+    pareto_k: Tensor  # (N,) shape of the weights' tail: see `pareto.pareto_k`
 
 
 @torch.no_grad()
@@ -53,7 +55,7 @@ def importance_log_px(
     x = vae.check(x)
     mean, logvar = vae.encode(x) if proposal is None else proposal
     together = max(1, chunk // num_samples)  # images
-    log_px, effective = [], []
+    log_px, effective, tails = [], [], []
     steps = range(0, len(x), together)
     for start in bar(steps, "log p(x)", show=progress):
         part = slice(start, start + together)
@@ -78,7 +80,8 @@ def importance_log_px(
         total = log_w.logsumexp(0)
         log_px.append(total - math.log(num_samples))
         effective.append(torch.exp(2 * total - (2 * log_w).logsumexp(0)))
-    return ImportanceEstimate(torch.cat(log_px), torch.cat(effective))
+        tails.append(pareto_k(log_w))
+    return ImportanceEstimate(torch.cat(log_px), torch.cat(effective), torch.cat(tails))
 
 
 def fit_posterior(
