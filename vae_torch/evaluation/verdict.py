@@ -5,6 +5,8 @@ from typing import Any
 
 # Fewer importance samples cannot show whether they cover the posterior.
 _FEW_SAMPLES = 100
+# Nats: a smaller difference is not worth a sentence, however sure.
+_NOTEWORTHY = 0.5
 
 
 def verdict(card: dict[str, Any], num_samples: int) -> list[str]:
@@ -28,27 +30,44 @@ def verdict(card: dict[str, Any], num_samples: int) -> list[str]:
             f"{dims - active} of {dims} latent dimensions are collapsed. That costs little; "
             "objective.free_bits or objective.beta_warmup_epochs may bring them to use."
         )
-    if "train_elbo" in value:
+    if "train_log_px" in value:
+        said += _overfitting(card)
+    elif "train_elbo" in value:
         lead = value["train_elbo"] - value["elbo"]
         error = _joint_error(card, "train_elbo", "elbo")
-        if lead > max(3, 2 * error):
+        if lead > max(_NOTEWORTHY, 2 * error):
             said.append(
                 f"The bound of the {card['train_elbo']['num_images']:,} training images is "
                 f"{lead:.1f} ± {error:.1f} nats better than that of the "
                 f"{card['elbo']['num_images']:,} evaluated ones: the model or its encoder overfits."
                 " Try data.binarize=dynamic, fewer epochs, train.ema or a smaller model."
             )
-    poor = card["effective_samples"]["share_below_10"]
-    if num_samples < _FEW_SAMPLES:
+    if doubtful := card["log_px"].get("share_doubtful"):
         said.append(
-            f"log_px comes from {num_samples} samples per image, too few to tell how far it is "
-            "below the truth. Try eval.num_samples=1000 or more."
+            f"log_px may be far too low for {100 * doubtful:.2g}% of the images, by the tails of "
+            "their weights. Try a larger eval.fit_samples; eval.ais=100 checks it. No warning is "
+            "no guarantee: a mode that was missed shows in no weight."
         )
-    elif poor > 0.01:
+    if "ais_difference" in value:
+        off, error = value["ais_difference"], card["ais_difference"]["standard_error"]
+        images = card["ais_difference"]["num_images"]
+        spread = "" if error is None else f" ± {error:.2f}"
         said.append(
-            f"log_px is not to be trusted for {100 * poor:.0f}% of the images, which have fewer "
-            f"than 10 effective samples of {num_samples:,}. Try a larger eval.num_samples."
+            f"log_px is {abs(off):.2f}{spread} nats {'below' if off > 0 else 'above'} annealed "
+            f"importance sampling, which is a lower bound too, on {images:,} images."
         )
+    if "log_px_encoder" in value:
+        short = value["log_px"] - value["log_px_encoder"]
+        if num_samples < _FEW_SAMPLES:
+            said.append(
+                f"log_px_encoder comes from {num_samples} samples per image, too few to compare "
+                "with published figures. Try eval.num_samples=5000."
+            )
+        elif short > 0.1:
+            said.append(
+                f"log_px_encoder, the estimate that papers report, is {short:.2f} nats below "
+                "log_px. Compare models by log_px."
+            )
     if "log_px_exact" in value:
         off = value["log_px"] - value["log_px_exact"]
         said.append(
@@ -74,6 +93,33 @@ def verdict(card: dict[str, Any], num_samples: int) -> list[str]:
                 f"{value['approximation_gap']:.1f}, amortisation_gap "
                 f"{value['amortisation_gap']:.1f}. A larger eval.fit_images tells them apart."
             )
+    return said
+
+
+def _overfitting(card: dict[str, Any]) -> list[str]:
+    """Who overfits: the model, which log p(x) shows, or the encoder, which the gap shows."""
+    said = []
+    name = "log_px_exact" if card["train_log_px"]["exact"] else "log_px"
+    trained = f"{card['train_log_px']['num_images']:,} training images"
+    others = f"{card[name]['num_images']:,} evaluated ones"
+    lead = card["train_log_px"]["value"] - card[name]["value"]
+    error = _joint_error(card, "train_log_px", name)
+    overfits = lead > max(_NOTEWORTHY, 2 * error)
+    if overfits:
+        said.append(
+            f"log p(x) of {trained} is {lead:.1f} ± {error:.1f} nats better than that of the "
+            f"{others}: the model overfits. Try data.binarize=dynamic, fewer epochs, train.ema or "
+            "a smaller model."
+        )
+    wider = card["gap"]["value"] - card["train_gap"]["value"]
+    error = _joint_error(card, "gap", "train_gap")
+    if wider > max(_NOTEWORTHY, 2 * error):
+        said.append(
+            f"The gap log p(x) - elbo is {wider:.1f} ± {error:.1f} nats wider on the {others} than "
+            f"on {trained}: the encoder does not generalise"
+            + ("." if overfits else ", while the model shows no overfitting.")
+            + " Try data.binarize=dynamic or a smaller encoder; log_px is not affected."
+        )
     return said
 
 
