@@ -259,6 +259,7 @@ def print_card(card: dict[str, Any]) -> None:
                 print(f"{'' if start else name:{_LABEL}} {' '.join(dims[start : start + 7])}")
         elif isinstance(entry, dict) and "definition" in entry:
             print(_line(name, entry, card))
+    print("\n± is the standard error over images; random seeds, binarisation and bias add to it")
     print()
     for sentence in card["verdict"]:
         print(_wrapped(sentence, "- ", "  "))

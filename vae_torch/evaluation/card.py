@@ -179,9 +179,14 @@ def evaluate_images(
     if train is not None:
         _put_train_log_px(card, vae, train, fit_samples, chunk, progress)
     _put_gap(card, vae, x, fit_images, progress)
-    return Evaluation(
-        {**card.figures, "verdict": said + verdict(card.figures, num_samples)}, card.per_image
-    )
+    said += verdict(card.figures, num_samples)
+    if "entropy_floor" in card.figures:
+        said.append(
+            "The pixels are grey and the likelihood is Bernoulli: all of these nats are a score, "
+            "the cross-entropy, and no log p(x) of a density. Compare them with such scores only, "
+            "or try likelihood=continuous_bernoulli or data.binarize=dynamic."
+        )
+    return Evaluation({**card.figures, "verdict": said}, card.per_image)
 
 
 class _Train(NamedTuple):
