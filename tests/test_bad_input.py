@@ -204,6 +204,7 @@ REFUSED = [
     ("evaluate.py run=other", "other/checkpoints/last.pt: does not fit its own config"),
     ("evaluate.py run=good eval.num_samples=0", "eval.num_samples=0"),
     ("evaluate.py run=good eval.chunk=0", "eval.chunk=0"),
+    ("evaluate.py run=good eval.ais=0", "eval.ais=0: must be a whole number, 1 or more, or null"),
     ("evaluate.py run=good eval.limit=0", "eval.limit=0"),
     ("evaluate.py run=good eval.seed=-1", "eval.seed=-1: must be between"),
     ("evaluate.py run=good eval.checkpoint=../x", "eval.checkpoint=../x: must be one of last"),

@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -31,6 +32,8 @@ from vae_torch.evaluate import (
     posterior_elbo,
     verdict,
 )
+from vae_torch.evaluation.figures import Figures
+from vae_torch.evaluation.latents import put_latents
 from vae_torch.parts.likelihoods import likelihoods
 from vae_torch.parts.priors import Mixture
 from vae_torch.quadrature import QuadratureError, exact_log_px
@@ -294,6 +297,8 @@ def test_figures_that_are_subtracted_are_of_the_same_images(latent_dim):
     expected = latent_dim * 0.4**2 / posterior_variance / 2
     assert value["fitted_gap"] == pytest.approx(expected, abs=0.1)
     for name, values in per_image.items():
+        if name not in value:  # of the diagnostics
+            continue
         assert values.shape == (40,)
         assert values.nanmean().item() == pytest.approx(value[name], rel=1e-9)
     again = evaluate_images(vae, loader, num_samples=50, fit_images=7).per_image
@@ -332,7 +337,7 @@ def test_an_integral_that_fails_loses_nothing_else(trained, monkeypatch, exact):
         raise QuadratureError("squares of 2e-06 are still too large")
 
     whole = evaluate_model(vae, test_loader, num_samples=5, fit_images=2, exact=False)
-    monkeypatch.setattr("vae_torch.evaluate.exact_log_px", fails)
+    monkeypatch.setattr("vae_torch.evaluation.card.exact_log_px", fails)
     card = evaluate_model(vae, test_loader, num_samples=5, fit_images=2, exact=exact)
     assert card["verdict"][0].startswith("log_px_exact is left out: squares of 2e-06")
     assert "log_px_exact" not in card
@@ -351,17 +356,21 @@ def test_an_extreme_encoder_gets_a_card(trained):
     assert card["mutual_information"]["value"] == pytest.approx(math.log(10), abs=1e-4)
 
 
-def test_a_warning_of_few_effective_samples_needs_many_samples(trained):
+def test_the_encoders_estimate_is_called_low_where_it_is(trained):
     vae, _, test_loader = trained
     x, labels = next(iter(test_loader))
     loader = DataLoader(TensorDataset(x[:10], labels[:10]))
     few = evaluate_model(vae, loader, num_samples=10, fit_images=1, exact=False)["verdict"]
-    assert not any("effective samples of" in sentence for sentence in few)
     assert any("10 samples per image, too few" in sentence for sentence in few)
     vae = copy.deepcopy(vae)
-    vae.posterior.logvar.bias.data -= 3  # the proposal misses most of the posterior
-    poor = evaluate_model(vae, loader, num_samples=200, fit_images=1, exact=False)["verdict"]
-    assert any("fewer than 10 effective samples of 200" in sentence for sentence in poor)
+    vae.posterior.logvar.bias.data -= 3  # the encoder misses most of the posterior
+    poor = evaluate_model(vae, loader, num_samples=200, fit_images=1)
+    assert any("log_px_encoder, the estimate that papers" in said for said in poor["verdict"])
+    off = [
+        poor["log_px_exact"]["value"] - poor[name]["value"] for name in ("log_px", "log_px_encoder")
+    ]
+    assert abs(off[0]) < 0.02
+    assert off[1] > 0.1
 
 
 def made_up_card(**figures):
@@ -377,7 +386,21 @@ def made_up_card(**figures):
     }
     card["active_units"]["variance_per_dim"] = [1.0, 1.0]
     card["effective_samples"]["share_below_10"] = 0.0
+    if "train_log_px" in card:
+        card["train_log_px"]["exact"] = False
     return card
+
+
+@pytest.mark.parametrize(("model", "encoder"), [(0.0, 4.1), (4.1, 0.0), (2.0, 2.0), (0.2, 0.1)])
+def test_a_verdict_tells_the_models_overfitting_from_the_encoders(model, encoder):
+    card = made_up_card(
+        train_elbo=(-100 + model + encoder, 0.2), train_log_px=(-95 + model, 0.3),
+        gap=(5.0, 0.1), train_gap=(5.0 - encoder, 0.1), fitted_gap=(0.0, 0.1),
+    )  # fmt: skip
+    said = " ".join(verdict(card, 1000))
+    assert ("the model overfits" in said) == (model > 1)
+    assert ("the encoder does not generalise" in said) == (encoder > 1)
+    assert ("no overfitting" in said) == (encoder > 1 > model)
 
 
 def test_a_verdict_claims_no_more_than_its_errors_allow():
@@ -463,10 +486,15 @@ def test_the_printed_card_has_counts_and_fits_a_terminal(run_of_the_script, scri
     assert first.startswith("log p(x) of 30 images, 1,000 samples each: ")
     assert max(map(len, lines)) <= 100
     card = json.loads((run_of_the_script / "evaluation.json").read_text())
-    printed = {line.split()[0]: line for line in lines if line}
+    stored = np.load(run_of_the_script / "evaluation.npz")
+    assert {"elbo", "log_px", "log_px_exact", "log_px_encoder", "pareto_k"} <= set(stored.files)
+    assert all(stored[name].shape == (30,) for name in stored.files)
+    printed = {line.split()[0]: line for line in lines if line and line[0] not in "± -"}
     for name, entry in card.items():
         if "value" in entry and name != "kl_per_dim":
             assert f" {entry['num_images']:,} images" in printed[name]
+            if name in stored.files:
+                assert np.nanmean(stored[name]) == pytest.approx(entry["value"], rel=1e-9)
             assert script._MEANINGS.keys() >= {name} - {"gap"}
     for name, count in (("train_elbo", 600), ("elbo", 30), ("gap", 30), ("fitted_gap", 5)):
         assert f" {count} images" in printed[name]
@@ -483,11 +511,39 @@ def test_the_integral_is_computed_once(run_of_the_script, script, monkeypatch):
         calls.append(len(x))
         return exact_log_px(vae, x, **options)
 
-    for module in ("vae_torch.evaluate", "vae_torch.quadrature"):
+    for module in ("vae_torch.evaluation.card", "vae_torch.quadrature"):
         monkeypatch.setattr(f"{module}.exact_log_px", counted)
     script.evaluate_run(asked(run_of_the_script, limit=30, overwrite=True))
-    assert calls == [30]
+    assert calls == [30, 600]  # the test images, and training images
     assert (run_of_the_script / "figures" / "log_px.png").exists()
+
+
+def test_mutual_information_of_a_known_channel_lies_between_its_bounds():
+    """x ~ N(0, I), q(z|x) = N(a x, s²) with a² + s² = 1, so that q(z) = p(z) and I = -D log s."""
+    vae = VAE((8,), 8, 4, likelihood="gaussian").double()
+    information = 6.0
+    s = math.exp(-information / 8)
+    vae.encoder.trunk = nn.Identity()
+    vae.posterior.mean, vae.posterior.logvar = nn.Linear(8, 8).double(), nn.Linear(8, 8).double()
+    for layer, bias in ((vae.posterior.mean, 0.0), (vae.posterior.logvar, 2 * math.log(s))):
+        layer.weight.data.zero_()
+        layer.bias.data.fill_(bias)
+    vae.posterior.mean.weight.data = math.sqrt(1 - s**2) * torch.eye(8).double()
+    generator = torch.Generator().manual_seed(0)
+    card = Figures(2000, 0)
+    x = torch.randn(2000, 8, generator=generator).double()
+    put_latents(card, vae, x, None, None)
+    value = {name: entry["value"] for name, entry in card.figures.items()}
+    error = {name: entry["standard_error"] for name, entry in card.figures.items()}
+    assert value["mutual_information"] < information - 0.1
+    slack = 4 * error["mutual_information_upper"]
+    assert information - slack < value["mutual_information_upper"] < information + 1
+    assert value["marginal_kl"] > 0.1
+    assert value["marginal_kl_lower"] < slack
+    parts = value["mutual_information"] + value["marginal_kl"]
+    assert parts == pytest.approx(
+        value["mutual_information_upper"] + value["marginal_kl_lower"], rel=1e-9
+    )
 
 
 def test_aggregate_kl_of_known_posteriors():
@@ -540,6 +596,7 @@ def test_card_adds_up_and_says_what_it_is(trained):
     assert card["log_px_exact"]["standard_error"] == pytest.approx(error, rel=1e-6)
     assert card["train_elbo"]["num_images"] == 600
     assert any("Importance sampling" in sentence for sentence in card["verdict"])
+    assert "a score" in card["verdict"][-1]  # of grey pixels
 
 
 def test_images_weigh_the_same_in_batches_of_any_size(trained):

@@ -11,15 +11,18 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import mean, stdev
 
+import numpy as np
 import pytest
 from filelock import FileLock
+from scipy.stats import ttest_ind
 
 from tests.command_lines import run_script, start_script
-from vae_torch.runs.folders import SweepError, read_runs
+from vae_torch.runs.folders import Run, SweepError, read_runs
 from vae_torch.runs.metrics import direction_of, higher_is_better
 from vae_torch.runs.prune import behind_median
-from vae_torch.runs.summary import summarize, summarize_each, why_apart
+from vae_torch.runs.summary import Row, summarize, summarize_each, welch, why_apart
 from vae_torch.runs.summary_plots import plots
 from vae_torch.runs.summary_tables import to_csv, to_markdown
 
@@ -79,7 +82,7 @@ def test_seeds_are_folded_and_the_best_comes_first(three_by_two):
     assert best.sd == pytest.approx(math.sqrt(0.5))
     # lead 11.5, standard error of the difference sqrt(0.5 / 2 + 4 / 3) = 1.258
     assert "leads by 11.5 ± 1.3" in summary.verdict()
-    assert "no seed noise" in summary.verdict()
+    assert "unlikely to be seed noise" in summary.verdict()
     head, first, *_ = to_csv(summary).splitlines()
     assert head == "model.latent_dim,test/elbo,sd,n,seeds,seconds"
     assert first.split(",")[0::4] == ["8", "0 1"]
@@ -723,3 +726,34 @@ def test_summarize_refuses_in_one_line(tmp_path):
     assert done.stderr == (
         f"summarize.py: {tmp_path}: holds no run; name outputs/, a sweep's folder or a run's\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ([1.0, 1.1, 0.9], [0.8, 0.7, 0.75]),
+        ([1.0, 1.1], [0.8, 0.1]),
+        ([1.0, 1.01, 0.99], [1.0, 1.2, 0.8]),
+    ],
+)
+def test_a_lead_is_judged_by_welchs_test(a, b):
+    rows = [
+        Row((), [Run(Path(str(i)), "finished") for i in range(len(v))], mean(v), stdev(v))
+        for v in (a, b)
+    ]
+    error, p = welch(*rows)
+    expected = ttest_ind(a, b, equal_var=False)
+    assert p == pytest.approx(expected.pvalue, rel=1e-9)
+    if expected.statistic:
+        assert error == pytest.approx((mean(a) - mean(b)) / expected.statistic, rel=1e-9)
+
+
+def test_equal_settings_are_told_apart_in_one_of_twenty():
+    random, found = np.random.default_rng(0), []
+    for _ in range(2000):
+        rows = [
+            Row((), [Run(Path(str(i)), "finished") for i in range(3)], mean(v), stdev(v))
+            for v in random.normal(size=(2, 3)).tolist()
+        ]
+        found.append(welch(*rows)[1] < 0.05)
+    assert 0.02 < mean(found) < 0.06  # it was 0.114 by two standard errors

@@ -323,12 +323,18 @@ class EvalConfig:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    num_samples: Annotated[Count, about("importance samples per image, of log p(x)")]
+    num_samples: Annotated[Count, about("importance samples per image, of log_px_encoder")]
     fit_images: Annotated[Count, about("images that get a posterior of their own")]
     chunk: Annotated[Count, about("decoder rows at once: bounds memory, changes no figure")]
     seed: Annotated[Seed, about("of all noise")]
     checkpoint: Annotated[Which, about("last, or best: the highest test elbo")]
     limit: Annotated[Count | None, about("only the first N test images")] = None
+    fit_samples: Annotated[
+        Count, about("importance samples per image from its fitted proposal, of log_px")
+    ] = 1000
+    ais: Annotated[
+        Count | None, about("images, drawn at random, that get annealed importance sampling too")
+    ] = None
     exact: Annotated[
         bool | None,
         Field(strict=True),

@@ -12,7 +12,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from vae_torch.bars import hidden
-from vae_torch.vae import VAE
+from vae_torch.parts.likelihoods import pairwise
+from vae_torch.parts.posteriors import gaussian_near
+from vae_torch.seeds import Stream, seeded_generator
+from vae_torch.vae import VAE, in_eval_mode
 
 # Nats below an image's log p(x): a square in which even the highest point times its area is lower
 # is left as it is, though a narrow peak may stand between its points.
@@ -45,6 +48,7 @@ class Quadrature(NamedTuple):
     squares: int  # of all sizes that were integrated over
 
 
+@in_eval_mode
 @torch.no_grad()
 def exact_log_px(
     vae: VAE, x: Tensor, *, tolerance: float = 0.01, progress: bool = False
@@ -74,7 +78,7 @@ def exact_log_px(
         ValueError: latent_dim is above 2, or `VAE.check` refuses x.
     """
     check_few_latents(vae)
-    x = vae.check(x).flatten(1)
+    x = vae.check(x)
     off = hidden() if progress else True
     with tqdm(desc="exact log p(x)", unit="cell", disable=off, leave=False) as bar:
         return _integrate(vae, x, tolerance, bar)
@@ -191,10 +195,10 @@ def _quarter(vae: VAE, x: Tensor, cells: list[_Cell], side: float) -> list[_Quar
         some = cells[start : start + 8192 // points]
         places = torch.stack([cell.center for cell in some])[:, None] + side * corners
         z = (places.unsqueeze(2) + side * offsets).reshape(-1, dims)
-        logits, prior = vae.decode(z).flatten(1).split(points), vae.log_prior(z).split(points)
-        for cell, centers, out, log_pz in zip(some, places, logits, prior, strict=True):
+        outs, prior = vae.decode(z).split(points), vae.log_prior(z).split(points)
+        for cell, centers, out, log_pz in zip(some, places, outs, prior, strict=True):
             rows = x if len(cell.images) == len(x) else x[cell.images]
-            block = vae.likelihood.affine(rows, out) + log_pz
+            block = pairwise(vae.likelihood, rows, out) + log_pz
             block = block.unflatten(1, (len(corners), -1))  # (M, children, points)
             values = (block + log_w).logsumexp(2)
             found.append(_Quartered(centers, cell.images, cell.value, values, block.amax(2)))
@@ -224,7 +228,8 @@ class _NarrowPlaces:
     """
 
     def __init__(self, vae: VAE, x: Tensor) -> None:
-        means, logvars = vae.encode(x)
+        noise = seeded_generator(x.device, 0, Stream.FIT, 3)
+        means, logvars = gaussian_near(vae.encode(x), noise)
         self.core = (torch.zeros_like(means[:1]), torch.ones_like(means[:1]))
         self.components: tuple[Tensor, Tensor] | None = None
         widest = _WIDEST
@@ -257,7 +262,7 @@ def _widened(vae: VAE, x: Tensor, means: Tensor, deviations: Tensor, widest: flo
     """Deviations (N, dims), doubled until p(x|z) p(z) changes within three of them, or `widest`."""
 
     def log_joint(images: Tensor, z: Tensor) -> Tensor:  # (N,) and (K, N, dims) -> (K, N)
-        log_px: Tensor = vae.likelihood.log_prob(x[images], vae.decode(z).flatten(2))
+        log_px: Tensor = vae.likelihood.log_prob(x[images], vae.decode(z))
         return log_px + vae.log_prior(z)
 
     dims = means.shape[1]

@@ -19,6 +19,8 @@ class Stream(IntEnum):
     FIT = 5  # fitted posteriors: (seed, FIT), and (seed, FIT, 1) for their ELBO
     AGGREGATE = 6  # the aggregate posterior: (seed, AGGREGATE)
     CHOICE = 7  # the images whose posteriors are fitted: (seed, CHOICE)
+    ANNEAL = 8  # annealed chains: (seed, first image, ANNEAL), and (seed, ANNEAL, 1) both ways
+    PROPOSAL = 9  # fitted proposals: (seed, first image, PROPOSAL)
     AUGMENT = 16  # how training images are moved: (seed, epoch, AUGMENT, step)
 
 

@@ -5,9 +5,10 @@ z --decoder--> the likelihood's parameters, for Bernoulli pixels logits (B, *inp
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from functools import wraps
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,34 @@ from vae_torch.parts.likelihoods import likelihoods
 from vae_torch.parts.networks import Network, image_shape, networks
 from vae_torch.parts.posteriors import DiagonalGaussian, Posterior, posteriors, reparameterize
 from vae_torch.parts.priors import priors
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Within, the module is in eval mode; then in the mode that it was in."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def in_eval_mode(
+    function: Callable[Concatenate["VAE", P], R],
+) -> Callable[Concatenate["VAE", P], R]:
+    """A function of a model that looks at it in eval mode, and leaves it in the mode it was in."""
+
+    @wraps(function)
+    def wrapped(vae: "VAE", /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with evaluating(vae):
+            return function(vae, *args, **kwargs)
+
+    return wrapped
 
 
 class VAEOutput(NamedTuple):
@@ -347,6 +376,7 @@ class VAE(nn.Module):
         closed_form = getattr(self.prior, "kl_per_dim", None)
         return closed_form(q) if closed_form else None
 
+    @in_eval_mode
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
         """Expected pixels at the posterior mean: (B, *shape) -> (B, *input_shape) in [0, 1].
@@ -358,6 +388,7 @@ class VAE(nn.Module):
         check_pixels(x)  # a Gaussian's too: what it draws is held inside [0, 1]
         return self.likelihood.mean(self.decode(self.encode(x).mean))  # type: ignore[no-any-return]
 
+    @in_eval_mode
     @torch.no_grad()
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         """Expected pixels of n draws from the prior: (n, *input_shape) in [0, 1].
@@ -393,17 +424,6 @@ class VAE(nn.Module):
                 f"decoder gives {tuple(made.shape[1:])} for an image; it must give "
                 f"{math.prod(shape)} numbers, {shape}"
             )
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Within, the module is in eval mode; then in the mode that it was in."""
-    training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(training)
 
 
 def _network(

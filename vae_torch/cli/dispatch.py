@@ -8,6 +8,7 @@ COMMANDS = {
     "evaluate": "what a run is worth: the evaluation card",
     "explore": "a page to walk through a run's latent space",
     "summarize": "one table of many runs",
+    "compare": "two evaluated runs, image by image",
 }
 
 

@@ -4,6 +4,7 @@ Printed, written to evaluation.json, added to TensorBoard.
 """
 
 import hashlib
+import io
 import json
 import textwrap
 import threading
@@ -17,7 +18,9 @@ from vae_torch.cli.settings_line import parser, settings_of
 from vae_torch.config import ConfigError, EvaluateConfig
 
 _WIDTH = 100  # columns of the printed card
-_LABEL = 22  # of them for the names
+_LABEL = 24  # of them for the names
+
+PER_IMAGE = "evaluation.npz"  # beside the card: the values behind its means
 
 # What each figure is, in a few words; the card has the whole definitions.
 _MEANINGS = {
@@ -27,12 +30,19 @@ _MEANINGS = {
     "active_units": "latents that vary with the image",
     "train_elbo": "elbo of the training images",
     "entropy_floor": "highest possible reconstruction",
-    "mutual_information": "I(x; z), the first part of kl",
-    "marginal_kl": "KL(q(z) || p(z)), the second part",
+    "mutual_information": "I(x; z), a lower bound",
+    "mutual_information_upper": "an upper bound on it",
+    "marginal_kl": "KL(q(z) || p(z)), an upper bound",
+    "marginal_kl_lower": "a lower bound on it",
+    "train_log_px": "log p(x) of training images",
+    "train_gap": "its distance from their elbo",
     "linear_probe_accuracy": "labels found from z, linearly",
     "knn_accuracy": "labels found by 10 neighbours",
     "log_px_exact": "log p(x) by integration",
-    "log_px": "log p(x) by {samples:,} samples each",
+    "log_px": "log p(x), fitted proposals",
+    "log_px_encoder": "by {samples:,} samples from q(z|x)",
+    "log_px_ais": "log p(x) by annealing",
+    "ais_difference": "log_px_ais - log_px",
     "effective_samples": "of {samples:,} per image",
     "fitted_gap": "gap of images drawn at random",
     "approximation_gap": "its part due to Gaussian q(z|x)",
@@ -112,7 +122,9 @@ def evaluate_run(config: EvaluateConfig) -> None:
         test_loader,
         train_loader=train_loader,
         num_samples=config.eval.num_samples,
+        fit_samples=config.eval.fit_samples,
         fit_images=config.eval.fit_images,
+        ais=config.eval.ais,
         chunk=config.eval.chunk,
         exact=config.eval.exact,
         seed=config.eval.seed,
@@ -131,6 +143,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
     }
     print_card(card)
+    write_atomically(run_dir / PER_IMAGE, packed(per_image))
     write_atomically(written, (json.dumps(card, indent=2) + "\n").encode())
     picture = None
     if vae.latent_dim == 2 and "log_px_exact" in per_image:
@@ -138,6 +151,15 @@ def evaluate_run(config: EvaluateConfig) -> None:
         picture = log_px_map(vae, x, per_image["log_px_exact"][: len(x)])
     add_evaluation(run_dir, card, epoch, picture)
     print(f"\nwritten to {shown(written.resolve())}{replaced}")
+
+
+def packed(per_image: dict[str, Any]) -> bytes:
+    """The values of each image as the bytes of an .npz: one array (N,) a figure."""
+    import numpy as np
+
+    file = io.BytesIO()
+    np.savez_compressed(file, **{name: each.cpu().numpy() for name, each in per_image.items()})
+    return file.getvalue()
 
 
 def refuse_smaller(config: EvaluateConfig, images: int, integrates: bool) -> str:
@@ -153,11 +175,24 @@ def refuse_smaller(config: EvaluateConfig, images: int, integrates: bool) -> str
     try:
         card = json.loads(path.read_text("utf-8"))
         name, sha256 = (card["checkpoint"][key] for key in ("name", "sha256"))
+        fitted = "log_px_encoder" in card  # cards of older versions have no other log_px
+        encoder = card["log_px_encoder" if fitted else "log_px"]
         had = {
-            "images": int(card["log_px"]["num_images"]),
-            "importance samples": int(card["log_px"]["num_samples"]),
+            "images": int(encoder["num_images"]),
+            "importance samples": int(encoder["num_samples"]),
             "fitted images": int(card["approximation_gap"]["num_images"]),
         }
+        asks = {
+            "images": images,
+            "importance samples": asked.num_samples,
+            "fitted images": min(asked.fit_images, images),
+        }
+        if fitted:
+            had["samples from fitted proposals"] = int(card["log_px"]["num_samples"])
+            asks["samples from fitted proposals"] = asked.fit_samples
+        if "log_px_ais" in card:
+            had["annealed images"] = int(card["log_px_ais"]["num_images"])
+            asks["annealed images"] = min(asked.ais or 0, images)
     except FileNotFoundError:
         return ""
     except (OSError, ValueError, KeyError, TypeError):
@@ -165,11 +200,6 @@ def refuse_smaller(config: EvaluateConfig, images: int, integrates: bool) -> str
     checkpoint = path.parent / "checkpoints" / f"{name}.pt"
     have = hashlib.sha256(checkpoint.read_bytes()).hexdigest() if checkpoint.exists() else None
     words = f"a card of checkpoint {name}: " + ", ".join(f"{n:,} {key}" for key, n in had.items())
-    asks = {
-        "images": images,
-        "importance samples": asked.num_samples,
-        "fitted images": min(asked.fit_images, images),
-    }
     fewer = [f"{asks[key]:,} {key}" for key, n in had.items() if asks[key] < n]
     if "log_px_exact" in card and not integrates:
         fewer.append("no log_px_exact")
@@ -208,7 +238,11 @@ def tell_duration(vae: Any, x: Any, images: int, config: EvaluateConfig) -> None
         if seconds < 6000
         else f"about {seconds / 3600:.1f} hours"
     )
-    print(f"log p(x) of {images:,} images, {samples:,} samples each: {words}", flush=True)
+    print(
+        f"log p(x) of {images:,} images, {samples:,} samples each: {words}, and about as long "
+        "again from fitted proposals",
+        flush=True,
+    )
 
 
 def print_card(card: dict[str, Any]) -> None:
@@ -225,6 +259,7 @@ def print_card(card: dict[str, Any]) -> None:
                 print(f"{'' if start else name:{_LABEL}} {' '.join(dims[start : start + 7])}")
         elif isinstance(entry, dict) and "definition" in entry:
             print(_line(name, entry, card))
+    print("\n± is the standard error over images; random seeds, binarisation and bias add to it")
     print()
     for sentence in card["verdict"]:
         print(_wrapped(sentence, "- ", "  "))

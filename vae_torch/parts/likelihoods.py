@@ -234,6 +234,17 @@ class DiscretizedLogistic(nn.Module):
         return log_weights, 0.5 + means, (log_scales - 2).clamp(min=-7)
 
 
+def pairwise(likelihood: Any, x: Tensor, params: Tensor) -> Tensor:
+    """Nats of each image under each decoder output: (N, *shape) and (G, ...) -> (N, G).
+
+    One matrix product where log p is affine in x, else a pass over all outputs for each image.
+    """
+    if affine := getattr(likelihood, "affine", None):
+        return affine(x.flatten(1), params.flatten(1))  # type: ignore[no-any-return]
+    rows = [likelihood.log_prob(one, params.unsqueeze(1)).squeeze(1) for one in x.split(1)]
+    return torch.stack(rows)
+
+
 def _log_normalizer(logits: Tensor) -> Tensor:
     """log(l / tanh(l / 2)), even in l; its Taylor series near 0, where l/tanh is 0/0."""
     size = logits.abs()

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vae_torch.config import ConfigError, ObjectiveConfig
 from vae_torch.images import Batch, as_images, check_pixels, pair_images
-from vae_torch.parts.likelihoods import Bernoulli, is_transformed
+from vae_torch.parts.likelihoods import Bernoulli, is_transformed, pairwise
 from vae_torch.parts.posteriors import DiagonalGaussian, Posterior, gaussian_of, kl_per_dim
 from vae_torch.parts.registry import Table
 from vae_torch.vae import VAE
@@ -108,12 +108,11 @@ def log_weights(vae: VAE, x: Tensor, q: Posterior, eps: Tensor) -> Tensor:
     x = as_images(x, vae.input_shape)
     z, log_q = q.sample(eps)
     params = vae.decode(z)
-    affine = getattr(vae.likelihood, "affine", None)
-    if len(x) == 1 and affine:  # one product instead of passes over the pixels of every draw
-        log_px_given_z = affine(x.flatten(1), params.flatten(0, 1).flatten(1)).T
+    if len(x) == 1:  # one product instead of passes over the pixels of every draw
+        log_px_given_z = pairwise(vae.likelihood, x, params.squeeze(1)).T
     else:
         log_px_given_z = vae.likelihood.log_prob(x, params)
-    return log_px_given_z + vae.log_prior(z) - log_q  # type: ignore[no-any-return]
+    return log_px_given_z + vae.log_prior(z) - log_q
 
 
 class Noise(NamedTuple):

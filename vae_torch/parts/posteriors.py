@@ -106,6 +106,16 @@ def gaussian_of(q: Posterior, what: str) -> DiagonalGaussian:
     raise ConfigError(f"{what} needs a Gaussian q(z|x), posterior=gaussian; this model has another")
 
 
+def gaussian_near(q: Posterior, generator: torch.Generator) -> DiagonalGaussian:
+    """A diagonal Gaussian where a posterior is: itself, or with the moments of 64 of its draws."""
+    if isinstance(q, DiagonalGaussian):
+        return q
+    like = q.mean
+    noise = torch.randn((64, *like.shape), generator=generator, device=like.device).to(like)
+    z = q.rsample(noise)
+    return DiagonalGaussian(z.mean(0), z.var(0).clamp(min=1e-6).log())
+
+
 def reparameterize(
     mean: Tensor,
     logvar: Tensor,

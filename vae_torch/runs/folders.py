@@ -128,6 +128,7 @@ def _protocol(card: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
         "eval.num_samples": entry.get("num_samples"),
         "eval.num_images": entry.get("num_images"),
         "eval.seed": entry.get("seed"),
+        "eval.proposal": entry.get("proposal"),
         "eval.checkpoint": card.get("checkpoint", {}).get("name"),
     }
     return {key: None if value is None else str(value)[:12] for key, value in protocol.items()}

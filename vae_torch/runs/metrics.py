@@ -13,6 +13,13 @@ _FIGURES: dict[str, tuple[str, bool | None]] = {
     "reconstruction": (_NATS, True),
     "log_px": (_NATS, True),
     "log_px_exact": (_NATS, True),
+    "log_px_encoder": (_NATS, True),
+    "log_px_ais": (_NATS, True),
+    "ais_difference": (_NATS, None),
+    "train_log_px": (_NATS, True),
+    "train_gap": (_NATS, None),
+    "mutual_information_upper": (_NATS, None),
+    "marginal_kl_lower": (_NATS, None),
     "loss": (_NATS, False),
     "kl": (_NATS, None),
     "gap": (_NATS, None),
@@ -28,7 +35,10 @@ _FIGURES: dict[str, tuple[str, bool | None]] = {
     "knn_accuracy": ("share of images", True),
     "seconds": ("seconds", False),
 }
-_DENSITIES = ("elbo", "train_elbo", "reconstruction", "log_px", "log_px_exact", "loss")
+_DENSITIES = (
+    "elbo", "train_elbo", "reconstruction", "log_px", "log_px_exact", "log_px_encoder",
+    "log_px_ais", "train_log_px", "loss",
+)  # fmt: skip
 _OBJECTIVE = tuple(f"objective.{key}" for key in ("name", "beta", "free_bits", "num_samples"))
 DATA = ("data.name", "data.binarize", "data.limit_test", "data.hold_out")
 
@@ -39,6 +49,7 @@ MEASURED = {
     **dict.fromkeys(DATA, "settings of the data"),
     "likelihood": "likelihoods",
     "eval.num_samples": "numbers of importance samples",
+    "eval.proposal": "proposals of the importance samples",
     "eval.num_images": "numbers of images",
     "eval.seed": "evaluation seeds",
     "eval.checkpoint": "checkpoints",

@@ -20,6 +20,7 @@ from vae_torch.runs.metrics import (
 from vae_torch.runs.values import Key, as_text, is_number, sort_key
 
 ONE_SETTING = "the one setting"
+_SIGNIFICANT = 0.05  # p-value below which a lead is said to be more than luck
 
 
 @dataclass
@@ -97,20 +98,48 @@ class Summary:
                 f"{name} leads by {lead:.3g}{unit}. With one seed each nobody knows how much of it "
                 "is luck: add seed=0,1,2."
             )
-        error = math.sqrt(sum(row.sd**2 / len(row.runs) for row in (first, second)))
-        sure = lead > 2 * error
+        error, p = welch(first, second)
+        sure = p < _SIGNIFICANT
+        chosen = "held-out images" if self.held_out else "the test set"
+        optimistic = (
+            f" It is the best of {len(self.rows)} settings on {chosen}, so its own figure is "
+            "optimistic."
+            if len(self.rows) > 2
+            else ""
+        )
         return (
             f"{name} leads by {lead:.3g} ± {error:.2g}{unit} (standard error of the difference of "
-            f"means over {len(first.runs)} and {len(second.runs)} seeds): "
-            + ("more than" if sure else "not more than")
-            + " twice its error, "
-            + ("no seed noise." if sure else "so the two cannot be told apart.")
+            f"means over {len(first.runs)} and {len(second.runs)} seeds; Welch's t-test: p = "
+            f"{p:.2g}): "
+            + ("unlikely to be seed noise." if sure else "the two cannot be told apart.")
+            + optimistic
         )
 
     def words(self, row: Row) -> str:
         """`model.latent_dim=8, seed...` of a row."""
         pairs = zip(self.keys, row.values, strict=True)
         return ", ".join(f"{key}={as_text(value)}" for key, value in pairs) or ONE_SETTING
+
+
+def welch(first: Row, second: Row) -> tuple[float, float]:
+    """Standard error of the difference of two settings' means, and its two-sided p-value.
+
+    Welch's t-test, which lets each setting have a variance of its own.
+
+    Raises:
+        ValueError: A setting has one run only.
+    """
+    if min(len(first.runs), len(second.runs)) < 2:
+        raise ValueError("Welch's t-test needs two runs of each setting, or more")
+    from scipy.special import stdtr
+
+    parts = [(row.sd**2 / len(row.runs), len(row.runs) - 1) for row in (first, second)]
+    variance = sum(part for part, _ in parts)
+    lead = abs(first.mean - second.mean)
+    if variance == 0:
+        return 0.0, 1.0 if lead == 0 else 0.0
+    freedom = variance**2 / sum(part**2 / n for part, n in parts)
+    return math.sqrt(variance), 2 * float(stdtr(freedom, -lead / math.sqrt(variance)))
 
 
 def summarize(

@@ -1,0 +1,270 @@
+"""log p(x) by annealed importance sampling, and bounds on it from both sides. Nats per image."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vae_torch.bars import bar
+from vae_torch.parts.likelihoods import Bernoulli
+from vae_torch.seeds import Stream, seeded_generator
+from vae_torch.vae import VAE, in_eval_mode
+
+_ACCEPTED = 0.65  # share of HMC's proposals: Neal, *MCMC using Hamiltonian dynamics* (2011)
+
+
+class AnnealedEstimate(NamedTuple):
+    """log p(x) of N images by annealed importance sampling."""
+
+    log_px: Tensor  # (N,) nats, in expectation a lower bound
+    log_weights: Tensor  # (chains, N) of each chain
+    acceptance: Tensor  # (N,) share of the proposals that were accepted
+
+
+class Sandwich(NamedTuple):
+    """Bounds on log p(x) of images that the model itself has made."""
+
+    x: Tensor  # (N, *shape)
+    lower: Tensor  # (N,) nats
+    upper: Tensor  # (N,) nats
+
+
+@in_eval_mode
+def annealed_log_px(
+    vae: VAE,
+    x: Tensor,
+    *,
+    temperatures: int = 1000,
+    chains: int = 8,
+    leapfrogs: int = 8,
+    seed: int = 0,
+    chunk: int = 4096,
+    progress: bool = False,
+) -> AnnealedEstimate:
+    """Log p(x) by annealed importance sampling from the prior, with Hamiltonian Monte Carlo.
+
+    Wu, Burda, Salakhutdinov and Grosse, *On the Quantitative Analysis of Decoder-Based Generative
+    Models* (ICLR 2017): chains move from p(z) to p(x|z) p(z) through p(z) p(x|z)^β. They start from
+    the prior and not from q(z|x), so a mode that the encoder does not know of is not missed for
+    that. The step sizes are tuned by chains that run before and count for nothing; else the
+    estimate would lose what makes it a lower bound.
+
+    Args:
+        vae: The model.
+        x: (N, *shape).
+        temperatures: Values of β; the bound rises with them.
+        chains: Of each image.
+        leapfrogs: Steps of a proposal.
+        seed: Of all noise.
+        chunk: Decoder rows at once: `chunk / chains` images.
+        progress: Show a bar on a terminal.
+
+    Raises:
+        ValueError: A number is below 1, `VAE.check` refuses x, or log p(x|z) has no gradient.
+    """
+    _check_counts(temperatures, chains, leapfrogs, chunk)
+    x = vae.check(x)
+    found = []
+    steps = range(0, len(x), max(1, chunk // chains))
+    for start in steps:
+        part = x[start : start + steps.step]
+        noise = seeded_generator(x.device, seed, start, Stream.ANNEAL)
+        z = _from_prior(vae, chains * len(part), noise).to(x).unflatten(0, (chains, -1))
+        sizes = _tuned(vae, part, z, temperatures, leapfrogs, noise)
+        words = f"AIS, images {start + 1} to {start + len(part)}"
+        log_w, accepted = _anneal(
+            vae, part, z, sizes, leapfrogs, noise, words=words if progress else None
+        )
+        found.append((log_w, accepted))
+    log_w = torch.cat([each for each, _ in found], 1)
+    log_px = log_w.logsumexp(0) - math.log(chains)
+    return AnnealedEstimate(log_px, log_w, torch.cat([accepted for _, accepted in found]))
+
+
+@in_eval_mode
+def sandwich_log_px(
+    vae: VAE,
+    images: int,
+    *,
+    temperatures: int = 1000,
+    chains: int = 8,
+    leapfrogs: int = 8,
+    seed: int = 0,
+    progress: bool = False,
+) -> Sandwich:
+    """Bounds from below and from above on log p(x) of images drawn from the model.
+
+    Bidirectional Monte Carlo: Grosse, Ghahramani and Adams, *Sandwiching the marginal likelihood*
+    (2015). The z that an image was made from is an exact sample of p(z|x), from which chains run
+    back to the prior. How far the bounds are apart says what annealing is worth on this model.
+
+    Args:
+        vae: A model with Bernoulli pixels.
+        images: How many to draw.
+        temperatures: As in `annealed_log_px`.
+        chains: As there.
+        leapfrogs: As there.
+        seed: Of all noise.
+        progress: Show a bar on a terminal.
+
+    Raises:
+        ValueError: A number is below 1, or the likelihood cannot be sampled here.
+    """
+    _check_counts(temperatures, chains, leapfrogs, images)
+    if not isinstance(vae.likelihood, Bernoulli):
+        raise ValueError(
+            f"the likelihood is {type(vae.likelihood).__name__}: images are drawn from Bernoulli "
+            "pixels only; use annealed_log_px on images that you have"
+        )
+    weight = next(vae.parameters())
+    noise = seeded_generator(weight.device, seed, Stream.ANNEAL, 1)
+    with torch.no_grad():
+        z = _from_prior(vae, images, noise).to(weight)
+        x = torch.bernoulli(vae.likelihood.mean(vae.decode(z)), generator=noise)
+    settings = (temperatures, leapfrogs, noise)
+    fresh = _from_prior(vae, chains * images, noise).to(weight).unflatten(0, (chains, -1))
+    sizes = _tuned(vae, x, fresh, *settings)
+    words = ("AIS up", "AIS down") if progress else (None, None)
+    up, _ = _anneal(vae, x, fresh, sizes, leapfrogs, noise, words=words[0])
+    exact = z.expand(chains, -1, -1).clone()
+    down, _ = _anneal(vae, x, exact, sizes, leapfrogs, noise, back=True, words=words[1])
+    count = math.log(chains)
+    return Sandwich(x, up.logsumexp(0) - count, count - down.logsumexp(0))
+
+
+def _check_counts(temperatures: int, chains: int, leapfrogs: int, rows: int) -> None:
+    if min(temperatures, chains, leapfrogs, rows) < 1:
+        raise ValueError(
+            f"temperatures={temperatures}, chains={chains}, leapfrogs={leapfrogs}, {rows} images "
+            "or rows: all must be 1 or more"
+        )
+
+
+def _from_prior(vae: VAE, n: int, noise: torch.Generator) -> Tensor:
+    with torch.no_grad():
+        return vae.prior.sample(n, noise)  # type: ignore[no-any-return]
+
+
+def _betas(temperatures: int) -> list[float]:
+    """0 to 1, close together at both ends: the sigmoid schedule of Wu et al. (2017)."""
+    ends = torch.sigmoid(torch.linspace(-4, 4, temperatures + 1, dtype=torch.float64))
+    scaled = (ends - ends[0]) / (ends[-1] - ends[0])
+    return scaled.tolist()
+
+
+def _tuned(
+    vae: VAE,
+    x: Tensor,
+    z: Tensor,
+    temperatures: int,
+    leapfrogs: int,
+    noise: torch.Generator,
+) -> Tensor:
+    """Step sizes (temperatures, N) at which HMC accepts two of three proposals."""
+    few = min(temperatures, max(50, temperatures // 10))
+    sizes = z.new_full((few, len(x)), 0.1)
+    _anneal(vae, x, z, sizes, leapfrogs, noise, tune=True)
+    if few == temperatures:
+        return sizes
+    logs = sizes.log().T.unsqueeze(1)  # (N, 1, few)
+    fine = torch.nn.functional.interpolate(logs, temperatures, mode="linear", align_corners=True)
+    return fine.squeeze(1).T.exp()
+
+
+def _anneal(
+    vae: VAE,
+    x: Tensor,
+    z: Tensor,
+    sizes: Tensor,
+    leapfrogs: int,
+    noise: torch.Generator,
+    *,
+    back: bool = False,
+    tune: bool = False,
+    words: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-weights (chains, N) and acceptance (N,) of chains from z (chains, N, latent_dim).
+
+    `back`: from p(z|x) to the prior. `tune`: overwrite `sizes` (temperatures, N) on the way.
+    """
+    betas = _betas(len(sizes))
+    order = range(len(sizes), 0, -1) if back else range(1, len(sizes) + 1)
+    log_w = torch.zeros(z.shape[:2], dtype=torch.float64, device=z.device)
+    accepted = torch.zeros(len(x), dtype=torch.float64, device=z.device)
+    state = _evaluate(vae, x, z)
+    size = sizes[0].clone()
+    for step in bar(order, words or "", show=words is not None):
+        change = betas[step] - betas[step - 1]
+        if not back:
+            log_w += change * state.log_px_given_z
+        size = size if tune else sizes[step - 1]
+        state, probability = _hmc(vae, x, state, betas[step], size, leapfrogs, noise)
+        rate = probability.mean(0)  # over chains
+        accepted += rate
+        if tune:
+            size = size * torch.exp(0.2 * (rate - _ACCEPTED)).to(size)
+            sizes[step - 1] = size
+        if back:
+            log_w -= change * state.log_px_given_z
+    return log_w, accepted / len(sizes)
+
+
+class _State(NamedTuple):
+    """Chains' places, with what both parts of the target are there."""
+
+    z: Tensor  # (chains, N, latent_dim)
+    log_px_given_z: Tensor  # (chains, N)
+    log_pz: Tensor  # (chains, N)
+    grad_px: Tensor  # (chains, N, latent_dim)
+    grad_pz: Tensor  # (chains, N, latent_dim)
+
+
+def _evaluate(vae: VAE, x: Tensor, z: Tensor) -> _State:
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        log_px_given_z = vae.likelihood.log_prob(x, vae.decode(z))
+        log_pz = vae.log_prior(z)
+        if not log_px_given_z.requires_grad:
+            raise ValueError(
+                "log p(x|z) has no gradient by z: Hamiltonian Monte Carlo needs one; leave "
+                "eval.ais out"
+            )
+        (grad_px,) = torch.autograd.grad(log_px_given_z.sum(), z)
+        (grad_pz,) = torch.autograd.grad(log_pz.sum(), z)
+    return _State(z.detach(), log_px_given_z.detach(), log_pz.detach(), grad_px, grad_pz)
+
+
+def _hmc(
+    vae: VAE,
+    x: Tensor,
+    state: _State,
+    beta: float,
+    size: Tensor,
+    leapfrogs: int,
+    noise: torch.Generator,
+) -> tuple[_State, Tensor]:
+    """One transition that leaves p(z) p(x|z)^beta unchanged, and its acceptance (chains, N)."""
+    z = state.z
+    momentum = torch.randn(z.shape, generator=noise, device=z.device).to(z)
+    step = size.unsqueeze(-1)
+    energy = _energy(state, beta, momentum)
+    new, p = state, momentum + 0.5 * step * (state.grad_pz + beta * state.grad_px)
+    for i in range(leapfrogs):
+        new = _evaluate(vae, x, new.z + step * p)
+        kick = 0.5 if i == leapfrogs - 1 else 1.0
+        p = p + kick * step * (new.grad_pz + beta * new.grad_px)
+    change = energy - _energy(new, beta, p)
+    probability = change.nan_to_num(nan=-math.inf).clamp(max=0).exp()
+    coin = torch.rand(probability.shape, generator=noise, device=z.device)
+    taken = coin < probability
+    kept = [
+        torch.where(taken.unsqueeze(-1) if a.ndim > taken.ndim else taken, a, b)
+        for a, b in zip(new, state, strict=True)
+    ]
+    return _State(*kept), probability.double()
+
+
+def _energy(state: _State, beta: float, momentum: Tensor) -> Tensor:
+    potential = state.log_pz.double() + beta * state.log_px_given_z.double()
+    return 0.5 * (momentum.double() ** 2).sum(-1) - potential

@@ -1,0 +1,136 @@
+"""The ELBO: its means over a data set, its values per image, and that of any Gaussian posterior."""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vae_torch.config import ObjectiveConfig
+from vae_torch.data import Data, as_batch, as_loader
+from vae_torch.images import Batch
+from vae_torch.parts.objectives import (
+    Noise,
+    Objective,
+    as_objective,
+    bound,
+    log_weights,
+    loss_and_metrics,
+)
+from vae_torch.parts.posteriors import DiagonalGaussian, Posterior
+from vae_torch.seeds import Stream, seeded_generator
+from vae_torch.vae import VAE, in_eval_mode
+
+
+@in_eval_mode
+@torch.no_grad()
+def bound_metrics(
+    vae: VAE,
+    loader: Data,
+    objective: ObjectiveConfig | Objective,
+    *,
+    num_samples: int | None = None,
+    beta: float = 1.0,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Means over a data set of what the training loop logs about it.
+
+    The noise depends on `seed` and the number of draws alone, so the curves of a run move where the
+    model moved; `loss` also where beta or the number of draws does.
+
+    Args:
+        vae: The model.
+        loader: Batches x, [x] or (x, label, ...), or all images as one tensor or array.
+        objective: Whose loss.
+        num_samples: Draws of z for each image; the objective's own where it is None.
+        beta: The KL's weight.
+        seed: Of the noise.
+
+    Returns:
+        `loss`, `elbo`, `reconstruction`, `kl` in nats per image, whatever else the objective gives,
+        and `kl_per_dim`, one per latent dimension, where the KL has a closed form.
+
+    Raises:
+        ValueError: No image, or images that `VAE.check` refuses.
+    """
+    weight = next(vae.parameters())
+    device = weight.device
+    batches: Iterable[Any] = loader  # one pass: an iterator will do
+    if not isinstance(loader, Iterator):
+        batches = as_loader(loader, vae.input_shape, batch_size=1000, device=device)
+    generator = seeded_generator(device, seed, Stream.BOUND)
+    minimise = as_objective(objective)
+    draws: int = getattr(minimise, "num_samples", 1) if num_samples is None else num_samples
+    sums: dict[str, Tensor] = {}  # float64: () each, or (n,)
+    images = 0
+    at_once = math.ceil(1000 / draws)  # images: more would not stay in a cache
+    for loaded in batches:
+        whole = as_batch(loaded, device, weight.dtype)
+        for x, y in _parts_of(Batch(vae.check(whole.x), whole.y), at_once):
+            eps = torch.randn(draws, len(x), vae.latent_dim, generator=generator, device=device)
+            loss, metrics = loss_and_metrics(minimise, vae, Batch(x, y), Noise(eps), beta)
+            if not {"reconstruction", "kl"} <= metrics.keys():  # the plain bound is always there
+                metrics = {**bound(vae, Batch(x, y), eps).metrics(), **metrics}
+            elbo = metrics["reconstruction"] - metrics["kl"]
+            for name, values in {"loss": loss, "elbo": elbo, **metrics}.items():
+                mean = values.mean(0) if values.ndim else values
+                sums[name] = sums.get(name, 0) + (len(x) * mean).double()
+            images += len(x)
+    if not images:
+        raise ValueError("there is no image to evaluate; the loader gave no batch")
+    return {name: (total / images).tolist() for name, total in sums.items()}
+
+
+def _parts_of(batch: Batch, size: int) -> Iterator[Batch]:
+    """A batch in smaller ones."""
+    for first in range(0, len(batch.x), size):
+        y = None if batch.y is None else batch.y[first : first + size]
+        yield Batch(batch.x[first : first + size], y)
+
+
+@torch.no_grad()
+def bounds_of(vae: VAE, batches: Iterable[Tensor], seed: int) -> Tensor:
+    """The elbo, reconstruction and KL of each image from one draw of z: (3, N) nats, in double."""
+    device = next(vae.parameters()).device
+    noise = seeded_generator(device, seed, Stream.BOUND)
+    rows = []
+    for batch in batches:
+        for part in batch.to(device).split(1000):  # bounds the decoder's memory
+            eps = torch.randn((1, len(part), vae.latent_dim), generator=noise, device=device)
+            parts = bound(vae, Batch(part), eps.to(part.dtype))
+            elbo = parts.reconstruction - parts.kl
+            rows.append(torch.stack([elbo, parts.reconstruction, parts.kl]).double())
+    return torch.cat(rows, 1)
+
+
+@torch.no_grad()
+def posterior_elbo(
+    vae: VAE, x: Tensor, mean: Tensor, logvar: Tensor, *, num_samples: int = 1000, seed: int = 0
+) -> Tensor:
+    """The ELBO of any Gaussian posteriors N(mean, exp(logvar)): (N,) nats, by Monte Carlo.
+
+    Raises:
+        ValueError: `VAE.check` refuses x.
+    """
+    return elbo_of(vae, x, DiagonalGaussian(mean, logvar), num_samples=num_samples, seed=seed)
+
+
+@in_eval_mode
+@torch.no_grad()
+def elbo_of(vae: VAE, x: Tensor, q: Posterior, *, num_samples: int = 1000, seed: int = 0) -> Tensor:
+    """The ELBO of any posteriors of these images: (N,) nats, by Monte Carlo.
+
+    Raises:
+        ValueError: `VAE.check` refuses x.
+    """
+    x = vae.check(x)
+    noise = seeded_generator(x.device, seed, Stream.FIT, 1)
+    total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    done = 0
+    while done < num_samples:  # twenty at a time bound the memory
+        shape = (min(20, num_samples - done), len(x), vae.latent_dim)
+        eps = torch.randn(shape, generator=noise, device=x.device, dtype=x.dtype)
+        total += log_weights(vae, x, q, eps).double().sum(0)
+        done += shape[0]
+    return total / num_samples

@@ -1,0 +1,356 @@
+"""The evaluation card: every figure of a trained model, and what they mean."""
+
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vae_torch.data import Data, as_loader, images_of
+from vae_torch.evaluation.ais import annealed_log_px
+from vae_torch.evaluation.bounds import bounds_of, elbo_of, posterior_elbo
+from vae_torch.evaluation.figures import Figures, standard_error_of, whole_set
+from vae_torch.evaluation.importance import fit_posterior, importance_log_px
+from vae_torch.evaluation.latents import put_latents
+from vae_torch.evaluation.proposals import fitted_log_px
+from vae_torch.evaluation.verdict import verdict
+from vae_torch.parts.likelihoods import Bernoulli
+from vae_torch.parts.objectives import ACTIVE_UNIT_VARIANCE
+from vae_torch.quadrature import QuadratureError, check_few_latents, exact_log_px
+from vae_torch.seeds import Stream, seeded_generator
+from vae_torch.vae import VAE, in_eval_mode
+
+# Whose log p(x) tells whether the model overfits: all of them would take longer than the test set.
+_TRAIN_IMAGES = 1000
+
+
+class Evaluation(NamedTuple):
+    """The evaluation card, and the values behind its means."""
+
+    card: dict[str, Any]
+    per_image: dict[str, Tensor]  # by figure, (N,) float64; NaN for images that were not fitted
+
+
+def evaluate_model(
+    vae: VAE,
+    loader: Data,
+    *,
+    train_loader: Data | None = None,
+    num_samples: int = 5000,
+    fit_samples: int = 1000,
+    fit_images: int = 100,
+    ais: int | None = None,
+    chunk: int = 1024,
+    exact: bool | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """The evaluation card.
+
+    Args:
+        vae: The model.
+        loader: Of the test set: batches x, [x] or (x, label, ...), or all images as one tensor or
+            array.
+        train_loader: Adds the training bound, log p(x) of a thousand training images and, where
+            both sets have labels, probes of the latents fitted on it.
+        num_samples: Importance samples from q(z|x), of log_px_encoder.
+        fit_samples: Importance samples from fitted proposals, of log_px.
+        fit_images: How many images get a posterior of their own, to split the gap. The seed chooses
+            them at random.
+        ais: How many images get an annealed estimate too, as a check of log_px. The seed chooses
+            them at random; None leaves it out.
+        chunk: Decoder rows at once.
+        exact: Integrate log p(x) over the latents; None does so for one or two of them.
+        seed: Of all noise.
+        progress: Show bars on a terminal.
+
+    Returns:
+        Each figure as `{"value", "standard_error", "unit", "definition", "num_samples",
+        "num_images", "seed"}`, by name, and under `verdict` a list of sentences. An integral that
+        does not settle is left out, and the verdict says so.
+
+    Raises:
+        ValueError: num_samples, fit_samples, fit_images, ais or chunk is below 1; an
+            integral over more than two latents is asked for; or no image, or images that
+            `VAE.check` refuses.
+    """
+    return evaluate_images(
+        vae,
+        loader,
+        train_loader=train_loader,
+        num_samples=num_samples,
+        fit_samples=fit_samples,
+        fit_images=fit_images,
+        ais=ais,
+        chunk=chunk,
+        exact=exact,
+        seed=seed,
+        progress=progress,
+    ).card
+
+
+@in_eval_mode
+def evaluate_images(
+    vae: VAE,
+    loader: Data,
+    *,
+    train_loader: Data | None = None,
+    num_samples: int = 5000,
+    fit_samples: int = 1000,
+    fit_images: int = 100,
+    ais: int | None = None,
+    chunk: int = 1024,
+    exact: bool | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Evaluation:
+    """`evaluate_model`, with the values of each image beside the card.
+
+    Args and errors are those of `evaluate_model`.
+
+    Returns:
+        The card, and by name the values of each image of `loader`, in its order.
+    """
+    counts = {"num_samples": num_samples, "fit_samples": fit_samples, "fit_images": fit_images}
+    for name, given in {**counts, "ais": ais, "chunk": chunk}.items():
+        if given is not None and given < 1:  # before any work
+            raise ValueError(f"{name}={given}: must be 1 or more")
+    if exact:
+        check_few_latents(vae)
+    if train_loader is not None:
+        train_loader = as_loader(train_loader, vae.input_shape)
+    x, labels = whole_set(vae, loader)
+    card = Figures(len(x), seed)
+
+    _put_bound(card, vae, x)
+    train: _Train | None = None
+    if train_loader is not None:
+        train = _put_train_elbo(card, vae, train_loader)
+    if isinstance(vae.likelihood, Bernoulli) and not ((x == 0) | (x == 1)).all():
+        floor = -torch.special.xlogy(x, x) - torch.special.xlogy(1 - x, 1 - x)
+        card.put(
+            "entropy_floor",
+            -floor.flatten(1).sum(1),
+            "reconstruction that no Bernoulli decoder of these grey pixels can exceed; "
+            "grey and binarised figures do not compare",
+            0,
+        )
+    put_latents(card, vae, x, labels, train_loader)
+
+    said = []
+    if exact or (exact is None and vae.latent_dim <= 2):
+        try:
+            grid = exact_log_px(vae, x, progress=progress)
+        except QuadratureError as error:
+            said.append(
+                f"log_px_exact is left out: {error}. log_px is an estimate by importance sampling."
+            )
+        else:
+            card.put(
+                "log_px_exact",
+                grid.log_px,
+                f"log p(x) by integration over ±{grid.half_width:g}, squares down to "
+                f"{grid.side:.2g}",
+                0,
+                more={"residual": grid.residual},
+            )
+    _put_log_px(card, vae, x, fit_samples, chunk, progress)
+    estimate = importance_log_px(
+        vae, x, num_samples=num_samples, seed=seed, chunk=chunk, progress=progress
+    )
+    card.put(
+        "log_px_encoder",
+        estimate.log_px,
+        "log p(x) by importance sampling from q(z|x), as papers report it; in expectation too low, "
+        "by an amount that differs between models",
+        num_samples,
+    )
+    card.put(
+        "effective_samples",
+        estimate.effective_samples,
+        "(Σ w)² / Σ w² of the importance weights of log_px_encoder",
+        num_samples,
+        unit="samples",
+        more={"share_below_10": (estimate.effective_samples < 10).double().mean().item()},
+    )
+    if ais is not None:
+        _put_annealed(card, vae, x, ais, progress)
+    if train is not None:
+        _put_train_log_px(card, vae, train, fit_samples, chunk, progress)
+    _put_gap(card, vae, x, fit_images, progress)
+    said += verdict(card.figures, num_samples)
+    if "entropy_floor" in card.figures:
+        said.append(
+            "The pixels are grey and the likelihood is Bernoulli: all of these nats are a score, "
+            "the cross-entropy, and no log p(x) of a density. Compare them with such scores only, "
+            "or try likelihood=continuous_bernoulli or data.binarize=dynamic."
+        )
+    return Evaluation({**card.figures, "verdict": said}, card.per_image)
+
+
+class _Train(NamedTuple):
+    """Training images, at random, and their bound."""
+
+    x: Tensor  # (M, *shape)
+    elbo: Tensor  # (M,)
+
+
+def _put_train_elbo(card: Figures, vae: VAE, train_loader: Iterable[Any]) -> _Train:
+    """Put the bound of all training images; return some of them."""
+    batches = [vae.check(images_of(batch)) for batch in train_loader]
+    bound, _, _ = bounds_of(vae, batches, card.seed)
+    card.put(
+        "train_elbo",
+        bound.mean().item(),
+        "elbo on the training images",
+        1,
+        standard_error=standard_error_of(bound),
+        num_images=len(bound),
+    )
+    some = _chosen(len(bound), _TRAIN_IMAGES, card.seed)
+    return _Train(torch.cat(batches)[some].to(bound.device), bound[some.to(bound.device)])
+
+
+def _chosen(images: int, count: int, seed: int) -> Tensor:
+    """The places of `count` of them, at random, in order."""
+    choice = torch.randperm(images, generator=seeded_generator("cpu", seed, Stream.CHOICE))
+    return choice[:count].sort().values
+
+
+def _put_log_px(
+    card: Figures, vae: VAE, x: Tensor, num_samples: int, chunk: int, progress: bool
+) -> None:
+    found = fitted_log_px(
+        vae, x, num_samples=num_samples, seed=card.seed, chunk=chunk, progress=progress
+    )
+    card.put(
+        "log_px",
+        found.log_px,
+        "log p(x) by importance sampling from Gaussians fitted to each image, with q(z|x) and the "
+        "prior; in expectation a lower bound",
+        num_samples,
+        more={
+            "proposal": "fitted",
+            "rise_from_half": found.rise.mean().item(),
+            "share_doubtful": found.doubtful.double().mean().item(),
+        },
+    )
+    card.per_image["pareto_k"] = found.pareto_k.double()
+    card.per_image["rise_from_half"] = found.rise.double()
+
+
+def _put_annealed(card: Figures, vae: VAE, x: Tensor, images: int, progress: bool) -> None:
+    chosen = _chosen(len(x), images, card.seed).to(x.device)
+    found = annealed_log_px(vae, x[chosen], seed=card.seed, progress=progress)
+    how = f"annealed importance sampling from the prior, {len(chosen)} images drawn at random"
+    chains = len(found.log_weights)
+    card.put("log_px_ais", found.log_px, f"log p(x) by {how}; a lower bound too", chains, of=chosen)
+    card.put(
+        "ais_difference",
+        found.log_px - card.per_image["log_px"][chosen],
+        f"log_px_ais - log_px of the same images: {how}",
+        chains,
+        of=chosen,
+    )
+
+
+def _put_train_log_px(
+    card: Figures, vae: VAE, train: _Train, num_samples: int, chunk: int, progress: bool
+) -> None:
+    """Put log p(x) and the gap of training images, by the method of the evaluated ones."""
+    log_px, how, samples = None, "by integration", 0
+    if "log_px_exact" in card.per_image:
+        with suppress(QuadratureError):
+            log_px = exact_log_px(vae, train.x, progress=progress).log_px
+    if log_px is None:
+        how, samples = "as log_px", num_samples
+        log_px = fitted_log_px(
+            vae, train.x, num_samples=samples, seed=card.seed, chunk=chunk, progress=progress
+        ).log_px
+    log_px = log_px.double()
+    whose = f"{len(log_px):,} training images, drawn at random"
+    for name, values, definition in (
+        ("train_log_px", log_px, f"log p(x) {how}, of {whose}"),
+        ("train_gap", log_px - train.elbo, f"log p(x) {how} - elbo, of {whose}"),
+    ):
+        card.put(
+            name,
+            values.mean().item(),
+            definition,
+            samples,
+            standard_error=standard_error_of(values),
+            num_images=len(values),
+            more={"exact": samples == 0},
+        )
+
+
+@torch.no_grad()
+def _put_bound(card: Figures, vae: VAE, x: Tensor) -> None:
+    elbo, reconstruction, kl = bounds_of(vae, [x], card.seed)
+    q = vae.encode(x)
+    per_dim = vae.kl_per_dim(q)
+    analytic = per_dim is not None
+    card.put("elbo", elbo, "reconstruction - kl, a lower bound on log p(x)", 1)
+    card.put("reconstruction", reconstruction, "E_q log p(x|z), summed over pixels", 1)
+    how = "in closed form" if analytic else "a Monte Carlo estimate from one draw of z"
+    card.put("kl", kl, f"KL(q(z|x) || p(z)), {how}", 0 if analytic else 1)
+    if per_dim is not None:
+        card.put(
+            "kl_per_dim",
+            per_dim.mean(0).tolist(),
+            "the KL of each latent dimension",
+            0,
+            standard_error=[standard_error_of(kl) for kl in per_dim.T],
+        )
+    if len(x) == 1:  # nothing varies
+        return
+    variance = q.mean.var(0)
+    card.put(
+        "active_units",
+        int((variance > ACTIVE_UNIT_VARIANCE).sum()),
+        f"latent dimensions whose posterior mean varies by more than {ACTIVE_UNIT_VARIANCE} "
+        "(variance over images)"
+        + ("" if analytic else "; a learned prior leaves the scale of z free, and this count too"),
+        0,
+        unit=f"of {vae.latent_dim} dimensions",
+        more={"variance_per_dim": variance.tolist()},
+    )
+
+
+def _put_gap(card: Figures, vae: VAE, x: Tensor, fit_images: int, progress: bool) -> None:
+    seed, known = card.seed, card.per_image
+    name = "log_px_exact" if "log_px_exact" in known else "log_px"
+    log_px, samples = known[name], card.figures[name]["num_samples"]
+    low = "" if samples == 0 else "; in expectation log_px is too low, and so is this gap"
+    card.put("gap", log_px - known["elbo"], f"{name} - elbo{low}", samples or 1)
+
+    chosen = _chosen(len(x), fit_images, seed).to(x.device)
+    x, log_px = x[chosen], log_px[chosen]
+    with torch.no_grad():
+        encoder_elbo = elbo_of(vae, x, vae.encode(x), seed=seed)
+    mean, logvar = fit_posterior(vae, x, seed=seed, progress=progress)
+    best_elbo = posterior_elbo(vae, x, mean, logvar, seed=seed)
+    how = f"log p(x) is {name}{low}"
+    card.put(
+        "fitted_gap",
+        log_px - encoder_elbo,
+        f"log p(x) - elbo of {len(x)} images, drawn at random by the seed; the sum of the "
+        f"approximation_gap and the amortisation_gap, which are of the same images; {how}",
+        1000,
+        of=chosen,
+    )
+    card.put(
+        "approximation_gap",
+        log_px - best_elbo,
+        f"log p(x) - elbo of each image's best Gaussian posterior (Cremer et al., 2018); {how}",
+        1000,
+        of=chosen,
+    )
+    card.put(
+        "amortisation_gap",
+        best_elbo - encoder_elbo,
+        "elbo of the best Gaussian posterior - elbo of the encoder's (Cremer et al., 2018)",
+        1000,
+        of=chosen,
+    )

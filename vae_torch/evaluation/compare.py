@@ -1,0 +1,135 @@
+"""Two evaluated runs, image by image: a paired difference has a far smaller error than two means.
+
+Reads `evaluation.json` and `evaluation.npz` of both.
+"""
+
+import io
+import json
+import math
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# What both cards must have alike for one figure to compare.
+_ALIKE = ("num_samples", "seed", "proposal")
+
+
+class CompareError(ValueError):
+    """Two runs that cannot be compared: one line that says why."""
+
+
+class Comparison(NamedTuple):
+    """One figure of two runs on the same images."""
+
+    metric: str
+    a: Any  # (N,) values of the first run
+    b: Any  # (N,)
+
+    @property
+    def difference(self) -> float:
+        """Mean of b - a."""
+        return float((self.b - self.a).mean())
+
+    @property
+    def error(self) -> float:
+        """Standard error of `difference` over images; infinite for one image."""
+        n = len(self.a)
+        return float((self.b - self.a).std(ddof=1)) / math.sqrt(n) if n > 1 else math.inf
+
+    def sentence(self) -> str:
+        """`log_px: the second run is 0.12 ± 0.03 nats higher on 10,000 images`."""
+        size, n = abs(self.difference), len(self.a)
+        if size <= 2 * self.error:
+            return f"{self.metric}: no difference beyond its error, {self.difference:+.3f} ± " + (
+                f"{self.error:.3f} on {n:,} images"
+            )
+        way = "higher" if self.difference > 0 else "lower"
+        return (
+            f"{self.metric}: the second run is {size:.3f} ± {self.error:.3f} {way} on {n:,} images"
+        )
+
+
+def compare_runs(first: Path, second: Path) -> list[Comparison]:
+    """Every figure that both runs have for each image, measured alike.
+
+    The error is over images alone: another random seed of either model would move the difference
+    more, and only several runs show by how much.
+
+    Raises:
+        CompareError: A run has no evaluation, one of an older version or a damaged one, or the two
+            are of other images.
+    """
+    (card_a, values_a), (card_b, values_b) = _read(first), _read(second)
+    if card_a["data"]["sha256"] != card_b["data"]["sha256"]:
+        raise CompareError(
+            f"run={first} run={second}: evaluated on other images; evaluate both with the same "
+            "data and eval.limit"
+        )
+    found = []
+    for name, a in values_a.items():
+        b, entry_a, entry_b = values_b.get(name), card_a.get(name), card_b.get(name)
+        if b is None or entry_a is None or entry_b is None or a.shape != b.shape:
+            continue
+        if any(entry_a.get(key) != entry_b.get(key) for key in _ALIKE):
+            continue
+        both = np.isfinite(a) & np.isfinite(b)
+        if both.any():
+            found.append(Comparison(name, a[both], b[both]))
+    if not found:
+        raise CompareError(
+            f"run={first} run={second}: no figure was measured alike; evaluate both with the same "
+            "settings"
+        )
+    return found
+
+
+def scatter(comparison: Comparison, names: tuple[str, str]) -> "Figure":
+    """Each image's value in the two runs, and how the differences are distributed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.2), dpi=120, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    a, b = comparison.a, comparison.b
+    left.plot(a, b, ".", markersize=2, alpha=0.4, color="#332288")
+    ends = [min(a.min(), b.min()), max(a.max(), b.max())]
+    left.plot(ends, ends, color="#555555", linewidth=0.8)
+    left.set_xlabel(f"{comparison.metric}, {names[0]}")
+    left.set_ylabel(f"{comparison.metric}, {names[1]}")
+    right.hist(b - a, bins=60, color="#88ccee")
+    right.axvline(comparison.difference, color="#882255")
+    right.set_xlabel(f"{names[1]} - {names[0]}: {comparison.difference:+.3f}")
+    right.set_ylabel("images")
+    return figure
+
+
+def _read(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    card_path, values_path = run / "evaluation.json", run / "evaluation.npz"
+    if not card_path.exists():
+        raise CompareError(f"run={run}: has no evaluation.json; run scripts/evaluate.py first")
+    if not values_path.exists():
+        raise CompareError(
+            f"run={run}: its card is of an older version, without evaluation.npz; run "
+            "scripts/evaluate.py again"
+        )
+    try:
+        card = json.loads(card_path.read_text("utf-8"))
+        # read first: np.load leaves a damaged file open
+        with np.load(io.BytesIO(values_path.read_bytes())) as file:
+            values = {name: file[name] for name in file.files}
+        images = card["elbo"]["num_images"]
+        str(card["data"]["sha256"])
+    except (OSError, ValueError, LookupError, TypeError, zipfile.BadZipFile) as error:
+        raise CompareError(
+            f"run={run}: its evaluation is damaged ({type(error).__name__}); run "
+            "scripts/evaluate.py again"
+        ) from None
+    if any(each.shape != (images,) for each in values.values()):
+        raise CompareError(
+            f"run={run}: evaluation.npz is of another card; run scripts/evaluate.py again"
+        )
+    return card, values

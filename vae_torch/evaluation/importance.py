@@ -1,0 +1,138 @@
+"""log p(x) by importance sampling, and the posteriors that are fitted for it. Nats per image."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vae_torch.bars import bar
+from vae_torch.evaluation.pareto import pareto_k
+from vae_torch.parts.objectives import log_weights
+from vae_torch.parts.posteriors import DiagonalGaussian, Posterior, gaussian_near
+from vae_torch.seeds import Stream, seeded_generator
+from vae_torch.vae import VAE, in_eval_mode
+
+
+class ImportanceEstimate(NamedTuple):
+    """log p(x) by importance sampling from q(z|x), one entry per image."""
+
+    log_px: Tensor  # (N,) nats
+    effective_samples: Tensor  # (N,) (Σ w)² / Σ w², at most num_samples
+    pareto_k: Tensor  # (N,) shape of the weights' tail: see `pareto.pareto_k`
+
+
+@in_eval_mode
+@torch.no_grad()
+def importance_log_px(
+    vae: VAE,
+    x: Tensor,
+    *,
+    num_samples: int = 5000,
+    seed: int = 0,
+    chunk: int = 1024,
+    proposal: tuple[Tensor, Tensor] | None = None,
+    progress: bool = False,
+) -> ImportanceEstimate:
+    """Log 1/K Σ_k p(x, z_k) / q(z_k|x): Burda et al. (2016), equation 8 with a large K.
+
+    Each image's noise depends on (seed, its place) alone, so the answer does not depend on `chunk`
+    beyond the rounding of sums.
+
+    Args:
+        vae: The model.
+        x: (N, *shape) in [0, 1].
+        num_samples: K.
+        seed: Of the noise.
+        chunk: Decoder rows at once. A thousand stay in a core's cache; any number gives the same
+            answer.
+        proposal: Mean and log-variance, (N, latent_dim) each, to draw from instead of q(z|x).
+        progress: Show a bar on a terminal.
+
+    Raises:
+        ValueError: num_samples or chunk is below 1, or `VAE.check` refuses x.
+    """
+    if num_samples < 1 or chunk < 1:
+        raise ValueError(f"num_samples={num_samples}, chunk={chunk}: both must be 1 or more")
+    x = vae.check(x)
+    q = vae.encode(x) if proposal is None else DiagonalGaussian(*proposal)
+    together = max(1, chunk // num_samples)  # images
+    log_px, effective, tails = [], [], []
+    steps = range(0, len(x), together)
+    for start in bar(steps, "log p(x)", show=progress):
+        part = slice(start, start + together)
+        eps = torch.stack(
+            [
+                torch.randn(
+                    num_samples,
+                    vae.latent_dim,
+                    generator=seeded_generator(x.device, seed, i, Stream.IMPORTANCE),
+                    device=x.device,
+                )
+                for i in range(start, min(start + together, len(x)))
+            ],
+            1,
+        ).to(x.dtype)  # (K, images, latent_dim)
+        if isinstance(q, DiagonalGaussian):
+            own: Posterior = DiagonalGaussian(q.mean[part], q.logvar[part])
+        else:
+            own = vae.encode(x[part])
+        log_w = torch.cat(
+            [
+                log_weights(vae, x[part], own, some)
+                for some in eps.split(max(1, chunk // eps.shape[1]))
+            ]
+        ).double()  # (K, images)
+        total = log_w.logsumexp(0)
+        log_px.append(total - math.log(num_samples))
+        effective.append(torch.exp(2 * total - (2 * log_w).logsumexp(0)))
+        tails.append(pareto_k(log_w))
+    return ImportanceEstimate(torch.cat(log_px), torch.cat(effective), torch.cat(tails))
+
+
+@in_eval_mode
+def fit_posterior(
+    vae: VAE,
+    x: Tensor,
+    *,
+    steps: int = 500,
+    num_samples: int = 16,
+    seed: int = 0,
+    progress: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The best Gaussian posterior of each image, found by ascent on its ELBO from the encoder's.
+
+    Cremer, Li and Duvenaud, *Inference Suboptimality in Variational Autoencoders* (ICML 2018),
+    table 1: q*.
+
+    Args:
+        vae: The model; its weights stay as they are.
+        x: (N, *shape) in [0, 1].
+        steps: Of Adam, on each image's own mean and log-variance.
+        num_samples: Draws of z per step.
+        seed: Of the noise.
+        progress: Show a bar on a terminal.
+
+    Returns:
+        Mean and log-variance, (N, latent_dim) each.
+
+    Raises:
+        ValueError: `VAE.check` refuses x.
+    """
+    x = vae.check(x)
+    noise = seeded_generator(x.device, seed, Stream.FIT)
+    with torch.no_grad():
+        near = gaussian_near(vae.encode(x), seeded_generator(x.device, seed, Stream.FIT, 2))
+        mean, logvar = (part.clone() for part in near)
+    mean.requires_grad_()
+    logvar.requires_grad_()
+    optimizer = torch.optim.Adam([mean, logvar], lr=0.02)
+    shape = (num_samples, *mean.shape)
+    counted = bar(range(steps), "fit of q(z|x)", show=progress)
+    for step in counted:
+        optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / steps)
+        eps = torch.randn(shape, generator=noise, device=x.device, dtype=x.dtype)
+        loss = -log_weights(vae, x, DiagonalGaussian(mean, logvar), eps).mean(0).sum()
+        mean.grad, logvar.grad = torch.autograd.grad(loss, [mean, logvar])
+        optimizer.step()
+    return mean.detach(), logvar.detach()

@@ -1,0 +1,129 @@
+"""What the card's figures mean, in sentences."""
+
+import math
+from typing import Any
+
+# Fewer importance samples cannot show whether they cover the posterior.
+_FEW_SAMPLES = 100
+# Nats: a smaller difference is not worth a sentence, however sure.
+_NOTEWORTHY = 0.5
+
+
+def verdict(card: dict[str, Any], num_samples: int) -> list[str]:
+    """What the card's figures mean, in sentences, each with something to try.
+
+    Figures that a sentence compares are of the same images, or it names their counts.
+    """
+    value = {name: entry["value"] for name, entry in card.items()}
+    said = []
+    active = value.get("active_units")  # None on the card of one image
+    dims = len(card["active_units"]["variance_per_dim"]) if active is not None else 0
+    if "kl_per_dim" not in value:  # a learned prior: see the definition of active_units
+        active = 0 if active is not None and value["mutual_information"] < 0.1 else None
+    if active == 0:
+        said.append(
+            "The posterior has collapsed: no latent dimension says anything about the image. Try "
+            "objective=elbo, objective.beta_warmup_epochs or objective.free_bits."
+        )
+    elif active is not None and active < dims:
+        said.append(
+            f"{dims - active} of {dims} latent dimensions are collapsed. That costs little; "
+            "objective.free_bits or objective.beta_warmup_epochs may bring them to use."
+        )
+    if "train_log_px" in value:
+        said += _overfitting(card)
+    elif "train_elbo" in value:
+        lead = value["train_elbo"] - value["elbo"]
+        error = _joint_error(card, "train_elbo", "elbo")
+        if lead > max(_NOTEWORTHY, 2 * error):
+            said.append(
+                f"The bound of the {card['train_elbo']['num_images']:,} training images is "
+                f"{lead:.1f} ± {error:.1f} nats better than that of the "
+                f"{card['elbo']['num_images']:,} evaluated ones: the model or its encoder overfits."
+                " Try data.binarize=dynamic, fewer epochs, train.ema or a smaller model."
+            )
+    if doubtful := card["log_px"].get("share_doubtful"):
+        said.append(
+            f"log_px may be far too low for {100 * doubtful:.2g}% of the images, by the tails of "
+            "their weights. Try a larger eval.fit_samples; eval.ais=100 checks it. No warning is "
+            "no guarantee: a mode that was missed shows in no weight."
+        )
+    if "ais_difference" in value:
+        off, error = value["ais_difference"], card["ais_difference"]["standard_error"]
+        images = card["ais_difference"]["num_images"]
+        spread = "" if error is None else f" ± {error:.2f}"
+        said.append(
+            f"log_px is {abs(off):.2f}{spread} nats {'below' if off > 0 else 'above'} annealed "
+            f"importance sampling, which is a lower bound too, on {images:,} images."
+        )
+    if "log_px_encoder" in value:
+        short = value["log_px"] - value["log_px_encoder"]
+        if num_samples < _FEW_SAMPLES:
+            said.append(
+                f"log_px_encoder comes from {num_samples} samples per image, too few to compare "
+                "with published figures. Try eval.num_samples=5000."
+            )
+        elif short > 0.1:
+            said.append(
+                f"log_px_encoder, the estimate that papers report, is {short:.2f} nats below "
+                "log_px. Compare models by log_px."
+            )
+    if "log_px_exact" in value:
+        off = value["log_px"] - value["log_px_exact"]
+        said.append(
+            f"Importance sampling is {abs(off):.3f} nats {'above' if off > 0 else 'below'} the "
+            "integral, which is the truth here."
+        )
+    if value["fitted_gap"] > 1:
+        parts = ("approximation_gap", "amortisation_gap")
+        larger, smaller = sorted(parts, key=lambda name: value[name], reverse=True)
+        remedies = {
+            "approximation_gap": "a Gaussian fits the true posterior badly. Try more latent "
+            "dimensions or objective=iwae",
+            "amortisation_gap": "the encoder does not find the best Gaussian. Try a larger or "
+            "longer trained encoder",
+        }
+        images = card["fitted_gap"]["num_images"]
+        whose = f"the bound's gap of {value['fitted_gap']:.1f} nats ({images:,} images)"
+        if value[larger] - value[smaller] > 2 * _joint_error(card, larger, smaller):
+            said.append(f"Most of {whose} is the {larger}: {remedies[larger]}.")
+        else:
+            said.append(
+                f"Neither part of {whose} is clearly the larger: approximation_gap "
+                f"{value['approximation_gap']:.1f}, amortisation_gap "
+                f"{value['amortisation_gap']:.1f}. A larger eval.fit_images tells them apart."
+            )
+    return said
+
+
+def _overfitting(card: dict[str, Any]) -> list[str]:
+    """Who overfits: the model, which log p(x) shows, or the encoder, which the gap shows."""
+    said = []
+    name = "log_px_exact" if card["train_log_px"]["exact"] else "log_px"
+    trained = f"{card['train_log_px']['num_images']:,} training images"
+    others = f"{card[name]['num_images']:,} evaluated ones"
+    lead = card["train_log_px"]["value"] - card[name]["value"]
+    error = _joint_error(card, "train_log_px", name)
+    overfits = lead > max(_NOTEWORTHY, 2 * error)
+    if overfits:
+        said.append(
+            f"log p(x) of {trained} is {lead:.1f} ± {error:.1f} nats better than that of the "
+            f"{others}: the model overfits. Try data.binarize=dynamic, fewer epochs, train.ema or "
+            "a smaller model."
+        )
+    wider = card["gap"]["value"] - card["train_gap"]["value"]
+    error = _joint_error(card, "gap", "train_gap")
+    if wider > max(_NOTEWORTHY, 2 * error):
+        said.append(
+            f"The gap log p(x) - elbo is {wider:.1f} ± {error:.1f} nats wider on the {others} than "
+            f"on {trained}: the encoder does not generalise"
+            + ("." if overfits else ", while the model shows no overfitting.")
+            + " Try data.binarize=dynamic or a smaller encoder; log_px is not affected."
+        )
+    return said
+
+
+def _joint_error(card: dict[str, Any], *names: str) -> float:
+    """Standard error of a sum or difference of independent figures; infinite where one has none."""
+    errors = [card[name]["standard_error"] for name in names]
+    return math.inf if None in errors else math.hypot(*errors)
