@@ -235,7 +235,8 @@ def test_defaults_of_options_are_written_down(config):
 def test_a_metric_says_which_direction_is_better():
     assert score("test/elbo", -90.0) > score("test/elbo", -91.0)
     assert score("test/loss", 90.0) > score("test/loss", 91.0)
-    assert metric_of("log_px").unit == "nats"
+    with pytest.raises(ConfigError, match="neither direction"):
+        metric_of("test/kl")
 
 
 def test_modules_are_taken_as_parts():

@@ -130,6 +130,11 @@ def about(text: str) -> Any:
     return Field(description=text)
 
 
+Plugins = Annotated[
+    list[Name], BeforeValidator(_listed), about("modules with parts of your own: [my_parts]")
+]
+
+
 @dataclass
 class ModelConfig:
     """The encoder and decoder, which mirror each other."""
@@ -303,11 +308,7 @@ class Config:
     likelihood_options: Annotated[Options, about("of the likelihood")] = field(default_factory=dict)
     prior_options: Annotated[Options, about("of the prior")] = field(default_factory=dict)
     posterior_options: Annotated[Options, about("of the posterior")] = field(default_factory=dict)
-    plugins: Annotated[
-        list[Name],
-        BeforeValidator(_listed),
-        about("modules with parts of your own: [my_parts]"),
-    ] = field(default_factory=list)
+    plugins: Plugins = field(default_factory=list)
     threads: Annotated[
         int | None, Field(strict=True, ge=1, le=1024), about("CPU threads; null: torch's choice")
     ] = None
@@ -355,6 +356,7 @@ class EvaluateConfig:
     device: Annotated[Device, about("auto, cpu, cuda, cuda:N")]
     data_root: Annotated[Folder | None, about("where the images are; null: where the run had them")]
     eval: EvalConfig
+    plugins: Plugins = field(default_factory=list)
 
 
 @dataclass
@@ -368,6 +370,7 @@ class ExploreConfig:
     data_root: Annotated[Folder | None, about("where the images are; null: where the run had them")]
     checkpoint: Annotated[Which, about("last, or best: the highest test elbo")]
     points: Annotated[Count, about("images shown as points, at most")]
+    plugins: Plugins = field(default_factory=list)
 
 
 # Keys that say where and how a run is made, not what it is: it may be resumed with others, and they

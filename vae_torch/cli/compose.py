@@ -93,6 +93,7 @@ def load_named_plugins(arguments: Sequence[str]) -> None:
     values = [a.partition("=")[2] for a in arguments if a.lstrip("+").startswith("plugins=")]
     if not values:
         return
+    from vae_torch.data import data_sources
     from vae_torch.parts.complete import SHARED
     from vae_torch.parts.networks import networks
     from vae_torch.parts.objectives import objectives
@@ -100,7 +101,11 @@ def load_named_plugins(arguments: Sequence[str]) -> None:
 
     named = yaml.safe_load(values[-1]) or []
     load_plugins([named] if isinstance(named, str) else named)
-    for group, base, table in (("model", "mlp", networks), ("objective", "elbo", objectives)):
+    for group, base, table in (
+        ("model", "mlp", networks),
+        ("objective", "elbo", objectives),
+        ("data", "mnist", data_sources),
+    ):
         for name in table:
             if (conf_dir() / group / f"{name}.yaml").exists():
                 continue
@@ -279,7 +284,11 @@ def _no_such_choice(group: str, choice: str, text: str) -> str:
     options = sorted(re.findall(r"^\t(\S+)$", text, re.MULTILINE))
     near = get_close_matches(choice, options, 1)
     meant = f"; did you mean {near[0]}?" if near else ""
-    own = "; one of your own needs plugins=[my_parts]" if group in ("model", "objective") else ""
+    own = (
+        "; one of your own needs plugins=[my_parts]"
+        if group in ("model", "objective", "data")
+        else ""
+    )
     return f"{group}={choice}: must be one of {', '.join(options)}{meant or own}"
 
 

@@ -90,7 +90,9 @@ def evaluate_run(config: EvaluateConfig) -> None:
     device = resolve_device(config.device)
     set_products("fp32", device)
     run_dir = Path(config.run)
-    vae, run_config = load_run(run_dir, checkpoint=config.eval.checkpoint, device=device)
+    vae, run_config = load_run(
+        run_dir, checkpoint=config.eval.checkpoint, device=device, plugins=config.plugins
+    )
     vae = vae.to(memory_format=torch.channels_last)  # convolutions decode a third faster
     if config.eval.exact and vae.latent_dim > 2:
         raise ConfigError(

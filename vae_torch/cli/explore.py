@@ -52,7 +52,9 @@ def explore_run(config: ExploreConfig) -> Path:
     device = resolve_device(config.device)
     set_products("fp32", device)
     run_dir = Path(config.run).resolve()
-    vae, run_config = load_run(config.run, checkpoint=config.checkpoint, device=device)
+    vae, run_config = load_run(
+        config.run, checkpoint=config.checkpoint, device=device, plugins=config.plugins
+    )
     notes, epochs = run_notes(run_dir, run_config)
     if config.data_root:
         run_config.data.root = config.data_root

@@ -252,7 +252,7 @@ def refuse_unfit_checkpoint(run_dir: Path, settings: Config) -> None:
 
     state = Checkpoints(run_dir / "checkpoints", settings).load("cpu")
     if state:
-        load_run(run_dir)
+        load_run(run_dir, plugins=settings.plugins)
         path = run_dir / "checkpoints" / "last.pt"
         allowed = settings.train.allow_other_code
         refuse_other_code(state.get("versions"), path=path, allowed=allowed)

@@ -83,7 +83,7 @@ def task(cfg: DictConfig) -> float:
         except SystemExit:
             remove_if_unused(run_dir)
             raise
-        tell_what_next(run_dir, result_of(cfg, elbo))
+        tell_what_next(run_dir, result_of(cfg, elbo), list(cfg.plugins))
         return elbo
     overrides = [str(override) for override in job.overrides.task]
     if job.runtime.choices["hydra/launcher"] != "joblib":
@@ -221,19 +221,20 @@ def result_of(cfg: DictConfig, value: float) -> str:
     from vae_torch.parts.metrics import metric_of, score
 
     monitor = cfg.train.monitor
-    name = monitor.removeprefix("test/")
-    return f"{judged(cfg)} {name} {score(monitor, value):.{metric_of(monitor).digits}f}"
+    name, metric = monitor.removeprefix("test/"), metric_of(monitor)
+    unit = f" {metric.unit}" if metric.unit else ""
+    return f"{judged(cfg)} {name} {score(monitor, value):.{metric.digits}f}{unit}"
 
 
-def tell_what_next(run_dir: Path, result: str) -> None:
+def tell_what_next(run_dir: Path, result: str, plugins: Sequence[str]) -> None:
     """The last lines of a run: where it is and what to type next.
 
     TensorBoard is given the day's folder, beside whose other runs it calls this one by its name.
     """
     named = any(str(o).startswith("hydra.run.dir=") for o in HydraConfig.get().overrides.hydra)
-    run = typed_as("run", run_dir)
+    run = typed_as("run", run_dir) + (f" plugins=[{','.join(plugins)}]" if plugins else "")
     log.info(
-        "\nDone: %s nats per image.\n"
+        "\nDone: %s.\n"
         "  run folder    %s\n"
         "  pictures      %s\n"
         "  evaluate      %s %s\n"

@@ -17,38 +17,60 @@ class Metric:
     """How to read a number.
 
     Args:
-        better: Which direction is.
+        better: Which direction is; None where neither is: a collapsed model has the lowest KL and a
+            perfect gap.
         digits: Behind the point, in print.
         unit: What it is measured in.
     """
 
-    better: Literal["higher", "lower"]
+    better: Literal["higher", "lower"] | None
     digits: int = 2
     unit: str = ""
 
 
+_NATS = "nats per image"
+
 # By the name without `train/` or `test/`.
 metrics: dict[str, Metric] = {
-    "elbo": Metric("higher", unit="nats"),
-    "log_px": Metric("higher", unit="nats"),
-    "log_px_exact": Metric("higher", unit="nats"),
-    "reconstruction": Metric("higher", unit="nats"),
-    "loss": Metric("lower", unit="nats"),
-    "kl": Metric("lower", unit="nats"),
-}
+    **dict.fromkeys(
+        (
+            "elbo", "train_elbo", "reconstruction", "log_px", "log_px_exact", "log_px_encoder",
+            "log_px_ais", "train_log_px",
+        ),
+        Metric("higher", unit=_NATS),
+    ),
+    "loss": Metric("lower", unit=_NATS),
+    **dict.fromkeys(
+        (
+            "kl", "gap", "fitted_gap", "approximation_gap", "amortisation_gap", "train_gap",
+            "ais_difference", "mutual_information", "mutual_information_upper", "marginal_kl",
+            "marginal_kl_lower", "entropy_floor", "total_correlation", "dimension_kl",
+        ),
+        Metric(None, unit=_NATS),
+    ),
+    "effective_samples": Metric(None, unit="samples"),
+    "active_units": Metric(None, digits=0, unit="dimensions"),
+    "linear_probe_accuracy": Metric("higher", digits=3, unit="share of images"),
+    "knn_accuracy": Metric("higher", digits=3, unit="share of images"),
+    "seconds": Metric("lower", unit="seconds"),
+}  # fmt: skip
 
 
 def metric_of(name: str) -> Metric:
-    """What `test/elbo` means, or `elbo`.
+    """What `test/elbo` means, or `elbo`, where it can decide something.
 
     Raises:
-        ConfigError: Nobody has said so.
+        ConfigError: Neither direction of it is better, or nobody has said which.
     """
-    found = metrics.get(name.rpartition("/")[2])
+    last = name.rpartition("/")[2]
+    found = metrics.get(last)
+    if found is not None and found.better is None:
+        raise ConfigError(f"{name}: neither direction of it is better; choose another metric")
     if found is None:
+        known = ", ".join(key for key, metric in metrics.items() if metric.better)
         raise ConfigError(
-            f"{name}: nobody has said which direction is better; known are {', '.join(metrics)}, "
-            f'and metrics["{name.rpartition("/")[2]}"] = Metric("lower") in a plug-in adds one'
+            f"{name}: nobody has said which direction is better; known are {known}, and "
+            f'metrics["{last}"] = Metric("lower") in a plug-in adds one'
         )
     return found
 

@@ -2,39 +2,9 @@
 
 from typing import Any
 
+from vae_torch.parts.metrics import metrics
 from vae_torch.runs.folders import Run
 
-# Unit of a figure, by the last part of its name, and whether higher is better. None: neither
-# direction is, since a collapsed model has the lowest KL and a perfect gap.
-_NATS = "nats per image"
-_FIGURES: dict[str, tuple[str, bool | None]] = {
-    "elbo": (_NATS, True),
-    "train_elbo": (_NATS, True),
-    "reconstruction": (_NATS, True),
-    "log_px": (_NATS, True),
-    "log_px_exact": (_NATS, True),
-    "log_px_encoder": (_NATS, True),
-    "log_px_ais": (_NATS, True),
-    "ais_difference": (_NATS, None),
-    "train_log_px": (_NATS, True),
-    "train_gap": (_NATS, None),
-    "mutual_information_upper": (_NATS, None),
-    "marginal_kl_lower": (_NATS, None),
-    "loss": (_NATS, False),
-    "kl": (_NATS, None),
-    "gap": (_NATS, None),
-    "fitted_gap": (_NATS, None),
-    "approximation_gap": (_NATS, None),
-    "amortisation_gap": (_NATS, None),
-    "mutual_information": (_NATS, None),
-    "marginal_kl": (_NATS, None),
-    "entropy_floor": (_NATS, None),
-    "effective_samples": ("samples", None),
-    "active_units": ("dimensions", None),
-    "linear_probe_accuracy": ("share of images", True),
-    "knn_accuracy": ("share of images", True),
-    "seconds": ("seconds", False),
-}
 _DENSITIES = (
     "elbo", "train_elbo", "reconstruction", "log_px", "log_px_exact", "log_px_encoder",
     "log_px_ais", "train_log_px", "loss",
@@ -59,12 +29,14 @@ MEASURED = {
 
 def unit_of(metric: str) -> str:
     """The unit of a figure; empty where it is not known."""
-    return _FIGURES.get(last_part(metric), ("", None))[0]
+    known = metrics.get(last_part(metric))
+    return known.unit if known else ""
 
 
 def direction_of(metric: str) -> bool | None:
     """Whether a figure is better the higher it is; None where neither is, or it is not known."""
-    return _FIGURES.get(last_part(metric), ("", None))[1]
+    known = metrics.get(last_part(metric))
+    return known.better == "higher" if known and known.better else None
 
 
 def higher_is_better(metric: str) -> bool:
@@ -79,7 +51,7 @@ def last_part(metric: str) -> str:
 
 def of_card(metric: str) -> bool:
     """Whether scripts/evaluate.py gives a run this figure."""
-    return "/" not in metric and metric in _FIGURES and metric != "seconds"
+    return "/" not in metric and metric in metrics and metric != "seconds"
 
 
 def basis_of(run: Run, metric: str) -> dict[str, Any]:

@@ -1,0 +1,264 @@
+import json
+import math
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from tests.command_lines import run_script
+from vae_torch import VAE, ConfigError, compose, load_run, train
+from vae_torch.checkpoint import CheckpointError, Checkpoints
+from vae_torch.images import Batch
+from vae_torch.parts.metrics import Metric, metrics
+from vae_torch.parts.objectives import bound
+from vae_torch.parts.registry import Table, load_plugins
+from vae_torch.runs.run import run
+from vae_torch.training.errors import EndRun, StoppedError
+
+PLUGIN = "plugins=[tests.my_parts]"
+OWN = (PLUGIN, "data=stripes", "data.batch_size=50", "model=mine", "model.options.width=16",
+       "objective=weighted", "posterior=round", "prior=wide", "likelihood=laplace",
+       "train.figure_every=0", "train.epochs=2", "threads=1")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def own_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("own") / "run"
+    done = run_script("train.py", *OWN, "train.monitor=test/mse", f"hydra.run.dir={folder}")
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_parts_of_ones_own_train_from_the_command_line(own_run):
+    folder, done = own_run
+    assert "Done: test mse 0." in done.stdout
+    assert f"run={folder} {PLUGIN}" in done.stdout
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"test/elbo", "train/mse", "test/mse", "train/loss"} <= last.keys()
+    assert "train/elbo" not in last  # the objective has not computed it
+    vae, config = load_run(folder, plugins=["tests.my_parts"])
+    assert config.model.options == {"width": 16, "dropout": 0.1}
+    assert config.prior_options == {"scale": 2.0}
+    assert vae.input_shape == (1, 6, 6)
+    assert not vae.training
+    assert vae.sample(3).shape == (3, 1, 6, 6)
+
+
+def test_a_run_with_parts_of_ones_own_is_evaluated_and_summarised(own_run):
+    folder, _ = own_run
+    few = ("eval.num_samples=50", "eval.fit_samples=50", "eval.fit_images=3", "eval.limit=20")
+    done = run_script("evaluate.py", f"run={folder}", PLUGIN, *few)
+    assert done.returncode == 0, done.stderr
+    card = json.loads((folder / "evaluation.json").read_text())
+    exact, fitted = card["log_px_exact"], card["log_px"]  # a likelihood that is not affine in x
+    assert abs(exact["value"] - fitted["value"]) < 5 * fitted["standard_error"]
+    done = run_script("explore.py", f"run={folder}", PLUGIN)
+    assert done.returncode == 2
+    assert "cannot" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_nothing_is_imported_because_a_file_says_so(own_run, monkeypatch):
+    folder, _ = own_run
+    monkeypatch.setattr("vae_torch.parts.registry._loaded", {})
+    with pytest.raises(CheckpointError, match=r"add plugins=\[tests.my_parts\].*load_run"):
+        load_run(folder)
+    done = run_script("evaluate.py", f"run={folder}")
+    assert done.returncode == 2
+    assert "plugins=[tests.my_parts]" in done.stderr
+
+
+def test_options_of_ones_own_are_swept(tmp_path):
+    sweep = tmp_path / "sweep"
+    swept = ("-m", *OWN, "model.options.width=8,x", f"sweep.dir={sweep}")
+    done = run_script("train.py", *swept)
+    assert "1 of 2 runs finished" in done.stdout
+    assert "model.options.width=x: input should be a valid integer" in done.stdout + done.stderr
+    table = run_script("summarize.py", str(sweep), "--metric", "test/mse")
+    assert "direction" in table.stdout or "mse" in table.stdout
+    assert table.returncode == 0, table.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["plugins=[absent_parts]"], "plugins=[absent_parts]: no such module"),
+        (["plugins=[tests.broken_parts]"], "fails on import (ZeroDivisionError"),
+        (["model=mine"], "one of your own needs plugins=[my_parts]"),
+        ([PLUGIN, "model=mine", "model.options.widht=3"], "did you mean width? there are width"),
+        ([PLUGIN, "model=mine", "model.depth=3"], "depth=3 with model=mine: it has no depth"),
+        ([PLUGIN, "prior=wyde"], "prior=wyde: must be one of"),
+    ],
+)
+def test_mistakes_with_plugins_are_one_line(arguments, words, tmp_path):
+    done = run_script("train.py", *arguments, f"hydra.run.dir={tmp_path / 'run'}")
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_plugin_lies_in_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "parts_beside_me.py").write_text(
+        "from torch import nn\n"
+        "from vae_torch.parts.priors import priors, StandardNormal\n"
+        "@priors.register('beside')\n"
+        "class Beside(StandardNormal):\n"
+        "    pass\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    config = compose(["plugins=[parts_beside_me]", "prior=beside"])
+    assert config.prior == "beside"
+
+
+def test_two_parts_of_one_name_are_refused():
+    table = Table("colour", "colour_options")
+    table.register("red")(nn.Identity)
+    table.register("red")(nn.Identity)  # the same again, of a module that is imported anew
+    with pytest.raises(ConfigError, match=r"colour=red: .*Linear takes a name that .*Identity has"):
+        table.register("red")(nn.Linear)
+
+
+def test_a_changed_plugin_is_other_code(tmp_path, monkeypatch):
+    source = tmp_path / "changing_parts.py"
+    source.write_text("VALUE = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("vae_torch.parts.registry._loaded", {})
+    from vae_torch.runs.identity import refuse_other_code, versions
+
+    load_plugins(["changing_parts"])
+    had = versions()
+    source.write_text("VALUE = 1  # a comment\n")
+    refuse_other_code(had, path=tmp_path, allowed=False)
+    source.write_text("VALUE = 2\n")
+    with pytest.raises(ConfigError, match="plug-in changing_parts"):
+        refuse_other_code(had, path=tmp_path, allowed=False)
+
+
+def metrics_of(folder):
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    timed = ("seconds", "train/images_per_second")
+    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
+
+
+@pytest.mark.parametrize("step", [3, 4, 6, 9])
+def test_a_network_with_dropout_resumes_to_the_bit(tmp_path, step):
+    load_plugins(["tests.my_parts"])
+    config = compose([*OWN, "train.epochs=3"])
+
+    def trained(folder, stop=None):
+        from vae_torch.data import loaders_of
+
+        torch.manual_seed(0)
+        vae = VAE.from_config(config, (1, 6, 6))
+        kept = Checkpoints(tmp_path / folder, config, input_shape=(1, 6, 6))
+        loaders = loaders_of(config, "cpu")
+        history = train(
+            vae, *loaders, epochs=3, objective=config.objective, checkpoints=kept, stop=stop
+        )
+        return history["test/loss"], vae.state_dict()
+
+    asked = iter(range(1, 1000))
+    with pytest.raises(StoppedError):
+        trained("cut", stop=lambda: next(asked) == step)
+    torch.rand(100)  # what another program draws in between
+    (losses, weights), (expected, others) = trained("cut"), trained("whole")
+    assert losses == expected
+    assert all(torch.equal(weights[name], others[name]) for name in others)
+
+
+def test_callbacks_add_metrics_and_end_the_run(monkeypatch):
+    monkeypatch.setitem(metrics, "count", Metric("lower"))
+    x = torch.rand(100, 36, generator=torch.Generator().manual_seed(0))
+
+    def every_second(epoch, vae):
+        assert not vae.training
+        if epoch["epoch"] == 5:
+            raise EndRun
+        return {"test/count": float(epoch["epoch"])} if epoch["epoch"] % 2 == 0 else None
+
+    vae = VAE((36,), 2, 8)
+    history = train(vae, x, x[:20], epochs=9, callbacks=[every_second])
+    assert history["test/count"] == [None, 2.0, None, 4.0, None]
+    assert len(history["test/elbo"]) == 5
+
+
+def test_best_is_by_the_monitored_metric(tmp_path, config, monkeypatch):
+    monkeypatch.setitem(metrics, "count", Metric("lower"))
+    counts = iter([3.0, 1.0, 2.0])
+    x = torch.rand(100, 784)
+    train(
+        VAE((784,), 2, 8),
+        x,
+        x[:20],
+        epochs=3,
+        monitor="test/count",
+        callbacks=[lambda *_: {"test/count": next(counts)}],
+        checkpoints=Checkpoints(tmp_path, config),
+    )
+    assert torch.load(tmp_path / "best.pt", weights_only=True)["epoch"] == 2
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["epoch"] == 3
+
+
+def test_a_function_is_an_objective():
+    x = torch.rand(60, 36, generator=torch.Generator().manual_seed(0)).round()
+    y = (x[:, 0] > 0.5).long()
+    seen = []
+
+    def objective(vae, batch, noise, beta):
+        seen.append(batch.y)
+        parts = bound(vae, batch, noise.eps)
+        return beta * parts.kl - parts.reconstruction
+
+    torch.manual_seed(0)
+    first = VAE((36,), 2, 8)
+    second = VAE((36,), 2, 8)
+    second.load_state_dict(first.state_dict())
+    pairs = [(x[:30], y[:30]), (x[30:], y[30:])]
+    history = train(first, pairs, x, epochs=2, objective=objective)
+    expected = train(second, pairs, x, epochs=2)
+    assert history["test/elbo"] == expected["test/elbo"]
+    assert torch.equal(seen[0], y[:30])
+    with pytest.raises(ValueError, match=r"a loss of shape \(2,\).*\(30,\)"):
+        train(first, pairs, epochs=1, objective=lambda *_: torch.zeros(2, requires_grad=True))
+
+
+def test_training_steps_are_in_train_mode_and_nothing_else_is():
+    modes = []
+
+    class Spy(nn.Module):
+        def forward(self, x):
+            modes.append(self.training)
+            return x
+
+    vae = VAE((36,), 2, 8)
+    vae.encoder.trunk.append(Spy())
+    x = torch.rand(40, 36)
+    train(vae, x, x[:10], epochs=1)
+    assert modes == [True, False]
+    vae.train()
+    vae.reconstruct(x)
+    assert modes[-1] is False
+    assert vae.training
+
+
+def test_a_gaussians_sigma_is_the_residual_from_the_first_epoch():
+    x = torch.rand(200, 36, generator=torch.Generator().manual_seed(0))
+    vae = VAE((36,), 2, 8, likelihood="gaussian")
+    train(vae, x, x[:50], epochs=1)
+    residual = (x - vae.decode(vae.encode(x).mean)).square().mean().sqrt().item()
+    assert math.exp(0.5 * vae.likelihood.logvar.item()) == pytest.approx(residual, rel=0.1)
+
+
+def test_a_batch_is_images_and_labels():
+    x, y = Batch(torch.rand(3, 4), torch.arange(3))
+    assert len(x) == len(y) == 3
+    assert Batch(x).y is None
+
+
+def test_a_whole_run_takes_callbacks(tmp_path):
+    load_plugins(["tests.my_parts"])
+    config = compose([*OWN, "train.epochs=1"])
+    summary = run(config, tmp_path / "run", callbacks=[lambda *_: {"test/extra": 1.5}])
+    assert summary["final"]["test/extra"] == 1.5
