@@ -326,7 +326,10 @@ class EvalConfig:
 
     num_samples: Annotated[Count, about("importance samples per image, of log_px_encoder")]
     fit_images: Annotated[Count, about("images that get a posterior of their own")]
-    chunk: Annotated[Count, about("decoder rows at once: bounds memory, changes no figure")]
+    chunk: Annotated[
+        Count | None,
+        about("decoder rows at once: bounds memory, changes no figure; null: 1024, on CUDA 65536"),
+    ]
     seed: Annotated[Seed, about("of all noise")]
     checkpoint: Annotated[Which, about("last, or best: the highest test elbo")]
     limit: Annotated[Count | None, about("only the first N test images")] = None

@@ -89,6 +89,8 @@ def evaluate_run(config: EvaluateConfig) -> None:
     tune_cpu(None)
     device = resolve_device(config.device)
     set_products("fp32", device)
+    # what stays in a core's cache, or what keeps a GPU busy
+    chunk = config.eval.chunk or (65536 if device.type == "cuda" else 1024)
     run_dir = Path(config.run)
     vae, run_config = load_run(
         run_dir, checkpoint=config.eval.checkpoint, device=device, plugins=config.plugins
@@ -117,8 +119,8 @@ def evaluate_run(config: EvaluateConfig) -> None:
     written = run_dir / "evaluation.json"
     integrates = vae.latent_dim <= 2 and config.eval.exact is not False
     replaced = refuse_smaller(config, len(test_set), integrates)
-    few = min(max(8, config.eval.chunk // config.eval.num_samples), 256)
-    tell_duration(vae, test_set.first(few)[0], len(test_set), config)
+    few = min(max(8, chunk // config.eval.num_samples), 256)
+    tell_duration(vae, test_set.first(few)[0], len(test_set), config, chunk)
     card, per_image = evaluate_images(
         vae,
         test_loader,
@@ -127,7 +129,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
         fit_samples=config.eval.fit_samples,
         fit_images=config.eval.fit_images,
         ais=config.eval.ais,
-        chunk=config.eval.chunk,
+        chunk=chunk,
         exact=config.eval.exact,
         seed=config.eval.seed,
         progress=True,
@@ -213,7 +215,7 @@ def refuse_smaller(config: EvaluateConfig, images: int, integrates: bool) -> str
     return f", in place of {words}"
 
 
-def tell_duration(vae: Any, x: Any, images: int, config: EvaluateConfig) -> None:
+def tell_duration(vae: Any, x: Any, images: int, config: EvaluateConfig, chunk: int) -> None:
     """Say how long the longest part will take, judged by a few images.
 
     Args:
@@ -221,10 +223,11 @@ def tell_duration(vae: Any, x: Any, images: int, config: EvaluateConfig) -> None
         x: The few.
         images: How many there are in all.
         config: The settings.
+        chunk: Decoder rows at once.
     """
     from vae_torch.evaluate import importance_log_px
 
-    samples, chunk = config.eval.num_samples, config.eval.chunk
+    samples = config.eval.num_samples
     took = 0.0
     for _ in range(2):  # the first time warms up
         began = time.perf_counter()
