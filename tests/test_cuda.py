@@ -186,7 +186,7 @@ class ReadsItsValues(nn.Module):
     """A layer that no graph can hold: it asks the device for a number."""
 
     def forward(self, x):
-        return x * (1.0 if float(x.sum()) < math.inf else 0.0)
+        return x * (1.0 if float(x.detach().sum()) < math.inf else 0.0)
 
 
 def test_a_step_that_cannot_be_captured_goes_op_by_op(made_up_root, caplog):
@@ -221,7 +221,8 @@ def test_a_run_goes_on_on_the_other_kind_of_device(made_up_root, tmp_path, confi
                 stop=stop,
             )
             elbos[folder] = history["test/elbo"][-1]
-    assert elbos["cut"] == pytest.approx(elbos["whole"], abs=3)  # other noise, for a few steps
+    # the two kinds of device draw other noise, and four small epochs are far from settled
+    assert elbos["cut"] == pytest.approx(elbos["whole"], rel=0.05)
 
 
 def test_the_scripts_run_on_it(made_up_root, tmp_path):
