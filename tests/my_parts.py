@@ -5,6 +5,5 @@ import re
 from tests.conftest import REPOSITORY
 
 _page = (REPOSITORY / "docs" / "extending.md").read_text("utf-8")
-exec(
-    compile("\n".join(re.findall(r"```python\n(.*?)```", _page, re.DOTALL)), "extending.md", "exec")
-)
+_blocks = re.findall(r"```python\n(.*?)```", _page, re.DOTALL)
+exec(compile("\n".join(_blocks), "extending.md", "exec"))

@@ -20,7 +20,7 @@ from vae_torch.config import (
     check_optimizer,
 )
 from vae_torch.data import Data, as_batch, as_loader, batches_in
-from vae_torch.evaluate import bound_metrics
+from vae_torch.evaluation.bounds import bound_metrics
 from vae_torch.images import as_images, check_pixels
 from vae_torch.parts.objectives import Objective, as_objective, draw_noise
 from vae_torch.training.errors import ADVICE, DivergedError, EndRun, StoppedError
