@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -123,8 +124,7 @@ def _run(
     records = Records(
         run_dir, kept, config_text=config_text, history=state["history"] if state else None
     )
-    x, known = test_set.first(5000)  # for the pictures
-    labels = torch.zeros(len(x), dtype=torch.int64) if known is None else known
+    x, labels = test_set.first(min(5000, max(10, 2**26 // math.prod(vae.input_shape))))  # to draw
     images = f"{len(train_set)} training and {len(test_set)} {judged_on(config)} images"
     say("%s: %s, on %s", config.data.name, images, device_name(device))
     if state:
@@ -164,7 +164,7 @@ def _run(
                 checkpoints=checkpoints,
                 stop=signals.received,
             )
-        records.projector(vae, x[:2000], labels[:2000])
+        records.projector(vae, x[:2000], None if labels is None else labels[:2000])
         return records.finish(history, {"device": device_name(device), "data_sha256": hashes})
     finally:
         with suppress(OSError):  # of a full disk, which another message is about already
