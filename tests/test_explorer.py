@@ -211,7 +211,7 @@ def with_layer(*layers, latent_dim=3):
             ),
             ["ConvTranspose2d that is not square"],
         ),
-        (with_likelihood(Logistic()), ["likelihood Logistic", "sigmoid, continuous"]),
+        (with_likelihood(Logistic()), ["likelihood Logistic:", "sigmoid, continuous"]),
         (with_likelihood(Inverted()), ["Inverted", "would not draw what the model does"]),
         (VAE((600,), 2, 4), ["images of shape (600,)"]),
         (VAE((2, 8, 8), 2, 4), ["images of shape (2, 8, 8)", "(3, height, width)"]),
@@ -255,11 +255,14 @@ def test_images_that_are_not_square_keep_their_shape():
         assert (second - x[1].reshape(20, 30)).abs().max() < 0.005
 
 
+OWN_LIKELIHOODS = list(likelihoods)  # of the package: none of another test's
+
+
 @pytest.mark.parametrize("architecture", ["mlp", "residual", "conv"])
 @pytest.mark.parametrize("scale", [1.0, 30.0])  # and far from the start: logits of thousands
 def test_every_model_of_the_command_line_is_drawn(architecture, scale):
     for activation in ("relu", "tanh", "silu", "gelu"):
-        for likelihood in ("bernoulli", "continuous_bernoulli", "gaussian"):
+        for likelihood in OWN_LIKELIHOODS:
             vae = model(architecture, activation=activation, likelihood=likelihood)
             with torch.no_grad():
                 for weight in vae.decoder.parameters():
@@ -533,6 +536,41 @@ def test_the_digit_under_the_pointer_is_torchs(opened, images, architecture):
         assert (seen[-1] - expected(vae, z)).abs().mean() < 0.002  # 0.02 is what must hold
         assert (grey(browser, "decoded") - seen[-1]).abs().max() < 0.01
     assert (seen[0] - seen[1]).abs().mean() > 0.02  # the pointer moves it
+
+
+class Logistics(nn.Module):
+    """Pixels of a mixture of logistics: weights, centres, scales; only its mean matters here."""
+
+    drawn_as = "logistic"
+
+    def __init__(self, mixtures):
+        super().__init__()
+        self.mixtures, self.outputs = mixtures, 3 * mixtures if mixtures > 1 else 2
+
+    def mean(self, params):
+        parts = params.movedim(self.place, 0)
+        if self.mixtures == 1:
+            return (parts[0] + 0.5).clamp(0, 1)
+        weights, centres, _ = parts.chunk(3)
+        shares = weights.exp() / weights.exp().sum(0)
+        return (shares * (centres + 0.5).clamp(0, 1)).sum(0)
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("mixtures", [1, 3])
+def test_mixtures_of_logistics_are_drawn_by_their_mean(opened, mixtures):
+    torch.manual_seed(0)
+    likelihood = Logistics(mixtures)
+    vae = VAE((3, 8, 12), 3, 16, likelihood=likelihood)
+    shape = vae.decode(torch.zeros(1, 3)).shape
+    likelihood.place = list(shape).index(likelihood.outputs)
+    with torch.no_grad():
+        for weight in vae.decoder.parameters():
+            weight.add_(0.3 * torch.randn_like(weight))
+    browser = opened(explorer_page(vae))
+    z = [0.4, -1.0, 0.7]
+    image = torch.tensor(js(browser, "explorer.decode(arguments[0])", z))
+    assert (image - expected(vae, z).flatten()).abs().mean() < 0.002
 
 
 @pytest.mark.browser

@@ -40,7 +40,7 @@ def packed_decoder(vae: VAE, *, max_bytes: int) -> dict[str, Any]:
         ExplorerError: The weights are not finite, or more than `max_bytes`; or the page does not
             know a layer or the likelihood, or would draw other pixels than the model.
     """
-    mean = _mean_op(vae.likelihood)
+    mean = mean_op(vae.likelihood)
     weights: list[Tensor] = []
     ops = decoder_ops(vae.decoder, vae.latent_dim, weights)
     packed = torch.cat([torch.zeros(0), *(w.detach().float().cpu().flatten() for w in weights)])
@@ -228,18 +228,27 @@ def _transposed(
     return [op], (module.out_channels, *grown)
 
 
-def _mean_op(likelihood: nn.Module) -> str:
-    """How the page makes pixels of the decoder's output."""
-    if (op := getattr(likelihood, "drawn_as", None)) in _MEANS:
-        return str(op)
+def mean_op(likelihood: nn.Module) -> dict[str, Any]:
+    """How the page makes pixels of the decoder's output.
+
+    Raises:
+        ExplorerError: The likelihood's `drawn_as` is none that the page knows.
+    """
+    op = getattr(likelihood, "drawn_as", None)
+    if op == "logistic":
+        return {"op": op, "mixtures": int(getattr(likelihood, "mixtures", 1))}
+    if op in _MEANS:
+        return {"op": op}
     raise ExplorerError(
         f"the page cannot draw the likelihood {type(likelihood).__name__}: its drawn_as is none of "
-        f"{', '.join(_MEANS)}"
+        f"{', '.join(_MEANS)}, logistic"
     )
 
 
 @torch.no_grad()
-def _refuse_other_pixels(vae: VAE, ops: list[dict[str, Any]], mean: str, packed: Tensor) -> None:
+def _refuse_other_pixels(
+    vae: VAE, ops: list[dict[str, Any]], mean: dict[str, Any], packed: Tensor
+) -> None:
     """Whether the page's operations give the model's pixels: a layer may compute what it likes.
 
     Raises:
@@ -247,14 +256,14 @@ def _refuse_other_pixels(vae: VAE, ops: list[dict[str, Any]], mean: str, packed:
     """
     weight = next(vae.parameters())
     z = 2 * torch.randn(8, vae.latent_dim, generator=torch.Generator().manual_seed(0))
-    logits = vae.decode(z.to(weight))
-    pixels = vae.likelihood.mean(logits)
-    theirs = [part.float().cpu().flatten(1) for part in (logits, pixels)]
     try:
+        made = vae.decoder(z.to(weight))
+        pixels = vae.likelihood.mean(vae.decode(z.to(weight)))
+        theirs = [part.float().cpu().flatten(1) for part in (made, pixels)]
         ours = _run(ops, z, packed)
         off = [
             (got - right).abs().max().item() / max(1.0, right.abs().max().item())
-            for got, right in zip((ours, _run([{"op": mean}], ours, packed)), theirs, strict=True)
+            for got, right in zip((ours, _run([mean], ours, packed)), theirs, strict=True)
         ]
     except RuntimeError as error:  # of shapes that do not chain
         raise ExplorerError(
@@ -295,8 +304,23 @@ def _run(ops: list[dict[str, Any]], x: Tensor, packed: Tensor) -> Tensor:
                 sheet, weight, bias, op["stride"], op["padding"], more
             )
             x = sheet.flatten(1)
+        elif name == "logistic":
+            x = _logistic_mean(x, op["mixtures"])
         elif name == "residual":
             x = x + _run(op["body"], x, packed)
         else:
             x = elementwise[name](x)
     return x
+
+
+def _logistic_mean(x: Tensor, mixtures: int) -> Tensor:
+    """Means of mixtures of logistics: (n, outputs * pixels), output by output -> (n, pixels).
+
+    The outputs are the mixture's weights, where there is more than one logistic, its centres, which
+    are held in [0, 1], and its scales.
+    """
+    outputs = x.view(len(x), 2 if mixtures == 1 else 3 * mixtures, -1)
+    if mixtures == 1:
+        return (0.5 + outputs[:, 0]).clamp(0, 1)
+    shares = outputs[:, :mixtures].softmax(1)
+    return (shares * (0.5 + outputs[:, mixtures : 2 * mixtures]).clamp(0, 1)).sum(1)
