@@ -101,6 +101,7 @@ def _run(
     train_set, test_set = (data.image_dataset(loader) for loader in (train_loader, test_loader))
     hashes = {"train": data.data_hash(train_loader), "test": data.data_hash(test_loader)}
     vae = VAE.from_config(config, data.shape_of(train_loader)).to(device)
+    _warn_of_colour(config, vae.input_shape)
     if config.model.mean_bias:
         vae.init_output_bias(train_set.mean())
     kept = _to_be_kept(config)
@@ -182,6 +183,16 @@ def _prepare_machine(config: Config) -> torch.device:
         log.warning("objective.early_epochs=%d: the run has no epoch of more samples", early)
     torch.manual_seed(config.seed)  # of the initial weights; the rest has generators of its own
     return device
+
+
+def _warn_of_colour(config: Config, shape: Sequence[int]) -> None:
+    """A Bernoulli's pixels are 0 or 1, which colours are not."""
+    colour = len(shape) == 3 and shape[0] == 3 and config.data.binarize == "none"
+    if colour and config.likelihood == "bernoulli":
+        log.warning(
+            "likelihood=bernoulli with colour images: it is no density of colours; use "
+            "likelihood=discretized_logistic or gaussian"
+        )
 
 
 def _to_be_kept(config: Config) -> Config:
