@@ -137,7 +137,7 @@ def test_a_posterior_that_is_no_gaussian_has_no_log_variance():
 class Dropped(nn.Module):
     def __init__(self):
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(784, 16), nn.Dropout(0.5))
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(784, 16), nn.Dropout(0.5))
 
     def forward(self, x):
         return self.layers(x)

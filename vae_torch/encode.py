@@ -123,6 +123,8 @@ def _encoded(
     first = 0  # the place of a batch's first image
     for loaded in bar(batches, "encoding", show=progress):
         batch = as_batch(loaded, weight.device, weight.dtype)
+        if not len(batch.x):
+            continue
         training = vae.training
         vae.eval()
         try:
