@@ -434,6 +434,17 @@ def test_large_images_are_reduced_by_averaging():
     assert shrunk(images, 256) is images
 
 
+def test_scatter_calls_classes_by_their_names():
+    x, labels = torch.rand(90, 784), torch.arange(90) % 3
+    names = ["cat", "a dog with a very long name", "owl"]
+    axes = latent_scatter(active_in([0, 1], 2), x, labels, class_names=names).axes[0]
+    called = ["cat", "a dog with a ve…", "owl"]
+    assert [text.get_text() for text in axes.texts] == called
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == called
+    one = latent_scatter(active_in([0], 1), x, labels, class_names=names).axes[0]
+    assert names_of(one.yaxis) == called
+
+
 def test_scatter_without_labels_is_not_about_classes():
     for latent_dim in (1, 2, 6):
         axes = latent_scatter(active_in([0], latent_dim), torch.rand(50, 784), None).axes[0]

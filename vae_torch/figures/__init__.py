@@ -28,6 +28,7 @@ from vae_torch.figures.plots import (
     kl_figure,
     latent_scatter,
     log_px_map,
+    name_of,
 )
 from vae_torch.figures.tables import (
     image_table,
@@ -49,6 +50,7 @@ __all__ = [
     "latent_scatter",
     "log_px_map",
     "manifold_grid",
+    "name_of",
     "pictures",
     "read_png",
     "reconstruction_figure",

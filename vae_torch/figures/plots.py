@@ -1,6 +1,7 @@
 """Plots: the posteriors of images in latent space, and the KL of each dimension."""
 
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,18 +40,24 @@ DIGIT_COLOURS = (
 )
 
 
-def latent_scatter(vae: VAE, x: Tensor, labels: Tensor | None) -> "Figure":
-    """Posterior means of images, coloured by class, with each class's number near its median.
+_NAME = 16  # letters of a class's name, at most
+
+
+def latent_scatter(
+    vae: VAE, x: Tensor, labels: Tensor | None, *, class_names: Sequence[str] | None = None
+) -> "Figure":
+    """Posterior means of images, coloured by class, with each class's name near its median.
 
     With more than two latents: the two whose means vary most. With one: the class is the height.
     Without labels all points have one colour, and with one latent the height means nothing.
     Two units around the origin are always in view, so that a collapsed posterior looks like one.
-    From the eleventh class on the colours repeat: then the numbers tell.
+    From the eleventh class on the colours repeat: then the names tell.
 
     Args:
         vae: The model.
         x: (N, *shape) in [0, 1].
         labels: (N,) classes, or None.
+        class_names: What they are called, by label; absent: their numbers.
     """
     means = posterior_means(vae, x)
     known = labels is not None
@@ -63,10 +70,11 @@ def latent_scatter(vae: VAE, x: Tensor, labels: Tensor | None) -> "Figure":
     from matplotlib.patheffects import withStroke
 
     names = np.unique(classes)
+    called = {digit: name_of(digit, class_names) for digit in names}
     for i, digit in enumerate(names):
         chosen, colour = classes == digit, DIGIT_COLOURS[i % len(DIGIT_COLOURS)]
         axes.scatter(
-            across[chosen], up[chosen], s=5, c=colour, alpha=0.75, linewidths=0, label=str(digit)
+            across[chosen], up[chosen], s=5, c=colour, alpha=0.75, linewidths=0, label=called[digit]
         )
     middle = np.median(up)
     axes.update_datalim([(-2, -2 if more else middle), (2, 2 if more else middle)])
@@ -80,15 +88,15 @@ def latent_scatter(vae: VAE, x: Tensor, labels: Tensor | None) -> "Figure":
     if not known and not more:
         axes.set_yticks([])
     elif few and not more:
-        axes.set_yticks(names)
+        axes.set_yticks(names, list(called.values()) if class_names else None)
     if len(names) > 1 and (active if more else few):
         low, high = np.array([axes.get_xlim(), axes.get_ylim()]).T
         distance = (high - low).max() / (24 if few else 40)
         medians = [[np.median(v[classes == digit]) for v in (across, up)] for digit in names]
         for digit, at in zip(names, _apart(np.array(medians), distance), strict=True):
             axes.annotate(
-                str(digit), at, fontsize=13 if few else 9, weight="bold", ha="center", va="center",
-                path_effects=[withStroke(linewidth=3, foreground="white")],
+                called[digit], at, fontsize=13 if few else 9, weight="bold", ha="center",
+                va="center", path_effects=[withStroke(linewidth=3, foreground="white")],
             )  # fmt: skip
     state = "; no dimension is active" if len(x) > 1 and not active else ""
     axes.set_title(f"Posterior means of {_images(len(x))}{state}")
@@ -100,6 +108,14 @@ def latent_scatter(vae: VAE, x: Tensor, labels: Tensor | None) -> "Figure":
     if more:
         axes.set_aspect("equal")
     return figure
+
+
+def name_of(label: int, class_names: Sequence[str] | None) -> str:
+    """A class's name, cut where it is long, or its number."""
+    if class_names is None or label >= len(class_names):
+        return str(label)
+    name = class_names[label]
+    return name if len(name) <= _NAME else f"{name[: _NAME - 1]}…"
 
 
 def _apart(places: np.ndarray, distance: float) -> np.ndarray:

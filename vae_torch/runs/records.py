@@ -5,7 +5,7 @@ import logging
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from vae_torch.figures import (
     kl_figure,
     latent_scatter,
     manifold_grid,
+    name_of,
     pictures,
     read_png,
     reconstruction_figure,
@@ -84,6 +85,7 @@ class Records:
         config_text: The resolved config as the user would read it.
         history: Of the epochs already done, when a run is continued: what its checkpoint holds.
             `metrics.jsonl` is written anew from it, so that no epoch is there twice, or lacking.
+        class_names: What the pictures call the classes, by label; absent: by their numbers.
     """
 
     def __init__(
@@ -93,11 +95,13 @@ class Records:
         *,
         config_text: str,
         history: dict[str, list[Any]] | None = None,
+        class_names: Sequence[str] | None = None,
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter  # a second that only runs should pay
 
         self.run_dir = run_dir
         self.config = config
+        self.class_names = class_names
         self._warned: set[str] = set()  # pictures that could not be drawn
         # all folders now: a run folder that is moved away later must not be made again
         (run_dir / "figures" / "growth").mkdir(parents=True, exist_ok=True)
@@ -147,7 +151,7 @@ class Records:
             labels: (N,), or None: then no picture is about classes.
         """
         draw: dict[str, Callable[[], Tensor | Figure]] = {
-            "latent": lambda: latent_scatter(vae, x, labels)
+            "latent": lambda: latent_scatter(vae, x, labels, class_names=self.class_names)
         }
         if self._draws_images(vae, x):
             draw["reconstructions"] = lambda: reconstruction_figure(vae, x[:10])
@@ -214,7 +218,11 @@ class Records:
         means = vae.encode(x).mean
         if vae.latent_dim < 3:  # the projector's own PCA shows nothing of fewer than three
             means = torch.nn.functional.pad(means, (0, 3 - vae.latent_dim))
-        names = None if labels is None else [str(label) for label in labels.tolist()]
+        names = (
+            None
+            if labels is None
+            else [name_of(label, self.class_names) for label in labels.tolist()]
+        )
         (self.run_dir / "tensorboard").stat()  # add_embedding would make a missing folder again
         self._writer.add_embedding(
             means,

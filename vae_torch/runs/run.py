@@ -123,7 +123,11 @@ def _run(
     config_text = yaml.safe_dump(kept.to_dict(), sort_keys=False)
     write_atomically(run_dir / "config.yaml", config_text.encode())
     records = Records(
-        run_dir, kept, config_text=config_text, history=state["history"] if state else None
+        run_dir,
+        kept,
+        config_text=config_text,
+        history=state["history"] if state else None,
+        class_names=test_set.classes,
     )
     x, labels = test_set.first(min(5000, max(10, 2**26 // math.prod(vae.input_shape))))  # to draw
     images = f"{len(train_set)} training and {len(test_set)} {judged_on(config)} images"
