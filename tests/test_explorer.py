@@ -17,6 +17,7 @@ from torch import nn
 
 from tests.command_lines import run_script
 from tests.conftest import made_up_digits
+from tests.test_figures import BoxOf
 from vae_torch import VAE
 from vae_torch import explorer as module
 from vae_torch.explorer import MAX_BYTES, ExplorerError, explorer_page, run_notes
@@ -166,21 +167,21 @@ class Logistic(nn.Module):
         return logits.clamp(0, 1)
 
 
-def with_decoder(decoder):
-    vae = model()
+def with_decoder(decoder, latent_dim=3):
+    vae = model(latent_dim=latent_dim)
     vae.decoder = decoder
     return vae
 
 
-def with_likelihood(likelihood):
-    vae = model()
+def with_likelihood(likelihood, latent_dim=3):
+    vae = model(latent_dim=latent_dim)
     vae.likelihood = likelihood
     return vae
 
 
-def with_layer(*layers):
-    vae = model()
-    vae.decoder.trunk = nn.Sequential(nn.Linear(2, 16), *layers)
+def with_layer(*layers, latent_dim=3):
+    vae = model(latent_dim=latent_dim)
+    vae.decoder.trunk = nn.Sequential(nn.Linear(latent_dim, 16), *layers)
     return vae
 
 
@@ -189,7 +190,7 @@ def with_layer(*layers):
     [
         (with_decoder(Halves()), ["decoder Halves", "no trunk and out", "Linear"]),
         (
-            with_decoder(Doubled(nn.Identity(), nn.Linear(2, 784))),
+            with_decoder(Doubled(nn.Identity(), nn.Linear(3, 784))),
             ["Doubled", "would not draw what the model does"],
         ),
         (with_layer(nn.BatchNorm1d(16).eval()), ["BatchNorm1d", "it runs Linear"]),
@@ -210,10 +211,10 @@ def with_layer(*layers):
             ),
             ["ConvTranspose2d that is not square"],
         ),
-        (with_likelihood(Logistic()), ["likelihood Logistic", "sigmoid, continuous"]),
+        (with_likelihood(Logistic()), ["likelihood Logistic:", "sigmoid, continuous"]),
         (with_likelihood(Inverted()), ["Inverted", "would not draw what the model does"]),
         (VAE((600,), 2, 4), ["images of shape (600,)"]),
-        (VAE((3, 8, 8), 2, 4), ["images of shape (3, 8, 8)"]),
+        (VAE((2, 8, 8), 2, 4), ["images of shape (2, 8, 8)", "(3, height, width)"]),
     ],
 )  # fmt: skip
 def test_what_the_page_cannot_draw_is_refused_in_one_line(vae, words):
@@ -229,15 +230,19 @@ def test_what_the_page_cannot_draw_is_refused_in_one_line(vae, words):
 @pytest.mark.parametrize(
     "vae",
     [
-        with_decoder(nn.Sequential(nn.Linear(2, 16, bias=False), nn.Sigmoid(), nn.Linear(16, 784))),
+        with_decoder(nn.Sequential(nn.Linear(3, 16, bias=False), nn.Sigmoid(), nn.Linear(16, 784))),
         with_layer(nn.LayerNorm(16, elementwise_affine=False), nn.Tanh(), nn.Identity()),
         VAE((20, 30), 2, 4),
         VAE((1, 28, 28), 1, 4, architecture="conv"),
+        VAE((3, 21, 14), 2, 4, architecture="conv"),  # which halves to odd sides
+        VAE((3, 9, 10), 2, 4, architecture="residual", likelihood="gaussian"),
     ],
 )
 def test_layers_of_ones_own_that_the_page_knows_are_drawn(vae):
     page = data_of(explorer_page(vae))
-    assert page["height"] * page["width"] == vae.decode(torch.zeros(1, vae.latent_dim)).numel()
+    pixels = vae.decode(torch.zeros(1, vae.latent_dim)).numel()
+    assert page["channels"] * page["height"] * page["width"] == pixels
+    assert "grid" not in page
 
 
 def test_images_that_are_not_square_keep_their_shape():
@@ -250,16 +255,111 @@ def test_images_that_are_not_square_keep_their_shape():
         assert (second - x[1].reshape(20, 30)).abs().max() < 0.005
 
 
+OWN_LIKELIHOODS = list(likelihoods)  # of the package: none of another test's
+
+
 @pytest.mark.parametrize("architecture", ["mlp", "residual", "conv"])
 @pytest.mark.parametrize("scale", [1.0, 30.0])  # and far from the start: logits of thousands
 def test_every_model_of_the_command_line_is_drawn(architecture, scale):
     for activation in ("relu", "tanh", "silu", "gelu"):
-        for likelihood in ("bernoulli", "continuous_bernoulli", "gaussian"):
+        for likelihood in OWN_LIKELIHOODS:
             vae = model(architecture, activation=activation, likelihood=likelihood)
             with torch.no_grad():
                 for weight in vae.decoder.parameters():
                     weight.mul_(scale)
             assert data_of(explorer_page(vae))["ops"]
+
+
+def test_colour_images_keep_their_colours_and_shape():
+    vae, x = VAE((3, 20, 30), 2, 4, likelihood="gaussian"), torch.rand(60, 3, 20, 30)
+    page = data_of(explorer_page(vae, x.flatten(1)))
+    assert (page["channels"], page["height"], page["width"]) == (3, 20, 30)
+    with Image.open(io.BytesIO(base64.b64decode(page["sprite"]))) as sprite:
+        assert sprite.mode == "RGB"
+        assert sprite.size == (50 * 30, 2 * 20)
+        pixels = torch.tensor(np.asarray(sprite)).movedim(-1, 0) / 255
+    assert (pixels[:, 20:40, 60:90] - x[52]).abs().max() < 0.005
+
+
+def test_images_without_labels_have_no_classes():
+    page = data_of(explorer_page(model(), torch.rand(60, 784)))
+    assert page["points"] == 60
+    assert page["classes"] is None
+
+
+def test_classes_have_the_names_of_the_data(images):
+    names = [f"kind {i}" for i in range(10)]
+    page = data_of(explorer_page(model(), *images, class_names=names, available=900))
+    assert page["class_names"] == [names[k] for k in images[1].unique()]
+    assert page["available"] == 900
+
+
+class Waves(nn.Module):
+    """Layers that the page does not know: it makes smooth pictures of sines."""
+
+    def __init__(self, latent_dim, pixels, pace=0.5):
+        super().__init__()
+        self.pace = nn.Parameter(pace * torch.randn(latent_dim, pixels))
+
+    def forward(self, z):
+        return 2 * torch.sin(z @ self.pace)
+
+
+def grid_image(page, z):
+    """The page's interpolation, by scipy."""
+    from scipy.interpolate import RegularGridInterpolator
+
+    grid = page["grid"]
+    dims, side = len(grid["low"]), grid["side"]
+    nodes = np.frombuffer(base64.b64decode(grid["pixels"]), np.uint8)
+    nodes = nodes.reshape(*[side] * dims, -1) / 255
+    axes = [np.linspace(*ends, side) for ends in zip(grid["low"], grid["high"], strict=True)]
+    return RegularGridInterpolator(axes[::-1], nodes)(z[::-1])[0]
+
+
+@pytest.mark.parametrize(("latent_dim", "shape"), [(1, (28, 28)), (2, (28, 28)), (2, (3, 8, 12))])
+def test_a_decoder_that_the_page_cannot_run_is_a_grid_of_its_images(latent_dim, shape):
+    torch.manual_seed(0)
+    pixels = int(np.prod(shape))
+    vae = VAE(shape, latent_dim, 16, decoder=Waves(latent_dim, pixels))
+    x = torch.rand(50, *shape)
+    page = data_of(explorer_page(vae, x))
+    assert "ops" not in page
+    with torch.no_grad():
+        means = vae.encode(x).mean
+    assert (torch.tensor(page["grid"]["low"]) < means.amin(0)).all()
+    assert (torch.tensor(page["grid"]["high"]) > means.amax(0)).all()
+    places = [means[3], means[4].lerp(means[5], 0.4), means.mean(0) + 1.9, means.mean(0) - 2.1]
+    for z in (place.tolist() for place in places):
+        right = expected(vae, z).flatten()
+        assert np.abs(grid_image(page, z) - right.numpy()).mean() < 0.02
+
+
+def test_a_grid_that_would_show_other_images_than_the_model_is_refused():
+    torch.manual_seed(0)
+    vae = VAE((28, 28), 2, 16, decoder=Waves(2, 784, pace=40.0))
+    with pytest.raises(ExplorerError, match=r"cannot run the decoder Waves.*off by 0\.\d+ a pixel"):
+        explorer_page(vae)
+    large = VAE((3, 128, 128), 2, 16, decoder=Waves(2, 3 * 128 * 128))
+    with pytest.raises(ExplorerError, match=r"Waves.*does not fit"):
+        explorer_page(large)
+
+
+def test_the_page_needs_no_more_of_a_posterior_than_its_mean(images):
+    vae = VAE(latent_dim=2, intermediate_dim=16, posterior=BoxOf(2))
+    page = data_of(explorer_page(vae, *images))
+    assert page["logvars"] is None
+    for name in ("elbo", "reconstruction", "kl"):
+        assert np.isfinite(page["terms"][name]).all()
+
+
+def test_a_decoder_that_draws_at_random_in_training_is_drawn_as_it_decodes():
+    vae = with_layer(nn.Dropout(0.5), nn.ReLU(), latent_dim=2)
+    page = data_of(explorer_page(vae))
+    assert vae.training
+    vae.eval()
+    right = expected(vae, [0.5, -0.5])
+    assert np.abs(grid_image(page, [0.5, -0.5]) - right.numpy()).mean() < 0.02
 
 
 class Dark(Bernoulli):
@@ -274,6 +374,7 @@ def in_the_dark():
 def test_explore_refuses_a_model_that_it_cannot_draw(made_up_root, tmp_path):
     run_dir = tmp_path / "run"
     settings = ["data=fashion_mnist", f"data.root={made_up_root}", "model.intermediate_dim=16"]
+    settings += ["model.latent_dim=3"]
     quiet = ["train.epochs=1", "train.figure_every=0", f"hydra.run.dir={run_dir}"]
     done = run_script("train.py", *settings, *quiet)
     assert done.returncode == 0, done.stderr
@@ -435,6 +536,41 @@ def test_the_digit_under_the_pointer_is_torchs(opened, images, architecture):
         assert (seen[-1] - expected(vae, z)).abs().mean() < 0.002  # 0.02 is what must hold
         assert (grey(browser, "decoded") - seen[-1]).abs().max() < 0.01
     assert (seen[0] - seen[1]).abs().mean() > 0.02  # the pointer moves it
+
+
+class Logistics(nn.Module):
+    """Pixels of a mixture of logistics: weights, centres, scales; only its mean matters here."""
+
+    drawn_as = "logistic"
+
+    def __init__(self, mixtures):
+        super().__init__()
+        self.mixtures, self.outputs = mixtures, 3 * mixtures if mixtures > 1 else 2
+
+    def mean(self, params):
+        parts = params.movedim(self.place, 0)
+        if self.mixtures == 1:
+            return (parts[0] + 0.5).clamp(0, 1)
+        weights, centres, _ = parts.chunk(3)
+        shares = weights.exp() / weights.exp().sum(0)
+        return (shares * (centres + 0.5).clamp(0, 1)).sum(0)
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("mixtures", [1, 3])
+def test_mixtures_of_logistics_are_drawn_by_their_mean(opened, mixtures):
+    torch.manual_seed(0)
+    likelihood = Logistics(mixtures)
+    vae = VAE((3, 8, 12), 3, 16, likelihood=likelihood)
+    shape = vae.decode(torch.zeros(1, 3)).shape
+    likelihood.place = list(shape).index(likelihood.outputs)
+    with torch.no_grad():
+        for weight in vae.decoder.parameters():
+            weight.add_(0.3 * torch.randn_like(weight))
+    browser = opened(explorer_page(vae))
+    z = [0.4, -1.0, 0.7]
+    image = torch.tensor(js(browser, "explorer.decode(arguments[0])", z))
+    assert (image - expected(vae, z).flatten()).abs().mean() < 0.002
 
 
 @pytest.mark.browser
@@ -656,6 +792,77 @@ def test_pages_that_lack_something_say_so(opened, images):
         chain.move_to_element_with_offset(by_id(browser, "plane"), 30, 40)
     z, image = js(browser, "[explorer.z, explorer.image]")
     assert (torch.tensor(image) - expected(vae, z)).abs().mean() < 0.002
+
+
+def colours(browser, canvas):
+    """What a canvas shows, (4, H, W) with its opacity."""
+    url = js(browser, f"{canvas}.toDataURL()")
+    with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as image:
+        return torch.tensor(np.asarray(image.convert("RGBA"))).movedim(-1, 0) / 255
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("side", ["wide", "tall"])
+@pytest.mark.parametrize("kind", ["mlp", "conv", "grid"])
+def test_colour_rectangles_without_labels_are_drawn_as_torch_decodes_them(opened, side, kind):
+    torch.manual_seed(0)
+    shape = (3, 14, 21) if side == "wide" else (3, 27, 13)  # sides that do not halve
+    x = torch.rand(30, *shape)
+    own = {"decoder": Waves(2, 3 * shape[1] * shape[2])} if kind == "grid" else {}
+    vae = VAE(shape, 2, 16, architecture="conv" if kind == "conv" else "mlp", **own)
+    with torch.no_grad():
+        for weight in vae.parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
+    browser = opened(explorer_page(vae, x))
+    assert not by_id(browser, "classes-card").is_displayed()
+    with mouse(browser) as chain:
+        chain.move_to_element_with_offset(by_id(browser, "plane"), 30, -40)
+    z, image = js(browser, "[explorer.z, explorer.image]")
+    right = expected(vae, z).reshape(shape)
+    within = 0.02 if kind == "grid" else 0.002
+    assert (torch.tensor(image).reshape(shape) - right).abs().mean() < within
+    shown = colours(browser, "decoded")
+    assert (shown[:3] - right).abs().mean() < within + 0.005
+    size = js(browser, "[decoded.clientWidth, decoded.clientHeight]")
+    assert size[0] / size[1] == pytest.approx(shape[2] / shape[1], rel=0.02)
+    assert max(size) <= 170
+    click_image(browser, 7)
+    i = js(browser, "explorer.selected")
+    assert by_id(browser, "image-title").text == f"Test image {i}"
+    assert (colours(browser, "original")[:3] - x[i]).abs().max() < 0.005
+    reconstruction = vae.reconstruct(x[i : i + 1])[0]
+    assert (colours(browser, "reconstruction")[:3] - reconstruction).abs().mean() < within + 0.005
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("latent_dim", [1, 2])
+def test_nothing_is_shown_outside_a_grid(opened, latent_dim):
+    torch.manual_seed(0)
+    vae = VAE((8, 8), latent_dim, 16, decoder=Waves(latent_dim, 64))
+    browser = opened(explorer_page(vae, torch.rand(30, 8, 8)))
+    assert "interpolates between" in by_id(browser, "help").text
+    low, high = data_of(browser.page_source)["grid"]["low"], js(browser, "explorer.z")
+    assert js(browser, "explorer.decode(arguments[0])", [v - 0.1 for v in low]) is None
+    z = [0.1] * latent_dim
+    assert len(high) == latent_dim
+    shown = torch.tensor(js(browser, "explorer.decode(arguments[0])", z))
+    assert (shown - expected(vae, z).flatten()).abs().mean() < 0.02
+    width = js(browser, "plane.clientWidth")
+    with mouse(browser) as chain:  # far to the left
+        chain.move_to_element_with_offset(by_id(browser, "plane"), 2 - width // 2, 0)
+    if js(browser, "explorer.image") is None:
+        assert "outside the grid" in by_id(browser, "readout").text
+        assert colours(browser, "decoded")[3].max() == 0
+
+
+@pytest.mark.browser
+def test_a_posterior_without_a_variance_has_no_ring(opened, images):
+    vae = VAE(latent_dim=2, intermediate_dim=16, posterior=BoxOf(2))
+    browser = opened(explorer_page(vae, *images))
+    click_image(browser, 3)
+    assert js(browser, "explorer.selected") is not None
+    assert js(browser, "explorer.ellipse") is None
+    assert "ring" not in by_id(browser, "image-more").text
 
 
 @pytest.mark.browser

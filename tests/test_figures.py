@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
+from torch import nn
 
 from tests.conftest import REPOSITORY
 from vae_torch import VAE
@@ -25,6 +27,7 @@ from vae_torch.figures import (
     sample_grid,
     save_gif,
     save_png,
+    shrunk,
     spherical_interpolation,
     to_pixels,
     traversal_figure,
@@ -373,9 +376,125 @@ def test_pictures_have_the_shape_that_the_model_knows(shape):
 
 
 def test_images_of_other_kinds_are_refused_by_their_shape():
-    for images in (torch.rand(4, 3, 8, 8), torch.rand(4, 600), torch.rand(4)):
+    for images in (
+        torch.rand(4, 2, 8, 8),
+        torch.rand(4, 8, 8, 3),
+        torch.rand(4, 600),
+        torch.rand(4),
+    ):
         with pytest.raises(ValueError, match=r"images have shape \(4.*(grey|square)"):
             image_grid(images, 2)
+
+
+def test_colour_grids_have_every_channel_of_every_pixel_in_its_place(tmp_path):
+    images = torch.rand(5, 3, 4, 6)
+    grid = image_grid(images, 2, gap=1)
+    assert grid.shape == (3 * 5 + 1, 2 * 7 + 1, 3)
+    for i, image in enumerate(images):
+        top, left = 1 + i // 2 * 5, 1 + i % 2 * 7
+        for channel in range(3):
+            assert torch.equal(grid[top : top + 4, left : left + 6, channel], image[channel])
+    save_png(grid, tmp_path / "grid.png", scale=3)
+    with Image.open(tmp_path / "grid.png") as image:
+        assert image.mode == "RGB"
+        assert image.getpixel((3 * 2, 3 * 3)) == tuple((images[0, :, 2, 1] * 255).round().int())
+
+
+@pytest.mark.parametrize("flat", [False, True])  # as the images are given
+def test_pictures_of_a_colour_model_are_in_colour(tmp_path, flat):
+    vae, x = (
+        VAE((3, 16, 24), 2, 4, likelihood="gaussian", architecture="conv"),
+        torch.rand(12, 3, 16, 24),
+    )
+    given = x.flatten(1) if flat else x
+    first = x[0].movedim(0, -1)
+    assert torch.equal(reconstruction_grid(vae, given)[2:18, 2:26], first)
+    for figure in (reconstruction_figure(vae, given), interpolation_figure(vae, given[:2])):
+        table = torch.tensor(np.asarray(figure.axes[0].get_images()[0].get_array()))
+        assert torch.equal(table[2:18, 2:26], first)
+        assert to_pixels(figure).size
+    decoded = vae.decode(vae.encode(x[:1]).mean)[0].clamp(0, 1).movedim(0, -1)
+    table = reconstruction_figure(vae, given).axes[0].get_images()[0].get_array()
+    np.testing.assert_allclose(table[20:36, 2:26], decoded.detach(), atol=1e-6)
+    assert to_pixels(traversal_figure(vae, given)).size
+    assert manifold_grid(vae, rows=3).shape == (48, 72, 3)
+    assert sample_grid(vae, rows=3).shape == (3 * 18 + 2, 3 * 26 + 2, 3)
+    frames = [growth_frame(vae, given[:10], epoch) for epoch in (1, 2)]
+    save_gif(frames, tmp_path / "growth.gif")
+    with Image.open(tmp_path / "growth.gif") as image:
+        assert image.size == frames[0].shape[1::-1]
+        shown = np.asarray(image.convert("RGB"))[24:40, 2:26].astype(int)
+    assert abs(shown - frames[0][24:40, 2:26]).mean() < 20  # a palette of 256 colours
+
+
+def test_large_images_are_reduced_by_averaging():
+    images = torch.rand(2, 3, 256, 64)
+    small = shrunk(images, 128)
+    torch.testing.assert_close(small, torch.nn.functional.avg_pool2d(images, 2))
+    assert shrunk(images, 256) is images
+
+
+def test_scatter_calls_classes_by_their_names():
+    x, labels = torch.rand(90, 784), torch.arange(90) % 3
+    names = ["cat", "a dog with a very long name", "owl"]
+    axes = latent_scatter(active_in([0, 1], 2), x, labels, class_names=names).axes[0]
+    called = ["cat", "a dog with a ve…", "owl"]
+    assert [text.get_text() for text in axes.texts] == called
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == called
+    one = latent_scatter(active_in([0], 1), x, labels, class_names=names).axes[0]
+    assert names_of(one.yaxis) == called
+
+
+def test_scatter_without_labels_is_not_about_classes():
+    for latent_dim in (1, 2, 6):
+        axes = latent_scatter(active_in([0], latent_dim), torch.rand(50, 784), None).axes[0]
+        (points,) = axes.collections
+        assert len(points.get_offsets()) == 50
+        assert axes.get_legend() is None
+        assert not axes.texts
+        assert "class" not in axes.get_ylabel()
+        if latent_dim == 1:
+            assert len(axes.get_yticks()) == 0
+
+
+class Box(NamedTuple):
+    """A posterior that is no Gaussian: uniform around its mean."""
+
+    mean: torch.Tensor
+
+    def rsample(self, eps):
+        return self.mean + 0.1 * torch.erf(eps / 2**0.5)
+
+    def log_prob(self, z):
+        return torch.full(z.shape[:-1], -z.shape[-1] * np.log(0.2))
+
+    def sample(self, eps):
+        z = self.rsample(eps)
+        return z, self.log_prob(z)
+
+
+class BoxOf(nn.Module):
+    def __init__(self, latent_dim):
+        super().__init__()
+        self.head = nn.Linear(16, latent_dim)
+
+    def forward(self, h):
+        return Box(self.head(h))
+
+
+def test_pictures_need_no_more_of_a_posterior_than_its_mean():
+    vae, x = VAE(latent_dim=2, intermediate_dim=16, posterior=BoxOf(2)), torch.rand(12, 784)
+    for figure in (
+        reconstruction_figure(vae, x),
+        interpolation_figure(vae, x[:2]),
+        traversal_figure(vae, x),
+        latent_scatter(vae, x, None),
+    ):
+        assert to_pixels(figure).size
+    figure = log_px_map(vae, x, torch.linspace(-200, -100, 12))
+    assert not figure.axes[0].patches
+    assert "ellipses" not in figure.axes[0].get_title()
+    assert growth_frame(vae, x, 1).size
 
 
 def test_two_dimensional_pictures_refuse_other_models():

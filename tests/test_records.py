@@ -5,6 +5,7 @@ import shlex
 import textwrap
 from contextlib import suppress
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -109,6 +110,66 @@ def test_pictures_of_few_images_one_class_many_classes_and_a_collapsed_model(
     for name in drawn:
         with Image.open(tmp_path / "figures" / f"{name}.png") as image:
             assert len(image.convert("L").getcolors()) > 1  # no NaN and no blank sheet
+
+
+def pictures_in(run_dir):
+    return {path.stem for path in (run_dir / "figures").glob("*.png")}
+
+
+def written(config, run_dir, vae, x, labels):
+    records = Records(run_dir, config, config_text="")
+    records.figures(1, vae, x, labels)
+    for epoch in (1, 2):
+        records.growth(epoch, vae, x[:10])
+    records.projector(vae, x, labels)
+    history = {"epoch": [1], "test/elbo": [1.0], "seconds": [1.0]}
+    records.finish(history, {})
+    return run_dir
+
+
+@pytest.mark.parametrize("shape", [(3, 12, 20), (3, 20, 12), (1, 12, 20), (20, 12)])
+@pytest.mark.parametrize("labelled", [False, True])
+def test_records_of_colour_rectangles_and_unlabelled_images(
+    config, tmp_path, caplog, shape, labelled
+):
+    x = torch.rand(12, *shape)
+    vae = VAE(shape, 2, 8, likelihood="gaussian")
+    labels = torch.arange(12) % 3 if labelled else None
+    run_dir = written(config, tmp_path, vae, x, labels)
+    everything = {"reconstructions", "samples", "latent", "traversal", "interpolation", "manifold"}
+    assert pictures_in(run_dir) == everything | {"kl"}
+    assert not caplog.records
+    with Image.open(run_dir / "figures" / "growth.gif") as image:
+        assert image.n_frames == 2
+    with Image.open(run_dir / "figures" / "samples.png") as image:
+        assert image.mode == ("RGB" if shape[0] == 3 else "L")
+    (folder,) = (run_dir / "tensorboard").glob("*/latents")
+    assert (folder / "metadata.tsv").exists() == labelled
+    with Image.open(folder / "sprite.png") as sprite:
+        side = 20  # a square that holds the image, 4 in a row
+        assert sprite.size == (4 * side, 4 * side)
+        pixels = torch.tensor(np.asarray(sprite.convert("RGB"))) / 255
+    tall = shape[-2:] == (20, 12)
+    first = pixels[:20, 4:16] if tall else pixels[4:16, :20]
+    assert (pixels[:20, :4] if tall else pixels[:4, :20]).min() == 1  # the border is white
+    if shape[0] == 3:
+        assert (first - x[0].movedim(0, -1)).abs().max() < 0.01
+    elif not labelled:  # black ink on white
+        assert (first - (1 - x[0].reshape(*shape[-2:], 1))).abs().max() < 0.01
+
+
+def test_vectors_have_the_figures_that_need_no_images_and_one_line_says_so(
+    config, tmp_path, caplog
+):
+    vae, x = VAE((21,), 2, 8, likelihood="gaussian"), torch.rand(12, 21)
+    run_dir = written(config, tmp_path, vae, x, None)
+    assert pictures_in(run_dir) == {"latent", "kl"}
+    (warning,) = caplog.messages
+    assert warning.startswith("figures: only those without images (images have shape (1, 21)")
+    assert "\n" not in warning
+    assert not (run_dir / "figures" / "growth.gif").exists()
+    (folder,) = (run_dir / "tensorboard").glob("*/latents")
+    assert not (folder / "sprite.png").exists()
 
 
 # TensorBoard's thread opens its file anew at every write

@@ -169,7 +169,7 @@ def test_a_trial_of_the_results_table_touches_no_readme(made_up_root, tmp_path):
     assert "only=nothing" in refused.stderr
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "explore", "summarize"])
+@pytest.mark.parametrize("name", ["train", "evaluate", "explore", "encode", "summarize"])
 def test_without_the_environment_a_script_says_how_to_enter_it(name):
     bare = [sys.executable, "-S", f"scripts/{name}.py"]  # finds no installed package
     done = subprocess.run(bare, cwd=REPOSITORY, capture_output=True, text=True)

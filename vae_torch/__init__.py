@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from vae_torch.cli.compose import compose
     from vae_torch.config import Config, ConfigError, ObjectiveConfig, OptimizerConfig
     from vae_torch.data import array_loaders, folder_loaders, load_images, mnist_loaders
+    from vae_torch.encode import encode_images, encoded_batches
     from vae_torch.evaluate import evaluate_model
     from vae_torch.parts.objectives import elbo, iwae_bound, keras_loss, kl_standard_normal
     from vae_torch.parts.posteriors import reparameterize
@@ -30,6 +31,8 @@ _HOME = {
     "array_loaders": "data",
     "compose": "cli.compose",
     "elbo": "parts.objectives",
+    "encode_images": "encode",
+    "encoded_batches": "encode",
     "evaluate_model": "evaluate",
     "folder_loaders": "data",
     "iwae_bound": "parts.objectives",
@@ -54,6 +57,8 @@ __all__ = [
     "array_loaders",
     "compose",
     "elbo",
+    "encode_images",
+    "encoded_batches",
     "evaluate_model",
     "folder_loaders",
     "iwae_bound",

@@ -376,6 +376,32 @@ class ExploreConfig:
     plugins: Plugins = field(default_factory=list)
 
 
+@dataclass
+class EncodeConfig:
+    """What `scripts/encode.py` composes from `conf/encode.yaml`."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    run: Annotated[Folder, about("the run's folder")]
+    out: Annotated[Folder | None, about("the file to write: FILE.npz, .csv or .parquet")]
+    device: Annotated[Device, about("auto, cpu, cuda, cuda:N")]
+    data_root: Annotated[Folder | None, about("where the images are; null: where the run had them")]
+    checkpoint: Annotated[Which, about("last, or best: the highest test elbo")]
+    split: Annotated[Literal["train", "test"], about("which images, where there are both")]
+    num_samples: Annotated[Count, about("importance samples per image, of log p(x)")]
+    chunk: Annotated[Count, about("decoder rows at once: bounds memory, changes no figure")]
+    seed: Annotated[Seed, about("of all noise")]
+    images: Annotated[
+        Folder | None, about("a folder, .npz or .npy of images; null: the run's own")
+    ] = None
+    reconstructions: Annotated[Switch, about("write the reconstructed images too (.npz)")] = False
+    plugins: Annotated[
+        list[Name],
+        BeforeValidator(_listed),
+        about("modules with parts of your own that the run has: [my_parts]"),
+    ] = field(default_factory=list)
+
+
 # Keys that say where and how a run is made, not what it is: it may be resumed with others, and they
 # are no part of its name.
 INCIDENTAL = (

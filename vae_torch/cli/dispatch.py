@@ -6,6 +6,7 @@ import sys
 COMMANDS = {
     "train": "one run, or with -m a sweep",
     "evaluate": "what a run is worth: the evaluation card",
+    "encode": "latents, ELBO and log p(x) of images, as a file",
     "explore": "a page to walk through a run's latent space",
     "summarize": "one table of many runs",
     "compare": "two evaluated runs, image by image",

@@ -58,10 +58,11 @@ def explore_run(config: ExploreConfig) -> Path:
     notes, epochs = run_notes(run_dir, run_config)
     if config.data_root:
         run_config.data.root = config.data_root
-    x = labels = None
+    x = labels = names = available = None
     try:
         test_set = image_dataset(loaders_of(run_config, device)[1])
-        x, labels = test_set.first(len(test_set))
+        x, labels = test_set.first(config.points)
+        names, available = test_set.classes, len(test_set)
     except DataError as error:
         print(f"no points: {error}", file=sys.stderr)
         notes.append(
@@ -77,6 +78,8 @@ def explore_run(config: ExploreConfig) -> Path:
         facts=run_facts(run_config, epochs),
         notes=notes,
         data_name=run_config.data.name,
+        class_names=names,
+        available=available,
         points=config.points,
     )
     path = run_dir / "explorer.html"

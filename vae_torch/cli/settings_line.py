@@ -1,4 +1,4 @@
-"""The command lines of `evaluate`, `explore` and `reproduce`; that of `train` is Hydra's own."""
+"""The command lines of `evaluate`, `explore`, `encode`, `reproduce`; `train` has Hydra's own."""
 
 import argparse
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from vae_torch.config import ConfigError, flatten, keys_of
 
 Settings = TypeVar("Settings")
 
-_FOLDERS = ("run", "data_root", "out", "readme")  # taken as they are typed
+_FOLDERS = ("run", "data_root", "images", "out", "readme")  # taken as they are typed
 
 
 def parser(name: str, description: str, schema: type[Any]) -> Parser:

@@ -72,6 +72,16 @@ def folder(
     return Splits(parts[0], parts[1] if len(parts) == 2 else None, names)
 
 
+def image_files(root: Path) -> list[list[str]]:
+    """The names of a folder's image files, in the order of the images that `folder` returns.
+
+    Returns:
+        All of them; or those in `train` and those in `test`, where these two are there.
+    """
+    files = _listed(root)[0]
+    return [[file.name for file in files[part]] for part in _splits(files)]
+
+
 def _form(
     root: Path, files: Sequence[File], size: int | list[int] | None, channels: int | None
 ) -> tuple[int, int, int]:

@@ -5,7 +5,7 @@ import logging
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,17 +17,20 @@ from vae_torch.checkpoint import history_lines
 from vae_torch.config import INCIDENTAL, Config, flatten
 from vae_torch.figures import (
     DIGIT_COLOURS,
+    NoPicturesError,
     growth_frame,
     interpolation_figure,
     kl_figure,
     latent_scatter,
     manifold_grid,
+    name_of,
     pictures,
     read_png,
     reconstruction_figure,
     sample_grid,
     save_gif,
     save_png,
+    shrunk,
     to_png,
     traversal_figure,
 )
@@ -67,6 +70,10 @@ _PICTURES = {
 }
 _GIF_FRAMES = 100  # of a long run at most: 25 s, about 8 MB
 _GRID_SCALE = 3  # a 28-pixel digit is a postage stamp on today's screens
+_GRID_WIDTH = 1300  # pixels, which larger images reach at a smaller scale
+_THUMBNAIL = 64  # pixels of a side in the projector, whose sheet of images has 8192 at most
+# What TensorBoard says where images have no classes.
+_UNLABELLED = {"latent": "Posterior means of test images; the two latents that vary most."}
 
 
 class Records:
@@ -78,6 +85,7 @@ class Records:
         config_text: The resolved config as the user would read it.
         history: Of the epochs already done, when a run is continued: what its checkpoint holds.
             `metrics.jsonl` is written anew from it, so that no epoch is there twice, or lacking.
+        class_names: What the pictures call the classes, by label; absent: by their numbers.
     """
 
     def __init__(
@@ -87,11 +95,13 @@ class Records:
         *,
         config_text: str,
         history: dict[str, list[Any]] | None = None,
+        class_names: Sequence[str] | None = None,
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter  # a second that only runs should pay
 
         self.run_dir = run_dir
         self.config = config
+        self.class_names = class_names
         self._warned: set[str] = set()  # pictures that could not be drawn
         # all folders now: a run folder that is moved away later must not be made again
         (run_dir / "figures" / "growth").mkdir(parents=True, exist_ok=True)
@@ -131,27 +141,27 @@ class Records:
                 self._writer.add_scalar(name, value, epoch)
         self._writer.flush()
 
-    def figures(self, epoch: int, vae: VAE, x: Tensor, labels: Tensor) -> None:
+    def figures(self, epoch: int, vae: VAE, x: Tensor, labels: Tensor | None) -> None:
         """Draw what the model does now, as PNG files and in TensorBoard.
 
         Args:
             epoch: Its step in TensorBoard; the PNG files show the latest.
             vae: The model.
             x: (N, *shape) test images; the first ten are reconstructed, all are encoded.
-            labels: (N,).
+            labels: (N,), or None: then no picture is about classes.
         """
         draw: dict[str, Callable[[], Tensor | Figure]] = {
-            "reconstructions": lambda: reconstruction_figure(vae, x[:10]),
-            "samples": lambda: sample_grid(vae),
-            "latent": lambda: latent_scatter(vae, x, labels),
-            "traversal": lambda: traversal_figure(vae, x),
+            "latent": lambda: latent_scatter(vae, x, labels, class_names=self.class_names)
         }
-        others = (labels != labels[0]).nonzero()
-        if len(others):  # a way from one class to another
-            draw["interpolation"] = lambda: interpolation_figure(vae, x[[0, int(others[0])]])
-        if vae.latent_dim == 2:
-            draw["manifold"] = lambda: manifold_grid(vae)
-        if hasattr(vae.prior, "kl_per_dim"):
+        if self._draws_images(vae, x):
+            draw["reconstructions"] = lambda: reconstruction_figure(vae, x[:10])
+            draw["samples"] = lambda: sample_grid(vae)
+            draw["traversal"] = lambda: traversal_figure(vae, x)
+            if (end := _other_end(labels, len(x))) is not None:
+                draw["interpolation"] = lambda: interpolation_figure(vae, x[[0, end]])
+            if vae.latent_dim == 2:
+                draw["manifold"] = lambda: manifold_grid(vae)
+        if _has_kl_per_dim(vae, x):
             draw["kl"] = lambda: kl_figure(vae, x)
         for place, (name, description) in enumerate(_PICTURES.items(), 1):
             if name not in draw:
@@ -160,10 +170,12 @@ class Records:
                 picture = draw[name]()
                 scale = 1
                 if isinstance(picture, Tensor):
-                    scale = 2 if name == "manifold" else _GRID_SCALE
+                    most = 2 if name == "manifold" else _GRID_SCALE
+                    scale = max(1, min(most, _GRID_WIDTH // picture.shape[1]))
                 png = to_png(picture, scale=scale)
                 write_atomically(self.run_dir / "figures" / f"{name}.png", png)
-                self._add(_image(f"{_VISUALS}/{place}_{name}", png, description), epoch)
+                told = _UNLABELLED.get(name, description) if labels is None else description
+                self._add(_image(f"{_VISUALS}/{place}_{name}", png, told), epoch)
         self._writer.flush()
 
     def growth(self, epoch: int, vae: VAE, x: Tensor) -> None:
@@ -174,35 +186,51 @@ class Records:
             vae: The model.
             x: (n, *shape): the images to reconstruct.
         """
+        if not self._draws_images(vae, x):
+            return
         with self._warning_of("growth"):
             path = self.run_dir / "figures" / "growth" / f"{epoch:06}.png"
             save_png(growth_frame(vae, x, epoch), path)
 
-    def projector(self, vae: VAE, x: Tensor, labels: Tensor) -> None:
+    def _draws_images(self, vae: VAE, x: Tensor) -> bool:
+        """Whether the model's images are pictures; if not, that is told once."""
+        try:
+            pictures(vae, x[:1])
+        except NoPicturesError as error:
+            if "images" not in self._warned:
+                _log.warning("figures: only those without images (%s)", error)
+            self._warned.add("images")
+            return False
+        return True
+
+    def projector(self, vae: VAE, x: Tensor, labels: Tensor | None) -> None:
         """Posterior means for TensorBoard's projector, with classes and thumbnails.
 
         Args:
             vae: The trained model.
             x: (N, *shape) images.
-            labels: (N,).
+            labels: (N,), or None.
         """
         with self._warning_of("projector"):
             self._project(vae, x, labels)
 
-    def _project(self, vae: VAE, x: Tensor, labels: Tensor) -> None:
-        means, _ = vae.encode(x)
+    def _project(self, vae: VAE, x: Tensor, labels: Tensor | None) -> None:
+        means = vae.encode(x).mean
         if vae.latent_dim < 3:  # the projector's own PCA shows nothing of fewer than three
             means = torch.nn.functional.pad(means, (0, 3 - vae.latent_dim))
-        names = [str(label) for label in labels.tolist()]
+        names = (
+            None
+            if labels is None
+            else [name_of(label, self.class_names) for label in labels.tolist()]
+        )
         (self.run_dir / "tensorboard").stat()  # add_embedding would make a missing folder again
-        # coloured by class on white, as the projector's page is, which itself begins without colour
-        colours = torch.tensor([list(bytes.fromhex(c[1:])) for c in DIGIT_COLOURS]) / 255
-        inks = colours[labels.cpu() % len(colours)]  # (N, 3)
-        thumbnails = 1 - pictures(vae, x)[:, None] * (1 - inks[:, :, None, None])
         self._writer.add_embedding(
-            means, metadata=names, label_img=thumbnails, tag="latents",
+            means,
+            metadata=names,
+            label_img=_thumbnails(vae, x, labels) if self._draws_images(vae, x) else None,
+            tag="latents",
             global_step=self.config.train.epochs,
-        )  # fmt: skip
+        )
 
     @contextmanager
     def _warning_of(self, picture: str) -> Iterator[None]:
@@ -274,6 +302,38 @@ class Records:
             if isinstance(value, bool | int | float | str) and key not in INCIDENTAL
         }
         self._add(hparams_pb(known, trial_id=trial_name(self.run_dir)), 0)
+
+
+def _other_end(labels: Tensor | None, count: int) -> int | None:
+    """The image to which a way leads from the first one: of another class, where there are some."""
+    if labels is None:
+        return 1 if count > 1 else None
+    others = (labels != labels[0]).nonzero()
+    return int(others[0]) if len(others) else None
+
+
+@torch.no_grad()
+def _has_kl_per_dim(vae: VAE, x: Tensor) -> bool:
+    return vae.kl_per_dim(vae.encode(x[:1])) is not None
+
+
+def _thumbnails(vae: VAE, x: Tensor, labels: Tensor | None) -> Tensor:
+    """(N, 3, side, side) for the projector, whose page is white and itself begins without colour.
+
+    Grey images are drawn in ink on white, in the colour of their class; colour images as they are.
+    """
+    images = shrunk(pictures(vae, x), _THUMBNAIL)
+    if images.ndim == 3:
+        inks = torch.zeros(len(images), 3)
+        if labels is not None:
+            colours = torch.tensor([list(bytes.fromhex(c[1:])) for c in DIGIT_COLOURS]) / 255
+            inks = colours[labels.cpu() % len(colours)]  # (N, 3)
+        images = 1 - images[:, None] * (1 - inks[:, :, None, None])
+    height, width = images.shape[-2:]
+    left, top = max(height - width, 0) // 2, max(width - height, 0) // 2
+    right, bottom = max(height - width, 0) - left, max(width - height, 0) - top
+    # the projector takes squares
+    return torch.nn.functional.pad(images, (left, right, top, bottom), value=1.0)
 
 
 def _command(run_dir: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -106,6 +107,7 @@ def _run(
     train_set, test_set = (data.image_dataset(loader) for loader in (train_loader, test_loader))
     hashes = {"train": data.data_hash(train_loader), "test": data.data_hash(test_loader)}
     vae = VAE.from_config(config, data.shape_of(train_loader)).to(device)
+    _warn_of_colour(config, vae.input_shape)
     if config.model.mean_bias:
         vae.init_output_bias(train_set.mean())
     kept = _to_be_kept(config)
@@ -127,10 +129,13 @@ def _run(
     config_text = yaml.safe_dump(kept.to_dict(), sort_keys=False)
     write_atomically(run_dir / "config.yaml", config_text.encode())
     records = Records(
-        run_dir, kept, config_text=config_text, history=state["history"] if state else None
+        run_dir,
+        kept,
+        config_text=config_text,
+        history=state["history"] if state else None,
+        class_names=test_set.classes,
     )
-    x, known = test_set.first(5000)  # for the pictures
-    labels = torch.zeros(len(x), dtype=torch.int64) if known is None else known
+    x, labels = test_set.first(min(5000, max(10, 2**26 // math.prod(vae.input_shape))))  # to draw
     images = f"{len(train_set)} training and {len(test_set)} {judged_on(config)} images"
     say("%s: %s, on %s", config.data.name, images, device_name(device))
     if state:
@@ -172,7 +177,7 @@ def _run(
                 checkpoints=checkpoints,
                 stop=signals.received,
             )
-        records.projector(vae, x[:2000], labels[:2000])
+        records.projector(vae, x[:2000], None if labels is None else labels[:2000])
         return records.finish(history, {"device": device_name(device), "data_sha256": hashes})
     finally:
         with suppress(OSError):  # of a full disk, which another message is about already
@@ -190,6 +195,16 @@ def _prepare_machine(config: Config) -> torch.device:
         log.warning("objective.early_epochs=%d: the run has no epoch of more samples", early)
     torch.manual_seed(config.seed)  # of the initial weights; the rest has generators of its own
     return device
+
+
+def _warn_of_colour(config: Config, shape: Sequence[int]) -> None:
+    """A Bernoulli's pixels are 0 or 1, which colours are not."""
+    colour = len(shape) == 3 and shape[0] == 3 and config.data.binarize == "none"
+    if colour and config.likelihood == "bernoulli":
+        log.warning(
+            "likelihood=bernoulli with colour images: it is no density of colours; use "
+            "likelihood=discretized_logistic or gaussian"
+        )
 
 
 def _to_be_kept(config: Config) -> Config:

@@ -1,0 +1,291 @@
+"""`encode.py`, `vae-torch encode`: latents, ELBO and log p(x) of images, as a file.
+
+The file is written a batch at a time, so that neither images nor results need fit into memory.
+"""
+
+import csv
+import importlib.util
+import secrets
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from vae_torch.cli.messages import refuse, shown, tell_interrupts
+from vae_torch.cli.settings_line import parser, settings_of
+from vae_torch.config import Config, ConfigError, DataConfig, EncodeConfig, validated
+
+if TYPE_CHECKING:
+    import torch
+
+    from vae_torch.data import ImageDataset
+    from vae_torch.encode import Encoded
+    from vae_torch.vae import VAE
+
+_BATCH = 256  # images
+
+
+class Source(NamedTuple):
+    """Images to encode, and what they are called."""
+
+    images: "ImageDataset"
+    files: Sequence[str] | None  # of a folder
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command: settings, model, images, file."""
+    tell_interrupts()
+    line = parser(
+        "encode",
+        "Latents, ELBO and log p(x) of images: run=DIR images=FOLDER out=latents.npz",
+        EncodeConfig,
+    )
+    config = settings_of(line.parse_args(arguments), EncodeConfig)
+    try:
+        write = writer_of(config)  # before any work
+        from vae_torch.checkpoint import CheckpointError
+        from vae_torch.data import DataError
+
+        try:
+            print(encode_run(config, write))
+        except (CheckpointError, DataError) as error:
+            refuse(str(error))
+    except ConfigError as error:
+        refuse(str(error))
+    except OSError as error:
+        refuse(f"out={config.out}: cannot be written ({error.strerror}); choose another file")
+
+
+Writer = Callable[[Path, Iterator["Encoded"], Source], None]
+
+
+def writer_of(config: EncodeConfig) -> Writer:
+    """What writes files of this name.
+
+    Raises:
+        ConfigError: Nothing does, or reconstructions do not fit in.
+    """
+    if not config.out:
+        raise ConfigError("out is missing: name the file to write, latents.npz")
+    kind = Path(config.out).suffix.lower()
+    writers: dict[str, Writer] = {
+        ".npz": write_npz, ".csv": write_csv, ".parquet": write_parquet
+    }  # fmt: skip
+    if kind not in writers:
+        raise ConfigError(f"out={config.out}: must end in {', '.join(writers)}")
+    if kind == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise ConfigError(
+            f"out={config.out}: needs pyarrow, which is not installed; pip install pyarrow, or "
+            "write a .csv or .npz"
+        )
+    if config.reconstructions and kind != ".npz":
+        raise ConfigError(
+            f"reconstructions=true with out={config.out}: a table holds no images; write a .npz"
+        )
+    if not Path(config.out).absolute().parent.is_dir():
+        raise ConfigError(f"out={config.out}: its folder is not there; make it first")
+    return writers[kind]
+
+
+def encode_run(config: EncodeConfig, write: Writer) -> str:
+    """Load a run, encode the images, write the file; a line about it."""
+    from vae_torch.checkpoint import load_run
+    from vae_torch.data import image_loader
+    from vae_torch.encode import encoded_batches
+    from vae_torch.machine import resolve_device, set_products, tune_cpu
+
+    tune_cpu(None)
+    device = resolve_device(config.device)
+    set_products("fp32", device)
+    vae, run_config = load_run(
+        config.run, checkpoint=config.checkpoint, device=device, plugins=config.plugins
+    )
+    if config.images is None:
+        source = own_images(config, run_config, device)
+    else:
+        source = other_images(config, run_config, vae, device)
+    batches = encoded_batches(
+        vae,
+        image_loader(source.images, _BATCH),
+        num_samples=config.num_samples,
+        chunk=config.chunk,
+        seed=config.seed,
+        reconstructions=config.reconstructions,
+        progress=True,
+    )
+    total = _Total()
+    out = Path(str(config.out))
+    write(out, total.counted(batches), source)
+    return f"{shown(out.absolute())}: {total.line()}"
+
+
+class _Total:
+    """The means over what has passed."""
+
+    def __init__(self) -> None:
+        self.images, self.elbo, self.log_px = 0, 0.0, 0.0
+
+    def counted(self, batches: "Iterator[Encoded]") -> "Iterator[Encoded]":
+        for found in batches:
+            self.images += len(found.mean)
+            self.elbo += found.elbo.sum().item()
+            self.log_px += found.log_px.sum().item()
+            yield found
+
+    def line(self) -> str:
+        means = f"elbo {self.elbo / self.images:.2f}, log p(x) {self.log_px / self.images:.2f}"
+        count = f"{self.images:,} image{'' if self.images == 1 else 's'}"
+        return f"{count}, in the mean {means} nats"
+
+
+def own_images(config: EncodeConfig, run_config: Config, device: "torch.device") -> Source:
+    """The run's own test or training images, in order, and not augmented."""
+    from vae_torch.data import image_dataset, loaders_of
+
+    if config.data_root:
+        run_config.data.root = config.data_root
+    run_config.data.augment = "none"
+    loaders = dict(zip(("train", "test"), loaders_of(run_config, device), strict=True))
+    return Source(image_dataset(loaders[config.split]), None)
+
+
+def other_images(
+    config: EncodeConfig, run_config: Config, vae: "VAE", device: "torch.device"
+) -> Source:
+    """A folder's or a file's images, as the run's model takes them.
+
+    Raises:
+        ConfigError: Neither a folder nor a NumPy file, or images of another shape.
+        DataError: They cannot be read.
+    """
+    from vae_torch.data import ImageDataset, binarize_images
+    from vae_torch.data.folder import image_files
+    from vae_torch.data.table import load_source
+    from vae_torch.images import check_shape
+    from vae_torch.parts.networks import image_shape
+    from vae_torch.seeds import STATIC_TEST
+
+    root = Path(str(config.images))
+    settings: dict[str, Any] = {
+        "root": str(root),
+        "batch_size": _BATCH,
+        "binarize": "none",
+        "hold_out": 0,
+    }
+    if root.is_dir():
+        shape = image_shape(vae.input_shape)
+        if len(shape) != 3:
+            raise ConfigError(
+                f"images={root}: a folder of images, and this model takes vectors of "
+                f"{shape[0]} values; give a .npy or .npz"
+            )
+        settings |= {"name": "folder", "size": list(shape[1:]), "channels": shape[0]}
+        if run_config.data.background is not None:
+            settings["background"] = run_config.data.background
+    elif root.suffix in (".npy", ".npz") and root.is_file():
+        layout = {"layout": run_config.data.options.get("layout", "auto")}
+        settings |= {"name": "array", "options": layout if run_config.data.name == "array" else {}}
+    else:
+        raise ConfigError(f"images={root}: must be a folder of images, or a .npz or .npy file")
+    found = load_source(validated(DataConfig, settings))
+    tested = found.test is not None and config.split == "test"
+    images, labels = found.test if found.test is not None and tested else found.train
+    try:
+        check_shape(images, vae.input_shape)
+    except ValueError as error:
+        raise ConfigError(f"images={root}: {error}") from None
+    if run_config.data.binarize != "none":  # as the run's own test images
+        images = binarize_images(images, salt=STATIC_TEST)
+    flat = len(vae.input_shape) == 1
+    dataset = ImageDataset(images, labels, flat=flat, classes=found.classes, device=device)
+    files = image_files(root)[1 if tested else 0] if root.is_dir() else None
+    return Source(dataset, files)
+
+
+def write_npz(path: Path, batches: "Iterator[Encoded]", source: Source) -> None:
+    """Arrays `mean`, `logvar`, `elbo`, `log_px`, `labels`, `reconstruction`; `classes`, `files`."""
+    import numpy as np
+
+    count, done = len(source.images), 0
+    names = {"classes": source.images.classes, "files": source.files}
+    with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=".encode-") as scratch:
+        arrays: dict[str, np.ndarray] = {}
+        for found in batches:
+            for name, value in found._asdict().items():
+                if value is None:
+                    continue
+                rows = value.numpy()
+                if name not in arrays:
+                    arrays[name] = np.lib.format.open_memmap(
+                        f"{scratch}/{name}.npy", "w+", rows.dtype, (count, *rows.shape[1:])
+                    )
+                arrays[name][done : done + len(rows)] = rows
+            done += len(found.mean)
+        for array in arrays.values():
+            array.flush()  # type: ignore[attr-defined]
+        for name, words in names.items():
+            if words is not None:
+                np.save(f"{scratch}/{name}.npy", np.array(list(words)))
+        with replaced(path) as part, zipfile.ZipFile(part, "w") as archive:
+            for file in sorted(Path(scratch).iterdir()):
+                archive.write(file, file.name)
+
+
+def write_csv(path: Path, batches: "Iterator[Encoded]", source: Source) -> None:
+    """A line for each image; the first names the columns."""
+    with replaced(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+        lines = csv.writer(file)
+        header: list[str] = []
+        for columns in tables(batches, source):
+            if not header:
+                header = list(columns)
+                lines.writerow(header)
+            lines.writerows(zip(*columns.values(), strict=True))
+
+
+def write_parquet(path: Path, batches: "Iterator[Encoded]", source: Source) -> None:
+    """The table of `write_csv`, a row group for each batch."""
+    arrow, parquet = (importlib.import_module(name) for name in ("pyarrow", "pyarrow.parquet"))
+    with replaced(path) as part:
+        opened = None
+        for columns in tables(batches, source):
+            table = arrow.table(columns)
+            opened = opened or parquet.ParquetWriter(part, table.schema)
+            opened.write_table(table)
+        if opened:
+            opened.close()
+
+
+def tables(batches: "Iterator[Encoded]", source: Source) -> Iterator[dict[str, list[Any]]]:
+    """The columns of each batch, by name."""
+    done, classes = 0, source.images.classes
+    for found in batches:
+        end = done + len(found.mean)
+        columns: dict[str, list[Any]] = {"image": list(range(done, end))}
+        if source.files is not None:
+            columns["file"] = list(source.files[done:end])
+        if found.labels is not None:
+            columns["label"] = found.labels.tolist()
+            if classes is not None:
+                columns["class"] = [classes[label] for label in columns["label"]]
+        columns |= {"elbo": found.elbo.tolist(), "log_px": found.log_px.tolist()}
+        for name, value in (("mean", found.mean), ("logvar", found.logvar)):
+            if value is not None:
+                for dim, column in enumerate(value.T.tolist(), 1):
+                    columns[f"{name}_{dim}"] = column
+        yield columns
+        done = end
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A scratch file beside `path`, which takes its place at the end; after an error it is gone."""
+    scratch = path.absolute().with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        yield scratch
+        scratch.replace(path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,91 @@
+"""Latents of images: where they lie, which are active, and ways between them."""
+
+import torch
+from torch import Tensor
+
+from vae_torch.parts.objectives import ACTIVE_UNIT_VARIANCE
+from vae_torch.parts.posteriors import gaussian_of
+from vae_torch.vae import VAE
+
+
+def spherical_interpolation(start: Tensor, end: Tensor, *, steps: int) -> Tensor:
+    """From `start` to `end` around the origin: directions along an arc, lengths linearly.
+
+    After White (2016), section 2.1, whose weights are of vectors of one length: with other lengths
+    they lead far out where the angle is large. Here no point lies nearer to the origin than both
+    ends or farther away. Where no arc is given, these are the choices:
+
+    - Opposite directions: half a circle through the axis that is nearest to a right angle.
+    - A zero vector has no direction: the way is straight.
+    - One dimension: a circle of two points. The way jumps from one side to the other halfway.
+
+    Args:
+        start: (latent_dim,).
+        end: (latent_dim,).
+        steps: Points on the way, ends included.
+
+    Returns:
+        (steps, latent_dim).
+    """
+    t = torch.linspace(0, 1, steps, dtype=torch.float64, device=start.device)[:, None]
+    ends = torch.stack([start, end]).double()
+    lengths = torch.linalg.vector_norm(ends, dim=1, keepdim=True)
+    first, last = torch.where(lengths > 0, ends / lengths, ends.flip(0) / lengths.flip(0))
+    if not lengths.any():
+        directions = ends[:1]
+    elif len(first) == 1:
+        directions = torch.where(t < 0.5, first, last)
+    else:
+        # 2 atan2 keeps its digits near 0 and π, where acos of a cosine loses half of them
+        apart, joint = (torch.linalg.vector_norm(v) for v in (last - first, last + first))
+        side = last - (first @ last) * first
+        if torch.linalg.vector_norm(side) < 1e-12:  # the same direction, or opposite ones
+            axis = torch.nn.functional.one_hot(first.abs().argmin(), len(first)).to(first)
+            side = axis - (first @ axis) * first
+        angle = 2 * t * torch.atan2(apart, joint)
+        directions = angle.cos() * first + angle.sin() * torch.nn.functional.normalize(side, dim=0)
+        directions = torch.nn.functional.normalize(directions, dim=1)
+    return (torch.lerp(lengths[0], lengths[1], t) * directions).to(start)
+
+
+@torch.no_grad()
+def posterior_means(vae: VAE, x: Tensor) -> Tensor:
+    """Centres of the posteriors (N, latent_dim) on the CPU, in batches that bound the memory."""
+    return torch.cat([vae.encode(some).mean for some in x.split(1000)]).float().cpu()
+
+
+@torch.no_grad()
+def gaussian_posterior(vae: VAE, x: Tensor, what: str) -> tuple[Tensor, Tensor]:
+    """Means and log-variances of Gaussians on the CPU, in batches that bound the memory.
+
+    Raises:
+        ConfigError: q(z|x) is no Gaussian; the message begins with `what`.
+    """
+    parts = [gaussian_of(vae.encode(some), what) for some in x.split(1000)]
+    mean, logvar = (torch.cat(part).float().cpu() for part in zip(*parts, strict=True))
+    return mean, logvar
+
+
+def most_active(means: Tensor) -> list[int]:
+    """Latent dimensions, the one whose means vary most first; of two the order is their own."""
+    if means.shape[1] <= 2:
+        return list(range(means.shape[1]))
+    return variances(means).argsort(descending=True).tolist()
+
+
+def variances(means: Tensor) -> Tensor:
+    """(latent_dim,) over the images; one image has none."""
+    return means.var(0) if len(means) > 1 else torch.zeros(means.shape[1])
+
+
+def activity(means: Tensor) -> str:
+    """How many dimensions are active."""
+    if len(means) == 1:
+        return "one image: activity unknown"
+    count, total = int((variances(means) > ACTIVE_UNIT_VARIANCE).sum()), means.shape[1]
+    return f"{count} of {total} {'dimension' if total == 1 else 'dimensions'} active"
+
+
+def subscript(dimension: int) -> str:
+    """`₁` for dimension 0."""
+    return "".join(chr(0x2080 + int(digit)) for digit in str(dimension + 1))
