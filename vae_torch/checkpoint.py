@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -39,6 +39,10 @@ _SEAL = len(_MAGIC) + 32
 
 class CheckpointError(ValueError):
     """A checkpoint is absent, damaged, or of another model: one line that names the file."""
+
+    def __init__(self, line: str, *, at_folder: bool = False) -> None:
+        super().__init__(line)
+        self.at_folder = at_folder  # it begins with the run's folder, not with a file in it
 
 
 def save_checkpoint(state: dict[str, Any], *paths: Path) -> None:
@@ -120,6 +124,7 @@ class Checkpoints:
     ) -> None:
         self.versions = versions
         self.input_shape = list(input_shape)
+        self.started_from: dict[str, Any] | None = None  # another run's weights: see runs.origin
         self.folder = folder
         self.config = config
         self.data_sha256 = data_sha256
@@ -158,6 +163,8 @@ class Checkpoints:
             "versions": self.versions,
             "input_shape": self.input_shape,
         }
+        if self.started_from:
+            about["started_from"] = self.started_from
         paths = [self.folder / name for name in names]
         save_checkpoint({**about, **rest, "history_seal": sealed}, *paths)
         if "last.pt" in names:
@@ -186,6 +193,7 @@ class Checkpoints:
                 )
         if self.data_sha256:
             refuse_other_data(path, state, self.data_sha256, self.config.data.root)
+        self.started_from = state.get("started_from")
         if "history" not in state:  # as in older ones
             seal = state.get("history_seal")
             if not isinstance(seal, dict) or list(map(type, seal.values())) != [int, str]:
@@ -299,14 +307,12 @@ def load_run(
     """
     load_plugins(plugins)
     run_dir = Path(run_dir)
-    if not run_dir.is_dir():
-        raise CheckpointError(f"run={run_dir}: no such folder")
-    path = run_dir / "checkpoints" / f"{checkpoint}.pt"
-    if not path.exists():
-        raise CheckpointError(f"run={run_dir}: has no checkpoints/{checkpoint}.pt; did it train?")
-    state = load_checkpoint(path, device)
     try:
-        config = config_from_dict(state["config"])
+        stored = stored_model(run_dir, checkpoint, device)
+    except CheckpointError as error:
+        raise CheckpointError(f"run={error}" if error.at_folder else str(error)) from None
+    config = stored.config
+    try:
         if absent := [name for name in config.plugins if name not in loaded_plugins()]:
             listed = ", ".join(f'"{name}"' for name in absent)
             raise CheckpointError(
@@ -314,13 +320,58 @@ def load_run(
                 f"Python load_run(..., plugins=[{listed}])"
             )
         with torch.device("meta"):  # takes no memory: a config can claim any size
-            vae = VAE.from_config(config, _shape_in(state))
-        vae.load_state_dict(state["model"], assign=True)
+            vae = VAE.from_config(config, stored.input_shape)
+        vae.load_state_dict(stored.weights, assign=True)
     except (ConfigError, RuntimeError, TypeError) as error:
-        raise CheckpointError(
-            f"{path}: does not fit its own config ({_line(error)}); name another run"
-        ) from None
+        raise _unfit(stored.path, error) from None
     return vae.to(device, torch.float32), config
+
+
+class StoredModel(NamedTuple):
+    """The weights of a run, and what is known about them."""
+
+    path: Path  # of the file
+    weights: dict[str, Any]
+    config: Config
+    input_shape: tuple[int, ...]
+    epoch: int | None
+    sha256: str  # the checkpoint's seal
+
+
+def stored_model(
+    run_dir: Path, checkpoint: str = "last", device: torch.device | str = "cpu"
+) -> StoredModel:
+    """A run's weights, without the model that they are of.
+
+    Raises:
+        CheckpointError: Not a run folder, no checkpoint in it, or a damaged one.
+    """
+    if not run_dir.is_dir():
+        raise CheckpointError(f"{run_dir}: no such folder", at_folder=True)
+    path = run_dir / "checkpoints" / f"{checkpoint}.pt"
+    if not path.exists():
+        raise CheckpointError(
+            f"{run_dir}: has no checkpoints/{checkpoint}.pt; did it train?", at_folder=True
+        )
+    state = load_checkpoint(path, device)
+    try:
+        config, shape = config_from_dict(state["config"]), tuple(_shape_in(state))
+    except (ConfigError, TypeError) as error:
+        raise _unfit(path, error) from None
+    odd = [name for name, value in state["model"].items() if not isinstance(value, torch.Tensor)]
+    if odd:
+        raise _unfit(path, TypeError(f"{odd[0]} is no tensor"))
+    epoch = state.get("epoch")
+    seal = path.read_bytes()[-32:].hex()
+    return StoredModel(
+        path, state["model"], config, shape, epoch if type(epoch) is int else None, seal
+    )
+
+
+def _unfit(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: does not fit its own config ({_line(error)}); name another run"
+    )
 
 
 def _shape_in(state: dict[str, Any]) -> list[int]:

@@ -71,6 +71,12 @@ def _folder(value: Any) -> Any:
     return str(Path(text).expanduser()) if text.startswith("~") else text
 
 
+def _source(value: Any) -> Any:
+    """A folder that means the same from wherever the run is resumed."""
+    folder = _folder(value)
+    return str(Path(folder).absolute()) if folder and isinstance(folder, str) else folder
+
+
 def _held_out(value: Any) -> Any:
     """A number of images, a share of them, or `test`."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -271,6 +277,12 @@ class TrainConfig:
     prune_after: Annotated[
         CountOrZero, about("epochs until a sweep's run that is behind stops; 0: none does")
     ] = 0
+    init_from: Annotated[
+        Annotated[str, Field(min_length=1)] | None,
+        BeforeValidator(_source),
+        about("DIR: start from the weights of the run or release in DIR"),
+    ] = None
+    init_checkpoint: Annotated[Which, about("of init_from: last, or best")] = "last"
 
 
 @dataclass
@@ -596,6 +608,11 @@ def check_combinations(config: Config) -> None:
             "density; use likelihood=bernoulli, or data.binarize=none"
         )
     check_objective(objective)
+    if config.train.init_checkpoint != "last" and config.train.init_from is None:
+        raise ConfigError(
+            f"train.init_checkpoint={config.train.init_checkpoint} without train.init_from: name "
+            "the run whose weights this one starts from, train.init_from=DIR"
+        )
     if objective.free_bits > 0 and config.prior != "standard":
         raise ConfigError(
             f"objective.free_bits={objective.free_bits} with prior={config.prior}: a KL per latent "

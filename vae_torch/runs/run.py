@@ -31,6 +31,7 @@ from vae_torch.parts.complete import complete
 from vae_torch.parts.registry import load_plugins
 from vae_torch.runs.folders import LOCK
 from vae_torch.runs.identity import refuse_other_code, versions
+from vae_torch.runs.origin import origin_line, start_from
 from vae_torch.runs.records import Records
 from vae_torch.runs.signals import StopSignals
 from vae_torch.training.loop import train
@@ -118,6 +119,9 @@ def _run(
             path=run_dir / "checkpoints" / "last.pt",
             allowed=config.train.allow_other_code,
         )
+    elif config.train.init_from:
+        checkpoints.started_from = start_from(vae, kept)
+        say("%s", origin_line(checkpoints.started_from))
     config_text = yaml.safe_dump(kept.to_dict(), sort_keys=False)
     write_atomically(run_dir / "config.yaml", config_text.encode())
     records = Records(
@@ -165,7 +169,10 @@ def _run(
                 stop=signals.received,
             )
         records.projector(vae, x[:2000], labels[:2000])
-        return records.finish(history, {"device": device_name(device), "data_sha256": hashes})
+        facts = {"device": device_name(device), "data_sha256": hashes}
+        if checkpoints.started_from:
+            facts["started_from"] = checkpoints.started_from
+        return records.finish(history, facts)
     finally:
         with suppress(OSError):  # of a full disk, which another message is about already
             records.close()
