@@ -1,10 +1,14 @@
 """A run from its start from another run's weights to its end."""
 
 import json
+import math
+import shutil
+import signal
 
 import pytest
 import torch
 
+from tests.command_lines import run_script
 from vae_torch import load_run
 from vae_torch.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from vae_torch.cli.compose import compose
@@ -112,7 +116,6 @@ def test_parts_that_differ_start_fresh(
 
 
 def test_a_run_that_was_cut_off_does_not_read_its_source_again(settings, source, tmp_path):
-    import shutil
 
     from vae_torch.training.errors import StoppedError
 
@@ -180,3 +183,149 @@ def test_a_source_that_is_none_is_one_line(settings, source, tmp_path):
     with pytest.raises(ConfigError, match=r"without train\.init_from"):
         settings("train.init_checkpoint=best")
     assert load_run(source)
+
+
+def what_training_made(run_dir):
+    """The bits of a run, apart from times and from what says how it came about."""
+    made = {}
+    for name in ("last", "best"):
+        state = state_of(run_dir, name)
+        made[name] = [state[key] for key in ("epoch", "step", "best")]
+        made[name] += [
+            (part, key, weight.numpy().tobytes())
+            for part in ("model", "training")
+            for key, weight in state.get(part, {}).items()
+        ]
+        made[name] += [
+            (key, slot, value.numpy().tobytes())
+            for key, values in state["optimizer"]["state"].items()
+            for slot, value in values.items()
+        ]
+    for name in ("metrics.jsonl", "checkpoints/history.jsonl"):
+        rows = [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
+        made[name] = [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+    folder = run_dir / "figures"
+    made["figures"] = {str(p): p.read_bytes() for p in sorted(folder.rglob("*.png"))}
+    made["figures"] = {p.removeprefix(str(folder)): b for p, b in made["figures"].items()}
+    return made
+
+
+def order(made_up_root, run_dir, *more):
+    return [
+        *("data=fashion_mnist", f"data.root={made_up_root}", "model.intermediate_dim=16"),
+        *("train.figure_every=0", "data.limit_train=100", "data.limit_test=50", "threads=1"),
+        *("data.binarize=dynamic", "data.batch_size=20", f"hydra.run.dir={run_dir}", *more),
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(made_up_root, tmp_path_factory):
+    """Of four epochs in one piece."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    done = run_script("train.py", *order(made_up_root, folder, "train.epochs=4", "train.ema=0.9"))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def short(made_up_root, tmp_path_factory):
+    """The same, of two."""
+    folder = tmp_path_factory.mktemp("short") / "run"
+    done = run_script("train.py", *order(made_up_root, folder, "train.epochs=2", "train.ema=0.9"))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+LONGER = ("train.epochs=4",)
+
+
+# In the first stage, at the border of the two, and in the second.
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (None, None),
+        (("step", 7), None),
+        (None, ("read", 1)),
+        (None, ("half", 1, "last.pt")),
+        (None, ("after", 1, "last.pt")),
+        (None, ("step", 1)),
+        (("step", 7, "", signal.SIGTERM), ("step", 9)),
+        (None, ("after", 1, "metrics.jsonl")),
+        (None, ("before", 1, "summary.json")),
+    ],
+    ids=str,
+)
+def test_a_longer_run_has_the_bits_of_one_in_one_piece(
+    made_up_root, short, whole, tmp_path, first, second
+):
+    run_dir = tmp_path / "run"
+    if first:
+        settings = order(made_up_root, run_dir, "train.epochs=2", "train.ema=0.9")
+        assert run_script("train.py", *settings, killed=first).returncode in (-9, 143)
+    else:
+        shutil.copytree(short, run_dir)
+    if second:
+        killed = run_script("train.py", f"train.resume={run_dir}", *LONGER, killed=second)
+        assert killed.returncode == -9
+    ended = run_script("train.py", f"train.resume={run_dir}", *LONGER)
+    assert ended.returncode == 0, ended.stderr
+    assert what_training_made(run_dir) == what_training_made(whole)
+    summary = json.loads((run_dir / "summary.json").read_text())
+    stages = [(s["after_epoch"], s["step"], s["train.epochs"]) for s in summary["stages"]]
+    begun = (2, 0, 4) if not first else (1, 0, 4) if len(first) == 2 else (1, 2, 4)
+    assert stages == [(0, 0, 2), begun]
+    assert state_of(run_dir)["stages"] == summary["stages"]
+    assert summary["epochs"] == 4
+    assert load_run(run_dir)[1].train.epochs == 4
+
+
+def test_a_longer_run_is_asked_how_its_schedule_goes_on(settings, tmp_path):
+    run(settings("optimizer.schedule=cosine"), tmp_path)
+    before = (tmp_path / "checkpoints" / "last.pt").read_bytes()
+    for asked, line in (
+        (["optimizer.schedule=cosine", "train.epochs=4"], "has optimizer.schedule=cosine, which"),
+        (["optimizer.schedule=cosine", "train.epochs=1"], "has done 2 epochs already; it must be"),
+        (["optimizer.schedule=constant"], "with more train.epochs than 2"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            run(settings(*asked, f"train.resume={tmp_path}"), tmp_path)
+        assert line in str(error.value)
+        assert "\n" not in str(error.value)
+    assert (tmp_path / "checkpoints" / "last.pt").read_bytes() == before
+    assert (tmp_path / "summary.json").exists()
+
+    lr, epochs = 1e-4, 6
+    again = settings(
+        *("optimizer.schedule=cosine", f"optimizer.lr={lr}", f"train.epochs={epochs}"),
+        *(f"train.resume={tmp_path}", "data.batch_size=50"),
+    )
+    with pytest.raises(CheckpointError, match=r"had data\.batch_size=128, this one has 50"):
+        run(again, tmp_path)
+    again.data.batch_size = 128
+    summary = run(again, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    # one step an epoch: the new stage's cosine begins with its own learning rate
+    expected = [lr * (1 + math.cos(math.pi * done / 4)) / 2 for done in range(4)]
+    assert [row["train/lr"] for row in rows[2:]] == pytest.approx(expected)
+    assert [stage["optimizer.lr"] for stage in summary["stages"]] == [1e-3, lr]
+    again.train.epochs = 2
+    with pytest.raises(ConfigError, match="has done 6 epochs already; it must be 7 or more"):
+        run(again, tmp_path)
+
+
+def test_the_command_line_continues_a_finished_run_only_when_it_is_told_how_far(short, tmp_path):
+    run_dir = shutil.copytree(short, tmp_path / "run")
+    again = f"train.resume={run_dir}"
+    for asked, line in (
+        ([], "is finished; choose another hydra.run.dir for a new one, or continue it"),
+        (["train.epochs=1"], "has done 2 epochs already"),
+        (["train.epochs=4", "seed=5"], "its run had seed=0, this one has 5"),
+    ):
+        refused = run_script("train.py", again, *asked)
+        assert refused.returncode == 2
+        assert line in refused.stderr
+        assert refused.stderr.count("\n") == 1
+    killed = run_script("train.py", again, "train.epochs=4", killed=("after", 1, "last.pt"))
+    assert killed.returncode == -9
+    assert run_script("train.py", again).returncode == 0  # it knows how far by now
+    assert json.loads((run_dir / "summary.json").read_text())["epochs"] == 4

@@ -125,6 +125,7 @@ class Checkpoints:
         self.versions = versions
         self.input_shape = list(input_shape)
         self.started_from: dict[str, Any] | None = None  # another run's weights: see runs.origin
+        self.stages: list[dict[str, Any]] = []  # of a run that was made longer: see runs.stages
         self.folder = folder
         self.config = config
         self.data_sha256 = data_sha256
@@ -157,7 +158,7 @@ class Checkpoints:
             self._made = True
         rest = {key: value for key, value in state.items() if key != "history"}
         sealed = self._history.write(state.get("history", {}))
-        about = {
+        about: dict[str, Any] = {
             "config": self.config.to_dict(),
             "data_sha256": self.data_sha256,
             "versions": self.versions,
@@ -165,13 +166,21 @@ class Checkpoints:
         }
         if self.started_from:
             about["started_from"] = self.started_from
+        if self.stages:
+            about["stages"] = self.stages
         paths = [self.folder / name for name in names]
-        save_checkpoint({**about, **rest, "history_seal": sealed}, *paths)
+        save_checkpoint({**rest, **about, "history_seal": sealed}, *paths)
         if "last.pt" in names:
             self._saved = time.monotonic()
 
-    def load(self, device: torch.device | str) -> dict[str, Any] | None:
+    def load(
+        self, device: torch.device | str, *, but_for: Sequence[str] = ()
+    ) -> dict[str, Any] | None:
         """The last state with its history, or None where the run has none yet.
+
+        Args:
+            device: Where its tensors go.
+            but_for: Keys that the run may have had other values of.
 
         Raises:
             CheckpointError: It or its history is damaged, or it is of a run with another config.
@@ -186,7 +195,7 @@ class Checkpoints:
             raise CheckpointError(f"{path}: {error}") from None
         now = _what_matters(complete(self.config).to_dict())
         for key in was.keys() | now.keys():
-            if was.get(key) != now.get(key):
+            if key not in but_for and was.get(key) != now.get(key):
                 raise CheckpointError(
                     f"{path}: its run had {key}={was.get(key)}, this one has {now.get(key)}; "
                     "resume with the settings that it was started with"
@@ -194,6 +203,7 @@ class Checkpoints:
         if self.data_sha256:
             refuse_other_data(path, state, self.data_sha256, self.config.data.root)
         self.started_from = state.get("started_from")
+        self.stages = state.get("stages", [])
         if "history" not in state:  # as in older ones
             seal = state.get("history_seal")
             if not isinstance(seal, dict) or list(map(type, seal.values())) != [int, str]:

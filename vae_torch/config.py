@@ -385,6 +385,14 @@ INCIDENTAL = (
 )
 
 
+# Keys that a run may be continued with that others have begun: see runs.stages.
+STAGE_KEYS = (
+    "train.epochs",
+    "optimizer.lr",
+    "optimizer.schedule",
+)
+
+
 # Keys of options that a part's own signature names.
 OPTIONS = (
     "data.options",

@@ -34,6 +34,7 @@ from vae_torch.runs.identity import refuse_other_code, versions
 from vae_torch.runs.origin import origin_line, start_from
 from vae_torch.runs.records import Records
 from vae_torch.runs.signals import StopSignals
+from vae_torch.runs.stages import begin_stage, goes_on, growth_is_due, load_stage
 from vae_torch.training.loop import train
 from vae_torch.vae import VAE
 
@@ -52,9 +53,10 @@ def run(
     """Make a whole run: data, model, training, records and pictures, in a folder of its own.
 
     With `config.train.resume` set, a run that lies in `run_dir` is resumed, and the summary of a
-    finished one is returned; without it the folder must hold no run. In a main thread, Ctrl-C and
-    SIGTERM end the run after a checkpoint. Sets torch's seed, threads and matrix products for the
-    whole process.
+    finished one is returned; without it the folder must hold no run. With a folder as
+    `config.train.resume` and more `config.train.epochs`, the run is made longer. In a main thread,
+    Ctrl-C and SIGTERM end the run after a checkpoint. Sets torch's seed, threads and matrix
+    products for the whole process.
 
     Args:
         config: From `vae_torch.compose`, or a `Config` of your own.
@@ -86,7 +88,7 @@ def run(
     with lock_run(run_dir, seconds=10 if config.train.resume else 0):
         if not config.train.resume:
             _refuse_other_run(run_dir)
-        elif (run_dir / "summary.json").exists():
+        elif (run_dir / "summary.json").exists() and not goes_on(run_dir, config):
             log.info("finished already: %s", run_dir)
             return finished_summary(run_dir, config)
         remove_scratch(run_dir)  # of a process that was killed
@@ -112,13 +114,14 @@ def _run(
         versions=versions(),
         input_shape=vae.input_shape,
     )
-    state = checkpoints.load("cpu") if config.train.resume else None
+    state = load_stage(checkpoints, config) if config.train.resume else None
     if state:
         refuse_other_code(
             state.get("versions"),
             path=run_dir / "checkpoints" / "last.pt",
             allowed=config.train.allow_other_code,
         )
+        begin_stage(checkpoints, state)
     elif config.train.init_from:
         checkpoints.started_from = start_from(vae, kept)
         say("%s", origin_line(checkpoints.started_from))
@@ -146,7 +149,7 @@ def _run(
         with signals.at_once("drawing the figures"):
             if last or (every and epoch % every == 0):
                 records.figures(epoch, model, x, labels)
-            if last or (every and (epoch <= 10 or epoch % every == 0)):  # it grows fast at first
+            if last or growth_is_due(config, epoch):
                 records.growth(epoch, model, x[:10])
         for callback in callbacks:
             callback(metrics, model)
@@ -169,9 +172,11 @@ def _run(
                 stop=signals.received,
             )
         records.projector(vae, x[:2000], labels[:2000])
-        facts = {"device": device_name(device), "data_sha256": hashes}
+        facts: dict[str, Any] = {"device": device_name(device), "data_sha256": hashes}
         if checkpoints.started_from:
             facts["started_from"] = checkpoints.started_from
+        if checkpoints.stages:
+            facts["stages"] = checkpoints.stages
         return records.finish(history, facts)
     finally:
         with suppress(OSError):  # of a full disk, which another message is about already

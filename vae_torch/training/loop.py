@@ -117,7 +117,8 @@ def train(
     take_step = _step(vae, opt, minimise, precision, batches, compile=compile)
 
     def lr_at(step: int) -> float:
-        done = (run.epoch + step / steps) / epochs if steps else 0.0
+        began = run.since[0] + run.since[1] / (steps or 1)
+        done = (run.epoch + step / steps - began) / (epochs - began) if steps else 0.0
         return settings.lr * lr_factor(settings.schedule, done)
 
     bar = StepBar(epochs, steps)

@@ -41,6 +41,7 @@ class Progress:
         self.epoch = 0  # finished ones
         self.step = 0  # of the epoch under way
         self.best = -math.inf
+        self.since = (0, 0)  # epoch and step at which the learning rate's schedule began
         self.history: dict[str, list[Any]] = {}  # of many numbers an epoch: as arrays
         self.noise = torch.Generator(device)
         self.steps = batches_in(loader) or 100
@@ -121,6 +122,8 @@ class Progress:
             "model": evaluated.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
+        if self.since != (0, 0):
+            state["since"] = list(self.since)
         if self.averaged:
             state["training"] = self.vae.state_dict()
             state["averaged_steps"] = int(self.averaged.n_averaged)
@@ -165,6 +168,8 @@ class Progress:
     def _load(self, state: dict[str, Any]) -> None:
         self.epoch, self.step = state["epoch"], state["step"]
         self.best = state["best"]
+        epoch, step = state.get("since", (0, 0))
+        self.since = (epoch, step)
         self.history = {n: [_compact(v) for v in values] for n, values in state["history"].items()}
         self.vae.load_state_dict(state["training"] if self.averaged else state["model"])
         # its settings are this run's: some depend on the device, and the rest are equal
