@@ -1,5 +1,6 @@
 """A run from its start from another run's weights to its end."""
 
+import copy
 import json
 import math
 import shutil
@@ -9,11 +10,16 @@ import pytest
 import torch
 
 from tests.command_lines import run_script
-from vae_torch import load_run
+from vae_torch import VAE, ObjectiveConfig, OptimizerConfig, load_run
 from vae_torch.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from vae_torch.cli.compose import compose
 from vae_torch.config import ConfigError
+from vae_torch.images import Batch
+from vae_torch.parts.objectives import Noise, as_objective, loss_and_metrics
 from vae_torch.runs.run import run
+from vae_torch.training.errors import StoppedError
+from vae_torch.training.schedules import learning_rate
+from vae_torch.training.step import eager_step, make_optimizer
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +122,6 @@ def test_parts_that_differ_start_fresh(
 
 
 def test_a_run_that_was_cut_off_does_not_read_its_source_again(settings, source, tmp_path):
-
-    from vae_torch.training.errors import StoppedError
 
     copy = shutil.copytree(source, tmp_path / "source")
     config = settings(f"train.init_from={copy}")
@@ -329,3 +333,134 @@ def test_the_command_line_continues_a_finished_run_only_when_it_is_told_how_far(
     assert killed.returncode == -9
     assert run_script("train.py", again).returncode == 0  # it knows how far by now
     assert json.loads((run_dir / "summary.json").read_text())["epochs"] == 4
+
+
+def place(schedule, steps, epochs, **more):
+    """Learning rates of every step of a run."""
+    settings = OptimizerConfig("sgd", 0.5, 1e-8, schedule, **more)
+    return [
+        learning_rate(settings, epoch, step, epochs=epochs, steps=steps)
+        for epoch in range(epochs)
+        for step in range(steps)
+    ]
+
+
+def torchs(make, count):
+    """Learning rates that one of torch's schedulers gives."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.5)
+    scheduler = make(optimizer)
+    found = []
+    for _ in range(count):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+def test_schedules_are_torchs():
+    of_torch = torch.optim.lr_scheduler
+    cosine = torchs(lambda o: of_torch.CosineAnnealingLR(o, 60), 60)
+    assert place("cosine", 6, 10) == pytest.approx(cosine)
+    steps = torchs(lambda o: of_torch.StepLR(o, 3, 0.2), 10)
+    assert place("step", 1, 10, step_epochs=3, step_factor=0.2) == pytest.approx(steps)
+    assert place("step", 4, 10, step_epochs=3, step_factor=0.2)[::4] == pytest.approx(steps)
+    # torch counts a cycle's phases from the first step to the last one: one step less
+    cycle = torchs(lambda o: of_torch.OneCycleLR(o, 0.5, 100_000), 100_000)
+    assert place("one_cycle", 1000, 100) == pytest.approx(cycle, abs=5e-5)
+    warm = torchs(lambda o: of_torch.LinearLR(o, 1 / 7, total_iters=6), 12)
+    assert place("constant", 4, 3, warmup_steps=7) == pytest.approx(warm)
+
+
+def test_a_new_stages_schedule_begins_where_the_run_is():
+    settings = OptimizerConfig("adam", 0.5, 1e-8, "cosine", warmup_steps=2)
+    found = [
+        learning_rate(settings, epoch, step, epochs=5, steps=4, since=(2, 2))
+        for epoch, step in ((2, 2), (2, 3), (3, 0), (4, 3))
+    ]
+    cosine = [0.25 * (1 + math.cos(math.pi * done / 10)) for done in (0, 1, 2, 9)]
+    assert found == pytest.approx([cosine[0] / 2, *cosine[1:]])
+
+
+CLIP = 1.1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"name": "sgd", "momentum": 0.8, "clip_norm": CLIP},
+        {"name": "sgd", "weight_decay": 0.1},
+        {"name": "adam", "betas": [0.7, 0.9], "clip_norm": CLIP},
+        {"name": "adam", "betas": (0.7, 0.9), "clip_norm": 1e9},
+    ],
+    ids=str,
+)
+def test_a_step_clips_and_averages_as_the_papers_say(options):
+    torch.manual_seed(0)
+    vae = VAE((6,), 2, 4).double()
+    theirs = copy.deepcopy(vae)
+    settings = OptimizerConfig(lr=0.01, eps=1e-8, schedule="constant", **options)
+    objective = as_objective(ObjectiveConfig())
+    optimizer = make_optimizer(vae, settings)
+    step = eager_step(vae, optimizer, objective, "fp32", clip_norm=settings.clip_norm)
+    beta1, beta2 = settings.betas
+    first = [torch.zeros_like(p) for p in theirs.parameters()]
+    second = [torch.zeros_like(p) for p in theirs.parameters()]
+    norms = []
+    for t in range(1, 6):
+        x = torch.rand(5, 6, dtype=torch.float64)
+        noise = Noise(torch.randn(1, 5, 2, dtype=torch.float64), None)
+        step(Batch(x, None), noise, torch.tensor(1.0), 0.01)
+
+        loss = loss_and_metrics(objective, theirs, Batch(x, None), noise, torch.tensor(1.0))[0]
+        gradients = torch.autograd.grad(loss.mean(), list(theirs.parameters()))
+        norms.append(math.sqrt(sum(float((g**2).sum()) for g in gradients)))
+        scale = min(1.0, (settings.clip_norm or math.inf) / norms[-1])
+        with torch.no_grad():
+            for p, g, m, v in zip(theirs.parameters(), gradients, first, second, strict=True):
+                g = g * scale + settings.weight_decay * p
+                if settings.name == "sgd":
+                    m.mul_(settings.momentum).add_(g)
+                    p.sub_(0.01 * m)
+                    continue
+                m.mul_(beta1).add_((1 - beta1) * g)  # Kingma and Ba (2015), algorithm 1
+                v.mul_(beta2).add_((1 - beta2) * g**2)
+                p.sub_(0.01 * m / (1 - beta1**t) / ((v / (1 - beta2**t)).sqrt() + 1e-8))
+    assert min(norms) < CLIP < max(norms)  # clips some steps only
+    for ours, expected in zip(vae.parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(ours, expected, rtol=1e-5, atol=1e-8)
+
+
+def test_a_clipped_run_with_a_schedule_resumes_with_the_same_bits(made_up_root, tmp_path):
+    more = [
+        *("optimizer=sgd", "optimizer.schedule=one_cycle", "train.epochs=3"),
+        "optimizer.clip_norm=20",
+    ]
+    whole = order(made_up_root, tmp_path / "whole", *more)
+    assert run_script("train.py", *whole).returncode == 0
+    cut = order(made_up_root, tmp_path / "cut", *more)
+    killed = run_script("train.py", *cut, killed=("step", 8, "", signal.SIGTERM))
+    assert killed.returncode == 143
+    resumed = run_script("train.py", f"train.resume={tmp_path / 'cut'}")
+    assert resumed.returncode == 0, resumed.stderr
+    assert what_training_made(tmp_path / "cut") == what_training_made(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("asked", "line"),
+    [
+        ("optimizer.clip_norm=nan", "optimizer.clip_norm=nan: must be a number above 0, or null"),
+        ("optimizer.clip_norm=0", "optimizer.clip_norm=0.0: must be a number above 0, or null"),
+        ("optimizer.betas=[0.9]", "must be two numbers from 0 to below 1"),
+        ("optimizer.betas=[0.9,1.0]", "must be two numbers from 0 to below 1"),
+        ("optimizer.momentum=0.9", "the first of optimizer.betas is Adam's"),
+        ("optimizer.warmup_steps=-1", "optimizer.warmup_steps=-1: must be a whole number"),
+        ("optimizer.schedule=step", "set optimizer.schedule=step and optimizer.step_epochs=N"),
+        ("optimizer.step_epochs=3", "set optimizer.schedule=step and optimizer.step_epochs=N"),
+        ("optimizer.step_factor=0.5", "it is of optimizer.schedule=step"),
+    ],
+)
+def test_optimizer_settings_that_mean_nothing_are_one_line(settings, asked, line):
+    with pytest.raises(ConfigError) as error:
+        settings(asked)
+    assert line in str(error.value)
+    assert "\n" not in str(error.value)

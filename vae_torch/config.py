@@ -128,6 +128,19 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _betas(value: Any) -> Any:
+    """Adam's two decays; a tuple in Python, a list in YAML."""
+    pair = list(value) if isinstance(value, list | tuple) else None
+    numbers = pair is not None and all(
+        isinstance(beta, int | float) and not isinstance(beta, bool) for beta in pair
+    )
+    if pair is None or len(pair) != 2 or not numbers or not all(0 <= beta < 1 for beta in pair):
+        raise ConfigError(
+            f"optimizer.betas={value}: must be two numbers from 0 to below 1, [0.9,0.999]"
+        )
+    return pair
+
+
 Options = Annotated[dict[str, Any], BeforeValidator(_options)]
 
 
@@ -252,8 +265,26 @@ class OptimizerConfig:
     name: Annotated[Literal["adam", "adamw", "sgd"], about("the optimiser")]
     lr: Annotated[Positive, about("learning rate")]
     eps: Annotated[Positive, about("added to Adam's denominator")]
-    schedule: Annotated[Literal["constant", "cosine"], about("of the learning rate")]
+    schedule: Annotated[
+        Literal["constant", "cosine", "step", "one_cycle"], about("of the learning rate")
+    ]
     weight_decay: Annotated[Number, about("decay of the weights a step, times lr")] = 0.0
+    betas: Annotated[
+        list[float], BeforeValidator(_betas), about("adam, adamw: decays of the two averages")
+    ] = field(default_factory=lambda: [0.9, 0.999])
+    momentum: Annotated[Decay, about("sgd: of the gradient")] = 0.0
+    clip_norm: Annotated[
+        Positive | None, about("largest norm of the gradient; a longer one is scaled down to it")
+    ] = None
+    warmup_steps: Annotated[
+        CountOrZero, about("the learning rate grows linearly over the first N steps")
+    ] = 0
+    step_epochs: Annotated[
+        Count | None, about("schedule=step: epochs after which the learning rate falls")
+    ] = None
+    step_factor: Annotated[
+        Annotated[float, Field(strict=True, gt=0, lt=1)], about("schedule=step: what it falls to")
+    ] = 0.1
 
 
 @dataclass
@@ -390,6 +421,10 @@ STAGE_KEYS = (
     "train.epochs",
     "optimizer.lr",
     "optimizer.schedule",
+    "optimizer.warmup_steps",
+    "optimizer.step_epochs",
+    "optimizer.step_factor",
+    "optimizer.clip_norm",
 )
 
 
@@ -597,6 +632,37 @@ def check_optimizer(optimizer: OptimizerConfig) -> None:
         ConfigError: One line with the key, its value and what is allowed.
     """
     _check_part("optimizer", optimizer)
+    name, schedule = optimizer.name, optimizer.schedule
+    if name == "sgd" and list(optimizer.betas) != [0.9, 0.999]:
+        raise ConfigError(
+            f"optimizer.betas={optimizer.betas} with optimizer.name=sgd: they are of adam and "
+            "adamw; use optimizer.momentum"
+        )
+    if name != "sgd" and optimizer.momentum:
+        raise ConfigError(
+            f"optimizer.momentum={optimizer.momentum} with optimizer.name={name}: it is of sgd; "
+            "the first of optimizer.betas is Adam's"
+        )
+    if (schedule == "step") != (optimizer.step_epochs is not None):
+        raise ConfigError(
+            f"optimizer.step_epochs={_null(optimizer.step_epochs)} with optimizer.schedule="
+            f"{schedule}: one says nothing without the other; set optimizer.schedule=step and "
+            "optimizer.step_epochs=N, or neither"
+        )
+    if schedule != "step" and optimizer.step_factor != 0.1:
+        raise ConfigError(
+            f"optimizer.step_factor={optimizer.step_factor} with optimizer.schedule={schedule}: it "
+            "is of optimizer.schedule=step"
+        )
+    if schedule == "one_cycle" and optimizer.warmup_steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps={optimizer.warmup_steps} with optimizer.schedule=one_cycle: "
+            "it warms up by itself; leave one of them out"
+        )
+
+
+def _null(value: Any) -> Any:
+    return "null" if value is None else value
 
 
 def _check_part(name: str, part: Any) -> None:
@@ -616,6 +682,7 @@ def check_combinations(config: Config) -> None:
             "density; use likelihood=bernoulli, or data.binarize=none"
         )
     check_objective(objective)
+    check_optimizer(config.optimizer)
     if config.train.init_checkpoint != "last" and config.train.init_from is None:
         raise ConfigError(
             f"train.init_checkpoint={config.train.init_checkpoint} without train.init_from: name "

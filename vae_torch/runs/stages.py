@@ -12,7 +12,7 @@ from vae_torch.config import STAGE_KEYS, Config, ConfigError, config_from_dict, 
 from vae_torch.parts.complete import complete
 
 # Schedules that end with the run: more epochs do not say how they go on.
-_ENDING = ("cosine",)
+_ENDING = ("cosine", "one_cycle")
 
 
 def goes_on(run_dir: Path, config: Config) -> bool:

@@ -25,7 +25,7 @@ from vae_torch.images import as_images, check_pixels
 from vae_torch.parts.objectives import Objective, as_objective, draw_noise
 from vae_torch.training.errors import ADVICE, DivergedError, StoppedError
 from vae_torch.training.progress import Metrics, Progress, plain
-from vae_torch.training.schedules import beta_at, lr_factor, samples_at
+from vae_torch.training.schedules import beta_at, learning_rate, samples_at
 from vae_torch.training.step import (
     Step,
     captured_step,
@@ -114,12 +114,12 @@ def train(
     run = Progress(vae, averaged, opt, batches, seed)
     if checkpoints:
         run.resume(checkpoints)
-    take_step = _step(vae, opt, minimise, precision, batches, compile=compile)
+    take_step = _step(
+        vae, opt, minimise, precision, batches, clip_norm=settings.clip_norm, compile=compile
+    )
 
     def lr_at(step: int) -> float:
-        began = run.since[0] + run.since[1] / (steps or 1)
-        done = (run.epoch + step / steps - began) / (epochs - began) if steps else 0.0
-        return settings.lr * lr_factor(settings.schedule, done)
+        return learning_rate(settings, run.epoch, step, epochs=epochs, steps=steps, since=run.since)
 
     bar = StepBar(epochs, steps)
     while run.epoch < epochs:
@@ -194,11 +194,13 @@ def _loaders(
 def _checked_optimizer(optimizer: OptimizerConfig | None, steps: int | None) -> OptimizerConfig:
     settings = optimizer or _DEFAULT_ADAM
     check_optimizer(settings)
-    if steps is None and settings.schedule != "constant":
+    counted = settings.schedule in ("cosine", "one_cycle")
+    if steps is None and (counted or settings.warmup_steps):
+        name, other = ("schedule", "constant") if counted else ("warmup_steps", 0)
         raise ConfigError(
-            f"optimizer.schedule={settings.schedule} with a loader that does not know its length: "
-            "it needs the number of steps; use optimizer.schedule=constant, or give the loader a "
-            "__len__"
+            f"optimizer.{name}={getattr(settings, name)} with a loader that does not know its "
+            f"length: it needs the number of steps; use optimizer.{name}={other}, or give the "
+            "loader a __len__"
         )
     return settings
 
@@ -210,15 +212,16 @@ def _step(
     precision: str,
     batches: Iterable[Any],
     *,
+    clip_norm: float | None,
     compile: bool,
 ) -> Step:
     # not learned from the first batch: a resumed run's may be the last of an epoch
     size = getattr(getattr(batches, "batch_sampler", None), "batch_size", None)
     if compile:
-        return compiled_step(vae, opt, objective, precision, batch_size=size)
+        return compiled_step(vae, opt, objective, precision, clip_norm=clip_norm, batch_size=size)
     if next(vae.parameters()).is_cuda:
-        return captured_step(vae, opt, objective, precision, batch_size=size)
-    return eager_step(vae, opt, objective, precision)
+        return captured_step(vae, opt, objective, precision, clip_norm=clip_norm, batch_size=size)
+    return eager_step(vae, opt, objective, precision, clip_norm=clip_norm)
 
 
 def _means(
