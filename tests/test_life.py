@@ -10,14 +10,16 @@ import pytest
 import torch
 
 from tests.command_lines import run_script
-from vae_torch import VAE, ObjectiveConfig, OptimizerConfig, load_run
+from vae_torch import VAE, ObjectiveConfig, OptimizerConfig, load_run, train
 from vae_torch.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from vae_torch.cli.compose import compose
 from vae_torch.config import ConfigError
 from vae_torch.images import Batch
 from vae_torch.parts.objectives import Noise, as_objective, loss_and_metrics
+from vae_torch.runs.folders import read_runs
 from vae_torch.runs.run import run
 from vae_torch.training.errors import StoppedError
+from vae_torch.training.patience import epochs_without_gain, has_stalled
 from vae_torch.training.schedules import learning_rate
 from vae_torch.training.step import eager_step, make_optimizer
 
@@ -55,11 +57,11 @@ def weights_at_the_start(config, run_dir, monkeypatch):
     """What the training loop is given."""
     found = {}
 
-    def train(vae, *_, **__):
+    def start(vae, *_, **__):
         found.update({name: weight.clone() for name, weight in vae.state_dict().items()})
         raise StartedError
 
-    monkeypatch.setattr("vae_torch.runs.run.train", train)
+    monkeypatch.setattr("vae_torch.runs.run.train", start)
     with pytest.raises(StartedError):
         run(config, run_dir)
     monkeypatch.undo()
@@ -289,7 +291,7 @@ def test_a_longer_run_is_asked_how_its_schedule_goes_on(settings, tmp_path):
     for asked, line in (
         (["optimizer.schedule=cosine", "train.epochs=4"], "has optimizer.schedule=cosine, which"),
         (["optimizer.schedule=cosine", "train.epochs=1"], "has done 2 epochs already; it must be"),
-        (["optimizer.schedule=constant"], "with more train.epochs than 2"),
+        (["optimizer.schedule=constant"], "has done 2 epochs already; it must be 3 or more"),
     ):
         with pytest.raises(ConfigError) as error:
             run(settings(*asked, f"train.resume={tmp_path}"), tmp_path)
@@ -464,3 +466,88 @@ def test_optimizer_settings_that_mean_nothing_are_one_line(settings, asked, line
         settings(asked)
     assert line in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_patience_counts_the_epochs_since_the_last_gain():
+    scores = [-9.0, -5.0, -4.9, -4.85, None, -4.8, -6.0]
+    assert epochs_without_gain(scores) == 1
+    assert epochs_without_gain(scores, 0.12) == 3  # -4.85 is better than -5.0 by 0.15
+    assert epochs_without_gain(scores, 0.3) == 5  # a slow rise is no gain
+    assert epochs_without_gain([]) == 0
+    assert has_stalled(scores, 5, 0.3)
+    assert not has_stalled(scores, 6, 0.3)
+    assert not has_stalled(scores, None)
+
+
+PATIENT = ("train.patience=2", "train.min_delta=1000", "train.epochs=9", "train.ema=0.9")
+
+
+@pytest.mark.parametrize(
+    "killed", [("step", 12), ("after", 3, "last.pt"), ("before", 1, "summary.json")], ids=str
+)
+def test_a_run_that_stops_early_is_finished(made_up_root, tmp_path, killed):
+    """No epoch gains 1000 nats: the first is the reference, and two more are waited for."""
+    cut = order(made_up_root, tmp_path / "cut", *PATIENT)
+    assert run_script("train.py", *cut, killed=killed).returncode == -9
+    resumed = run_script("train.py", f"train.resume={tmp_path / 'cut'}")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "stopped early after epoch 3: no better test elbo by more than 1000" in resumed.stdout
+    summary = json.loads((tmp_path / "cut" / "summary.json").read_text())
+    rows = [json.loads(r) for r in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
+    elbos = [row["test/elbo"] for row in rows]
+    assert len(elbos) == summary["epochs"] == 3
+    best = elbos.index(max(elbos)) + 1
+    assert summary["stopped_early"] == {
+        "after_epoch": 3, "best_epoch": best, "patience": 2, "min_delta": 1000.0,
+    }  # fmt: skip
+    assert state_of(tmp_path / "cut", "best")["epoch"] == best
+    assert summary["best_test_elbo"] == max(elbos)
+    assert (tmp_path / "cut" / "figures" / "growth" / "000003.png").exists()
+    (found,) = read_runs(tmp_path / "cut")
+    assert found.state == "finished"
+
+    three = order(made_up_root, tmp_path / "three", "train.epochs=3", "train.ema=0.9")
+    assert run_script("train.py", *three).returncode == 0
+    assert what_training_made(tmp_path / "cut") == what_training_made(tmp_path / "three")
+
+
+def test_a_run_that_stopped_early_goes_on_when_it_is_told_to(made_up_root, whole, tmp_path):
+    settings = order(made_up_root, tmp_path, *PATIENT)
+    assert run_script("train.py", *settings).returncode == 0
+    again = f"train.resume={tmp_path}"
+    for asked, line in (
+        ([], "is finished"),
+        (["train.epochs=20"], "has stopped early after epoch 3; set a longer train.patience"),
+    ):
+        refused = run_script("train.py", again, *asked)
+        assert refused.returncode == 2
+        assert line in refused.stderr
+    more = ["train.patience=null", "train.min_delta=0.0", "train.epochs=4"]
+    longer = run_script("train.py", again, *more)
+    assert longer.returncode == 0, longer.stderr
+    assert what_training_made(tmp_path) == what_training_made(whole)
+    assert "stopped_early" not in json.loads((tmp_path / "summary.json").read_text())
+
+
+def test_a_sweep_counts_what_stopped_early_as_done(made_up_root, tmp_path):
+    settings = [o for o in order(made_up_root, "", *PATIENT) if not o.startswith("hydra.run.dir")]
+    sweep = ["-m", *settings, "seed=0,1", f"sweep.dir={tmp_path}"]
+    for _ in range(2):
+        done = run_script("train.py", *sweep)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.count("finished already") == 2
+    assert {found.state for found in read_runs(tmp_path)} == {"finished"}
+
+
+def test_patience_needs_something_to_judge_by(settings):
+    for asked, line in (
+        ("train.patience=0", "train.patience=0: must be a whole number, 1 or more, or null"),
+        ("train.min_delta=0.05", "without train.patience"),
+        ("train.min_delta=-1", "train.min_delta=-1.0: must be a number, 0 or more"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            settings(asked)
+        assert line in str(error.value)
+    vae = VAE((6,), 2, 4)
+    with pytest.raises(ValueError, match="needs a test_loader to judge by"):
+        train(vae, torch.rand(10, 6), patience=1)

@@ -308,6 +308,12 @@ class TrainConfig:
     prune_after: Annotated[
         CountOrZero, about("epochs until a sweep's run that is behind stops; 0: none does")
     ] = 0
+    patience: Annotated[
+        Count | None, about("stop after N epochs without a better test elbo; null: never")
+    ] = None
+    min_delta: Annotated[
+        Number, about("with patience: what an epoch must be better by, in nats")
+    ] = 0.0
     init_from: Annotated[
         Annotated[str, Field(min_length=1)] | None,
         BeforeValidator(_source),
@@ -425,6 +431,8 @@ STAGE_KEYS = (
     "optimizer.step_epochs",
     "optimizer.step_factor",
     "optimizer.clip_norm",
+    "train.patience",
+    "train.min_delta",
 )
 
 
@@ -683,6 +691,11 @@ def check_combinations(config: Config) -> None:
         )
     check_objective(objective)
     check_optimizer(config.optimizer)
+    if config.train.min_delta and config.train.patience is None:
+        raise ConfigError(
+            f"train.min_delta={config.train.min_delta} without train.patience: say after how many "
+            "epochs without such a gain the run stops, train.patience=N"
+        )
     if config.train.init_checkpoint != "last" and config.train.init_from is None:
         raise ConfigError(
             f"train.init_checkpoint={config.train.init_checkpoint} without train.init_from: name "

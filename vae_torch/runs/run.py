@@ -34,7 +34,14 @@ from vae_torch.runs.identity import refuse_other_code, versions
 from vae_torch.runs.origin import origin_line, start_from
 from vae_torch.runs.records import Records
 from vae_torch.runs.signals import StopSignals
-from vae_torch.runs.stages import begin_stage, goes_on, growth_is_due, load_stage
+from vae_torch.runs.stages import (
+    begin_stage,
+    early_line,
+    goes_on,
+    growth_is_due,
+    load_stage,
+    stopped_early,
+)
 from vae_torch.training.loop import train
 from vae_torch.vae import VAE
 
@@ -167,12 +174,20 @@ def _run(
                 precision=config.precision,
                 compile=config.compile,
                 seed=config.seed,
+                patience=config.train.patience,
+                min_delta=config.train.min_delta,
                 log=record,
                 checkpoints=checkpoints,
                 stop=signals.received,
             )
-        records.projector(vae, x[:2000], labels[:2000])
         facts: dict[str, Any] = {"device": device_name(device), "data_sha256": hashes}
+        if early := stopped_early(history, config):
+            say("%s", early_line(early))
+            facts["stopped_early"] = early
+            with signals.at_once("drawing the figures"):  # no epoch knew that it was the last
+                records.figures(early["after_epoch"], vae, x, labels)
+                records.growth(early["after_epoch"], vae, x[:10])
+        records.projector(vae, x[:2000], labels[:2000])
         if checkpoints.started_from:
             facts["started_from"] = checkpoints.started_from
         if checkpoints.stages:
@@ -272,7 +287,7 @@ def finished_summary(run_dir: Path, config: Config) -> dict[str, Any]:
         raise ConfigError(f"{path}: damaged; remove its folder to run it again") from None
     if (
         state is None
-        or state["epoch"] < config.train.epochs
+        or (state["epoch"] < config.train.epochs and not stopped_early(state["history"], config))
         or state["history"]["test/elbo"][-1] != elbo
     ):
         raise ConfigError(

@@ -4,12 +4,14 @@ With a constant learning rate the longer run has the bits of one that was starte
 epochs. A schedule that has ended must be replaced: the new one begins where the run is.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
 from vae_torch.checkpoint import Checkpoints, load_checkpoint
 from vae_torch.config import STAGE_KEYS, Config, ConfigError, config_from_dict, flatten
 from vae_torch.parts.complete import complete
+from vae_torch.training.patience import has_stalled
 
 # Schedules that end with the run: more epochs do not say how they go on.
 _ENDING = ("cosine", "one_cycle")
@@ -21,8 +23,12 @@ def goes_on(run_dir: Path, config: Config) -> bool:
     if config.train.resume in (None, "auto") or not path.exists():
         return False
     state = load_checkpoint(path)
+    try:
+        stages = json.loads((run_dir / "summary.json").read_text("utf-8")).get("stages", [])
+    except (ValueError, AttributeError):  # damaged: `finished_summary` says so
+        return False
     # also a run that was killed after it had been made longer, before its summary was removed
-    return bool(config.train.epochs != state["epoch"] or _changed(state, config))
+    return bool(len(stages) != len(state.get("stages", [])) or _changed(state, config))
 
 
 def load_stage(checkpoints: Checkpoints, config: Config) -> dict[str, Any] | None:
@@ -39,10 +45,16 @@ def load_stage(checkpoints: Checkpoints, config: Config) -> dict[str, Any] | Non
     path = checkpoints.folder / "last.pt"
     changed, was = _changed(state, config), config_from_dict(state["config"])
     done, epochs = state["epoch"], config.train.epochs
-    if "train.epochs" in changed and epochs <= done:
+    if changed and epochs <= done:
         raise ConfigError(
             f"train.epochs={epochs}: the run in {path.parent.parent} has done {done} epochs "
             f"already; it must be {done + 1} or more"
+        )
+    if changed and (early := stopped_early(state["history"], config)):
+        raise ConfigError(
+            f"train.patience={config.train.patience}: the run in {path.parent.parent} has stopped "
+            f"early after epoch {early['after_epoch']}; set a longer train.patience, or "
+            "train.patience=null, to go on"
         )
     settings = [key for key in changed if key.startswith("optimizer.")]
     if settings and epochs <= was.train.epochs:
@@ -89,6 +101,28 @@ def growth_is_due(config: Config, epoch: int) -> bool:
     """Whether this epoch is a frame of the animation, apart from the last one, which always is."""
     every = config.train.figure_every
     return bool(every and (epoch <= 10 or epoch % every == 0))  # it grows fast at first
+
+
+def stopped_early(history: dict[str, list[Any]], config: Config) -> dict[str, Any] | None:
+    """For the record: where and why a run has ended before its last epoch, or None."""
+    scores, wanted = history["test/elbo"], config.train
+    if len(scores) >= wanted.epochs or not has_stalled(scores, wanted.patience, wanted.min_delta):
+        return None
+    return {
+        "after_epoch": len(scores),
+        "best_epoch": scores.index(max(scores)) + 1,
+        "patience": wanted.patience,
+        "min_delta": wanted.min_delta,
+    }
+
+
+def early_line(early: dict[str, Any]) -> str:
+    """What a run says when it stops early."""
+    by = f" by more than {early['min_delta']}" if early["min_delta"] else ""
+    return (
+        f"stopped early after epoch {early['after_epoch']}: no better test elbo{by} for "
+        f"{early['patience']} epochs; the best is that of epoch {early['best_epoch']}, in best.pt"
+    )
 
 
 def _stage(epoch: int, step: int, config: Config) -> dict[str, Any]:

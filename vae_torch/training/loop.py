@@ -50,6 +50,8 @@ def train(
     precision: str = "fp32",
     compile: bool = False,
     seed: int = 0,
+    patience: int | None = None,
+    min_delta: float = 0.0,
     log: Callable[[Metrics, VAE], None] | None = None,
     checkpoints: Checkpoints | None = None,
     stop: Callable[[], bool] | None = None,
@@ -77,6 +79,8 @@ def train(
             for it, as `scripts/train.py` does.
         compile: Loss, gradient and optimiser as one graph (torch.compile; on CUDA a CUDA graph).
         seed: Of the noise, and of the order of images that come as one tensor or array.
+        patience: Epochs without a gain in the test elbo after which training ends before `epochs`.
+        min_delta: What an epoch must be better by, in nats, to count as a gain.
         log: Called after every epoch with its metrics and the model they belong to. It may raise
             StoppedError, as `stop` does.
         checkpoints: Where to keep the state, and where to continue from. Continuing inside an epoch
@@ -94,13 +98,18 @@ def train(
         ConfigError: The objective has options that it would ignore or that do not go with the
             model, the optimiser has some that mean nothing, torch is too old to compile, or a
             cosine schedule meets a loader that does not know its length.
-        ValueError: No epoch, no image, an unknown precision, images of another shape than the
-            model's, pixels outside [0, 1], or an iterator, which ends with the first epoch.
+        ValueError: No epoch, no image, patience without images to judge by, an unknown precision,
+            images of another shape than the model's, pixels outside [0, 1], or an iterator, which
+            ends with the first epoch.
     """
     if precision not in CHOICES["precision"]:
         raise ValueError(f"precision is {precision!r}; known are {', '.join(CHOICES['precision'])}")
     weight = next(vae.parameters())
     device, dtype = weight.device, weight.dtype
+    if patience is not None and (patience < 1 or test_loader is None):
+        raise ValueError(
+            f"patience is {patience}; it must be 1 or more, and needs a test_loader to judge by"
+        )
     batches, tests, steps = _loaders(vae, train_loader, test_loader, epochs, seed)
     asked = objective or ObjectiveConfig()
     scheduled = asked if isinstance(asked, ObjectiveConfig) else ObjectiveConfig()
@@ -122,7 +131,7 @@ def train(
         return learning_rate(settings, run.epoch, step, epochs=epochs, steps=steps, since=run.since)
 
     bar = StepBar(epochs, steps)
-    while run.epoch < epochs:
+    while run.epoch < epochs and not run.has_stalled(patience, min_delta):
         began, first = time.perf_counter(), run.step
         beta = beta_at(scheduled, run.epoch)
         beta_tensor = torch.tensor(beta, device=device)  # a float would be compiled every epoch
@@ -166,7 +175,8 @@ def train(
             raise
         improved = run.end_epoch(metrics)
         if checkpoints:
-            checkpoints.save_epoch(run.to_dict(), best=improved, final=run.epoch == epochs)
+            final = run.epoch == epochs or run.has_stalled(patience, min_delta)
+            checkpoints.save_epoch(run.to_dict(), best=improved, final=final)
     bar.close()
     if averaged:
         vae.load_state_dict(evaluated.state_dict())

@@ -14,6 +14,7 @@ from vae_torch.checkpoint import CheckpointError, Checkpoints
 from vae_torch.data import EpochBatches, batches_in
 from vae_torch.seeds import Stream, mix_seed
 from vae_torch.training.errors import ADVICE, DivergedError
+from vae_torch.training.patience import has_stalled
 from vae_torch.training.step import Means
 from vae_torch.vae import VAE
 
@@ -106,6 +107,10 @@ class Progress:
         self.best = max(self.best, elbo)
         self.epoch, self.step = self.epoch + 1, 0
         return improved
+
+    def has_stalled(self, patience: int | None, min_delta: float) -> bool:
+        """Whether the test elbo has not risen for so many epochs."""
+        return has_stalled(self.history.get("test/elbo", ()), patience, min_delta)
 
     def to_dict(self) -> dict[str, Any]:
         """For a checkpoint.
