@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from vae_torch.evaluate import evaluate_model
     from vae_torch.parts.objectives import elbo, iwae_bound, keras_loss, kl_standard_normal
     from vae_torch.parts.posteriors import reparameterize
+    from vae_torch.release import export_run
     from vae_torch.runs.run import run
+    from vae_torch.samples import draw_samples
     from vae_torch.training.loop import train
     from vae_torch.vae import VAE, Decoder, Encoder
 
@@ -30,7 +32,9 @@ _HOME = {
     "array_loaders": "data",
     "compose": "cli.compose",
     "elbo": "parts.objectives",
+    "draw_samples": "samples",
     "evaluate_model": "evaluate",
+    "export_run": "release",
     "folder_loaders": "data",
     "iwae_bound": "parts.objectives",
     "keras_loss": "parts.objectives",
@@ -53,8 +57,10 @@ __all__ = [
     "OptimizerConfig",
     "array_loaders",
     "compose",
+    "draw_samples",
     "elbo",
     "evaluate_model",
+    "export_run",
     "folder_loaders",
     "iwae_bound",
     "keras_loss",

@@ -302,11 +302,12 @@ def load_run(
     device: torch.device | str = "cpu",
     plugins: Sequence[str] = (),
 ) -> tuple[VAE, Config]:
-    """A run folder's model, ready to use, and the config it was trained with.
+    """The model of a run's folder or release, ready to use, and the config it was trained with.
 
     Args:
-        run_dir: What `scripts/train.py` printed at its end.
-        checkpoint: `last`, or `best` (the highest test elbo; a choice made on the test set).
+        run_dir: What `scripts/train.py` printed at its end, or `scripts/export.py`.
+        checkpoint: `last`, or `best` (the highest test elbo; a choice made on the test set). A
+            release holds one of them.
         device: Where the model goes.
         plugins: Modules with parts of your own that the run has. They are named here because no
             module is imported only because a file says so.
@@ -358,6 +359,10 @@ def stored_model(
     """
     if not run_dir.is_dir():
         raise CheckpointError(f"{run_dir}: no such folder", at_folder=True)
+    from vae_torch import release  # which writes what is read here
+
+    if release.is_release(run_dir):
+        return release.stored_release(run_dir, device)
     path = run_dir / "checkpoints" / f"{checkpoint}.pt"
     if not path.exists():
         raise CheckpointError(

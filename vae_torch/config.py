@@ -408,6 +408,38 @@ class ExploreConfig:
     points: Annotated[Count, about("images shown as points, at most")]
 
 
+@dataclass
+class SampleConfig:
+    """What `scripts/sample.py` composes from `conf/sample.yaml`."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    run: Annotated[Folder, about("the run's folder, or a release")]
+    device: Annotated[Device, about("auto, cpu, cuda, cuda:N")]
+    checkpoint: Annotated[Which, about("last, or best: the highest test elbo")]
+    n: Annotated[Count, about("how many images")]
+    out: Annotated[Folder, about("the file: .png for a grid, .npz for arrays")]
+    temperature: Annotated[Number, about("standard deviations of the prior times this")]
+    pixels: Annotated[
+        Literal["mean", "draw"], about("mean: expected pixels; draw: samples of p(x|z)")
+    ]
+    seed: Annotated[Seed, about("of all noise")]
+    plugins: Annotated[
+        list[Name], BeforeValidator(_listed), about("modules with parts of your own: [my_parts]")
+    ] = field(default_factory=list)
+
+
+@dataclass
+class ExportConfig:
+    """What `scripts/export.py` composes from `conf/export.yaml`."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    run: Annotated[Folder, about("the run's folder")]
+    out: Annotated[Folder, about("the release's folder, which is made")]
+    checkpoint: Annotated[Which, about("last, or best: the highest test elbo")]
+
+
 # Keys that say where and how a run is made, not what it is: it may be resumed with others, and they
 # are no part of its name.
 INCIDENTAL = (

@@ -7,6 +7,8 @@ COMMANDS = {
     "train": "one run, or with -m a sweep",
     "evaluate": "what a run is worth: the evaluation card",
     "explore": "a page to walk through a run's latent space",
+    "sample": "images from a run's model",
+    "export": "a run's release, a small folder to share",
     "summarize": "one table of many runs",
 }
 
