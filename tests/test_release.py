@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.command_lines import run_script
-from vae_torch import VAE, draw_samples, load_run
+from vae_torch import VAE, draw_samples, load_run, save_run, train
 from vae_torch.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from vae_torch.cli.compose import compose
 from vae_torch.config import ConfigError
@@ -246,3 +246,57 @@ def test_a_release_with_a_plug_in_says_so_and_is_refused_without_it(source, rele
     with pytest.raises(CheckpointError, match=r"add plugins=\[my_parts\]"):
         load_run(made)
     assert "my_parts" not in (release / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {},
+        {"architecture": "conv", "activation": "silu"},
+        {"depth": 2, "prior": "vamp", "prior_components": 3},
+        {"prior": "mixture", "prior_options": {"components": 4}, "likelihood": "gaussian"},
+    ],
+    ids=str,
+)
+def test_a_model_from_python_comes_back(tmp_path, kind):
+    vae = VAE((1, 8, 8), 3, 8, **kind)
+    train(vae, torch.rand(20, 1, 8, 8), epochs=1)
+    assert save_run(vae, tmp_path / "run") == tmp_path / "run"
+    again, config = load_run(tmp_path / "run")
+    assert (config.model.latent_dim, again.input_shape) == (3, (1, 8, 8))
+    x, eps = torch.rand(5, 1, 8, 8), torch.randn(5, 3)
+    ours, theirs = vae(x, eps=eps), again(x, eps=eps)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.equal(mine, other)
+    assert torch.equal(vae.log_prior(eps), again.log_prior(eps))
+    x, logits = x, ours.logits
+    assert torch.equal(vae.likelihood.log_prob(x, logits), again.likelihood.log_prob(x, logits))
+    with pytest.raises(ConfigError, match="holds a run already; choose another folder"):
+        save_run(vae, tmp_path / "run")
+
+
+def own(width=8):
+    torch.manual_seed(width)
+    encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, width))
+    return VAE((64,), 3, 8, encoder=encoder, decoder=torch.nn.Linear(3, 64))
+
+
+def test_a_model_with_modules_of_its_own_needs_one_to_load_into(tmp_path):
+    vae = own()
+    train(vae, torch.rand(20, 64), epochs=1)
+    save_run(vae, tmp_path)
+    with pytest.raises(CheckpointError, match=r"its encoder and decoder were .* into=vae\)"):
+        load_run(tmp_path)
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    from vae_torch import export_run
+
+    with pytest.raises(CheckpointError, match=r"into=vae\)"):
+        load_run(export_run(tmp_path, tmp_path / "release"))
+    load_run(tmp_path / "release", into=own())
+    fresh = own()
+    again, _ = load_run(tmp_path, into=fresh)
+    assert again is fresh
+    weights = vae.state_dict()
+    assert all(torch.equal(weights[name], w) for name, w in again.state_dict().items())
+    with pytest.raises(CheckpointError, match=r"encoder\.1\.weight \(8, 64\) \(into: \(9, 64\)\)"):
+        load_run(tmp_path, into=own(9))

@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vae_torch.checkpoint import load_run
+    from vae_torch.checkpoint import load_run, save_run
     from vae_torch.cli.compose import compose
     from vae_torch.config import Config, ConfigError, ObjectiveConfig, OptimizerConfig
     from vae_torch.data import array_loaders, folder_loaders, load_images, mnist_loaders
@@ -44,6 +44,7 @@ _HOME = {
     "mnist_loaders": "data",
     "reparameterize": "parts.posteriors",
     "run": "runs.run",
+    "save_run": "checkpoint",
     "train": "training.loop",
 }
 
@@ -70,6 +71,7 @@ __all__ = [
     "mnist_loaders",
     "reparameterize",
     "run",
+    "save_run",
     "train",
 ]
 

@@ -24,6 +24,11 @@ from vae_torch.config import (
     INCIDENTAL,
     Config,
     ConfigError,
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    TrainConfig,
     checkpoint_interval,
     config_from_dict,
     flatten,
@@ -301,6 +306,7 @@ def load_run(
     checkpoint: str = "last",
     device: torch.device | str = "cpu",
     plugins: Sequence[str] = (),
+    into: VAE | None = None,
 ) -> tuple[VAE, Config]:
     """The model of a run's folder or release, ready to use, and the config it was trained with.
 
@@ -311,6 +317,8 @@ def load_run(
         device: Where the model goes.
         plugins: Modules with parts of your own that the run has. They are named here because no
             module is imported only because a file says so.
+        into: A model of the same parts, which gets the weights: for one with modules of your own
+            that were passed in, which no file can make again.
 
     Raises:
         CheckpointError: Not a run folder, no checkpoint in it, or a damaged one.
@@ -323,6 +331,15 @@ def load_run(
     except CheckpointError as error:
         raise CheckpointError(f"run={error}" if error.at_folder else str(error)) from None
     config = stored.config
+    if into is not None:
+        _give(into, stored)
+        return into.to(device), config
+    if own := stored.own_parts:
+        raise CheckpointError(
+            f"{run_dir}: its {' and '.join(own)} {'were' if len(own) > 1 else 'was'} passed in as "
+            "modules, which no file can make again; make the model as you did then, and use "
+            "load_run(..., into=vae)"
+        )
     try:
         if absent := [name for name in config.plugins if name not in loaded_plugins()]:
             listed = ", ".join(f'"{name}"' for name in absent)
@@ -347,6 +364,7 @@ class StoredModel(NamedTuple):
     input_shape: tuple[int, ...]
     epoch: int | None
     sha256: str  # the checkpoint's seal
+    own_parts: tuple[str, ...] = ()  # modules that were passed to the model
 
 
 def stored_model(
@@ -377,10 +395,106 @@ def stored_model(
     if odd:
         raise _unfit(path, TypeError(f"{odd[0]} is no tensor"))
     epoch = state.get("epoch")
-    seal = path.read_bytes()[-32:].hex()
+    own = state.get("own_parts", [])
     return StoredModel(
-        path, state["model"], config, shape, epoch if type(epoch) is int else None, seal
+        path,
+        state["model"],
+        config,
+        shape,
+        epoch if type(epoch) is int else None,
+        path.read_bytes()[-32:].hex(),
+        tuple(map(str, own)) if isinstance(own, list) else (),
     )
+
+
+def _give(vae: VAE, stored: StoredModel) -> None:
+    """Give a model the weights of another that has the same parts.
+
+    Raises:
+        CheckpointError: Weights do not fit: lists those that do not.
+    """
+    ours = vae.state_dict()
+    misfits = [
+        f"{name} {shape_of(stored.weights.get(name))} (into: {shape_of(ours.get(name))})"
+        for name in dict.fromkeys([*stored.weights, *ours])
+        if shape_of(stored.weights.get(name)) != shape_of(ours.get(name))
+    ]
+    if misfits:
+        more = f" and {len(misfits) - 6} more" if len(misfits) > 6 else ""
+        raise CheckpointError(
+            f"{stored.path}: its weights do not fit into the model: {', '.join(misfits[:6])}{more}"
+        )
+    vae.load_state_dict(stored.weights)
+
+
+def shape_of(weight: torch.Tensor | None) -> str:
+    """Of a weight, in a message."""
+    return "absent" if weight is None else str(tuple(weight.shape))
+
+
+def save_run(vae: VAE, run_dir: str | Path) -> Path:
+    """Keep a model that `train` has trained without a config; `load_run` reads it.
+
+    The names and options of registered parts are kept, so that the model can be made again. One
+    with modules that were passed in needs `load_run(run_dir, into=vae)`.
+
+    Args:
+        vae: The model.
+        run_dir: The folder; made if absent.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: A run lies there already.
+        OSError: The folder cannot be written.
+    """
+    run_dir = Path(run_dir).expanduser()
+    path = run_dir / "checkpoints" / "last.pt"
+    if path.exists() or (run_dir / "config.yaml").exists():
+        raise ConfigError(f"{run_dir}: holds a run already; choose another folder")
+    made = vae.made_of
+    own = [
+        part
+        for part in ("encoder", "posterior", "decoder", "likelihood", "prior")
+        if made[part] is None
+    ]
+    config = Config(
+        seed=0,
+        device="auto",
+        precision="fp32",
+        compile=False,
+        likelihood=made["likelihood"] or "bernoulli",
+        prior=made["prior"] or "standard",
+        model=ModelConfig(
+            name=made["architecture"],
+            latent_dim=vae.latent_dim,
+            intermediate_dim=vae.intermediate_dim,
+            depth=made["depth"],
+            activation=made["activation"],
+            options=made["model_options"],
+        ),
+        # nobody has said what it was trained on, and how
+        data=DataConfig(name="unknown", root="data", batch_size=128, binarize="none"),
+        objective=ObjectiveConfig(),
+        optimizer=OptimizerConfig(name="adam", lr=1e-3, eps=1e-8, schedule="constant"),
+        train=TrainConfig(epochs=1, figure_every=0, checkpoint_every=1),
+        prior_components=made["prior_components"],
+        posterior=made["posterior"] or "gaussian",
+        likelihood_options=made["likelihood_options"],
+        prior_options=made["prior_options"],
+        posterior_options=made["posterior_options"],
+        plugins=list(loaded_plugins()),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {
+        "config": config.to_dict(),
+        "input_shape": list(vae.input_shape),
+        "model": vae.state_dict(),
+        "own_parts": own,
+    }
+    save_checkpoint(state, path)
+    return run_dir
 
 
 def _unfit(path: Path, error: Exception) -> CheckpointError:

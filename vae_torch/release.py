@@ -59,6 +59,7 @@ def export_run(run_dir: str | Path, out: str | Path, *, checkpoint: str = "last"
         "source_sha256": stored.sha256,
         "data_sha256": state.get("data_sha256"),
         "versions": state.get("versions"),
+        "own_parts": list(stored.own_parts),
     }
     card = _card_of(run_dir, stored.path)
     files = {WEIGHTS: weights, SETTINGS: _json(settings)}
@@ -107,6 +108,7 @@ def stored_release(folder: Path, device: torch.device | str = "cpu") -> StoredMo
         settings = json.loads(contents[SETTINGS])
         config = config_from_dict(settings["config"])
         shape, epoch = settings["input_shape"], settings["epoch"]
+        own = tuple(map(str, settings.get("own_parts", ())))
         if not all(type(n) is int and 0 < n < 2**20 for n in shape):
             raise TypeError(f"its images have shape {shape}")
     except (ValueError, KeyError, TypeError) as error:
@@ -129,6 +131,7 @@ def stored_release(folder: Path, device: torch.device | str = "cpu") -> StoredMo
         tuple(shape),
         epoch if type(epoch) is int else None,
         _sha256(contents[WEIGHTS]),
+        own,
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vae_torch.checkpoint import CheckpointError, stored_model
+from vae_torch.checkpoint import CheckpointError, shape_of, stored_model
 from vae_torch.config import Config, ConfigError
 from vae_torch.vae import VAE
 
@@ -117,12 +117,8 @@ def _other_shapes(
             continue
         there, here = theirs.get(name), ours.get(name)
         if there is None or here is None or there.shape != here.shape:
-            found.append(f"{name} {_shape(there)} (this run: {_shape(here)})")
+            found.append(f"{name} {shape_of(there)} (this run: {shape_of(here)})")
     return found
-
-
-def _shape(weight: Tensor | None) -> str:
-    return "absent" if weight is None else str(tuple(weight.shape))
 
 
 def _of_part(weights: dict[str, Tensor], part: str) -> list[str]:
