@@ -160,6 +160,44 @@ def test_a_compiled_step_is_the_eager_one(made_up_root, objective, kind):
         assert torch.allclose(eager, graph, rtol=0, atol=1e-4), name
 
 
+STEADY = [
+    OptimizerConfig("sgd", 1e-4, 1e-8, "cosine", momentum=0.9, clip_norm=20.0),
+    OptimizerConfig("adam", 1e-3, 1e-8, "one_cycle", betas=[0.8, 0.95], clip_norm=20.0),
+]
+
+
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # torch's own first capture
+@pytest.mark.skipif(not can_compile(), reason="torch is too old to compile a step")
+@pytest.mark.parametrize("settings", STEADY, ids=str)
+def test_a_compiled_step_clips_as_the_eager_one(made_up_root, settings):
+    models = []
+    for compiled in (False, True):
+        vae = new_vae()
+        data = loaders(made_up_root, limit_train=250, limit_test=10)
+        train(vae, *data, epochs=3, optimizer=settings, compile=compiled)
+        models.append(vae)
+    for (name, eager), graph in zip(
+        models[0].named_parameters(), models[1].parameters(), strict=True
+    ):
+        assert torch.allclose(eager, graph, rtol=0, atol=1e-4), name
+
+
+@pytest.mark.parametrize("settings", STEADY, ids=str)
+def test_a_captured_step_clips_as_the_eager_one(made_up_root, settings, caplog):
+    minimise, found = as_objective(ObjectiveConfig()), []
+    for make in (eager_step, captured_step):
+        vae = new_vae()
+        optimizer = make_optimizer(vae, settings)
+        step = make(vae, optimizer, minimise, "fp32", clip_norm=settings.clip_norm)
+        noise = torch.Generator("cuda").manual_seed(0)
+        for number, (x, _) in enumerate(loaders(made_up_root, limit_train=850)[0]):  # 9 batches
+            drawn = draw_noise(minimise, 1, len(x), 2, noise)
+            step(Batch(x), drawn, torch.tensor(1.0, device="cuda"), settings.lr / (1 + number))
+        found.append(vae.state_dict())
+    assert caplog.text == ""  # it was captured: no value was asked of the device
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(("objective", "kind"), KINDS)
 def test_a_captured_step_has_the_bits_of_the_eager_one(made_up_root, objective, kind, precision):

@@ -355,6 +355,19 @@ NEEDS_2_14 = pytest.mark.skipif(torch.__version__ < "2.14", reason="compile=true
     [
         # the decay of Adam is what inductor gets wrong where it is left to torch's own function
         pytest.param({}, {"name": "adam", "weight_decay": 0.1}, {}, id="decay"),
+        pytest.param(
+            {},
+            {"name": "sgd", "lr": 1e-4, "momentum": 0.9, "weight_decay": 0.1, "clip_norm": 20.0},
+            {},
+            id="momentum",
+        ),
+        pytest.param(
+            {},
+            {"name": "adamw", "betas": [0.8, 0.95], "clip_norm": 20.0, "warmup_steps": 4},
+            {},
+            id="clip",
+            marks=SLOW,
+        ),
         pytest.param({"beta_warmup_epochs": 2}, {"name": "adam"}, {}, id="warmup", marks=SLOW),
         pytest.param(
             {},

@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vae_torch.checkpoint import load_run
+    from vae_torch.checkpoint import load_run, save_run
     from vae_torch.cli.compose import compose
     from vae_torch.config import Config, ConfigError, ObjectiveConfig, OptimizerConfig
     from vae_torch.data import array_loaders, folder_loaders, load_images, mnist_loaders
@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from vae_torch.evaluate import evaluate_model
     from vae_torch.parts.objectives import elbo, iwae_bound, keras_loss, kl_standard_normal
     from vae_torch.parts.posteriors import reparameterize
+    from vae_torch.release import export_run
     from vae_torch.runs.run import run
+    from vae_torch.samples import draw_samples
     from vae_torch.training.loop import train
     from vae_torch.vae import VAE, Decoder, Encoder
 
@@ -31,9 +33,11 @@ _HOME = {
     "array_loaders": "data",
     "compose": "cli.compose",
     "elbo": "parts.objectives",
+    "draw_samples": "samples",
     "encode_images": "encode",
     "encoded_batches": "encode",
     "evaluate_model": "evaluate",
+    "export_run": "release",
     "folder_loaders": "data",
     "iwae_bound": "parts.objectives",
     "keras_loss": "parts.objectives",
@@ -43,6 +47,7 @@ _HOME = {
     "mnist_loaders": "data",
     "reparameterize": "parts.posteriors",
     "run": "runs.run",
+    "save_run": "checkpoint",
     "train": "training.loop",
 }
 
@@ -56,10 +61,12 @@ __all__ = [
     "OptimizerConfig",
     "array_loaders",
     "compose",
+    "draw_samples",
     "elbo",
     "encode_images",
     "encoded_batches",
     "evaluate_model",
+    "export_run",
     "folder_loaders",
     "iwae_bound",
     "keras_loss",
@@ -69,6 +76,7 @@ __all__ = [
     "mnist_loaders",
     "reparameterize",
     "run",
+    "save_run",
     "train",
 ]
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -24,6 +24,11 @@ from vae_torch.config import (
     INCIDENTAL,
     Config,
     ConfigError,
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    TrainConfig,
     checkpoint_interval,
     config_from_dict,
     flatten,
@@ -39,6 +44,10 @@ _SEAL = len(_MAGIC) + 32
 
 class CheckpointError(ValueError):
     """A checkpoint is absent, damaged, or of another model: one line that names the file."""
+
+    def __init__(self, line: str, *, at_folder: bool = False) -> None:
+        super().__init__(line)
+        self.at_folder = at_folder  # it begins with the run's folder, not with a file in it
 
 
 def save_checkpoint(state: dict[str, Any], *paths: Path) -> None:
@@ -120,6 +129,8 @@ class Checkpoints:
     ) -> None:
         self.versions = versions
         self.input_shape = list(input_shape)
+        self.started_from: dict[str, Any] | None = None  # another run's weights: see runs.origin
+        self.stages: list[dict[str, Any]] = []  # of a run that was made longer: see runs.stages
         self.folder = folder
         self.config = config
         self.data_sha256 = data_sha256
@@ -152,19 +163,29 @@ class Checkpoints:
             self._made = True
         rest = {key: value for key, value in state.items() if key != "history"}
         sealed = self._history.write(state.get("history", {}))
-        about = {
+        about: dict[str, Any] = {
             "config": self.config.to_dict(),
             "data_sha256": self.data_sha256,
             "versions": self.versions,
             "input_shape": self.input_shape,
         }
+        if self.started_from:
+            about["started_from"] = self.started_from
+        if self.stages:
+            about["stages"] = self.stages
         paths = [self.folder / name for name in names]
-        save_checkpoint({**about, **rest, "history_seal": sealed}, *paths)
+        save_checkpoint({**rest, **about, "history_seal": sealed}, *paths)
         if "last.pt" in names:
             self._saved = time.monotonic()
 
-    def load(self, device: torch.device | str) -> dict[str, Any] | None:
+    def load(
+        self, device: torch.device | str, *, but_for: Sequence[str] = ()
+    ) -> dict[str, Any] | None:
         """The last state with its history, or None where the run has none yet.
+
+        Args:
+            device: Where its tensors go.
+            but_for: Keys that the run may have had other values of.
 
         Raises:
             CheckpointError: It or its history is damaged, or it is of a run with another config.
@@ -179,13 +200,15 @@ class Checkpoints:
             raise CheckpointError(f"{path}: {error}") from None
         now = _what_matters(complete(self.config).to_dict())
         for key in was.keys() | now.keys():
-            if was.get(key) != now.get(key):
+            if key not in but_for and was.get(key) != now.get(key):
                 raise CheckpointError(
                     f"{path}: its run had {key}={was.get(key)}, this one has {now.get(key)}; "
                     "resume with the settings that it was started with"
                 )
         if self.data_sha256:
             refuse_other_data(path, state, self.data_sha256, self.config.data.root)
+        self.started_from = state.get("started_from")
+        self.stages = state.get("stages", [])
         if "history" not in state:  # as in older ones
             seal = state.get("history_seal")
             if not isinstance(seal, dict) or list(map(type, seal.values())) != [int, str]:
@@ -283,15 +306,19 @@ def load_run(
     checkpoint: str = "last",
     device: torch.device | str = "cpu",
     plugins: Sequence[str] = (),
+    into: VAE | None = None,
 ) -> tuple[VAE, Config]:
-    """A run folder's model, ready to use, and the config it was trained with.
+    """The model of a run's folder or release, ready to use, and the config it was trained with.
 
     Args:
-        run_dir: What `scripts/train.py` printed at its end.
-        checkpoint: `last`, or `best` (the highest test elbo; a choice made on the test set).
+        run_dir: What `scripts/train.py` printed at its end, or `scripts/export.py`.
+        checkpoint: `last`, or `best` (the highest test elbo; a choice made on the test set). A
+            release holds one of them.
         device: Where the model goes.
         plugins: Modules with parts of your own that the run has. They are named here because no
             module is imported only because a file says so.
+        into: A model of the same parts, which gets the weights: for one with modules of your own
+            that were passed in, which no file can make again.
 
     Raises:
         CheckpointError: Not a run folder, no checkpoint in it, or a damaged one.
@@ -299,14 +326,21 @@ def load_run(
     """
     load_plugins(plugins)
     run_dir = Path(run_dir)
-    if not run_dir.is_dir():
-        raise CheckpointError(f"run={run_dir}: no such folder")
-    path = run_dir / "checkpoints" / f"{checkpoint}.pt"
-    if not path.exists():
-        raise CheckpointError(f"run={run_dir}: has no checkpoints/{checkpoint}.pt; did it train?")
-    state = load_checkpoint(path, device)
     try:
-        config = config_from_dict(state["config"])
+        stored = stored_model(run_dir, checkpoint, device)
+    except CheckpointError as error:
+        raise CheckpointError(f"run={error}" if error.at_folder else str(error)) from None
+    config = stored.config
+    if into is not None:
+        _give(into, stored)
+        return into.to(device), config
+    if own := stored.own_parts:
+        raise CheckpointError(
+            f"{run_dir}: its {' and '.join(own)} {'were' if len(own) > 1 else 'was'} passed in as "
+            "modules, which no file can make again; make the model as you did then, and use "
+            "load_run(..., into=vae)"
+        )
+    try:
         if absent := [name for name in config.plugins if name not in loaded_plugins()]:
             listed = ", ".join(f'"{name}"' for name in absent)
             raise CheckpointError(
@@ -314,13 +348,159 @@ def load_run(
                 f"Python load_run(..., plugins=[{listed}])"
             )
         with torch.device("meta"):  # takes no memory: a config can claim any size
-            vae = VAE.from_config(config, _shape_in(state))
-        vae.load_state_dict(state["model"], assign=True)
+            vae = VAE.from_config(config, stored.input_shape)
+        vae.load_state_dict(stored.weights, assign=True)
     except (ConfigError, RuntimeError, TypeError) as error:
-        raise CheckpointError(
-            f"{path}: does not fit its own config ({_line(error)}); name another run"
-        ) from None
+        raise _unfit(stored.path, error) from None
     return vae.to(device, torch.float32).eval(), config
+
+
+class StoredModel(NamedTuple):
+    """The weights of a run, and what is known about them."""
+
+    path: Path  # of the file
+    weights: dict[str, Any]
+    config: Config
+    input_shape: tuple[int, ...]
+    epoch: int | None
+    sha256: str  # the checkpoint's seal
+    own_parts: tuple[str, ...] = ()  # modules that were passed to the model
+
+
+def stored_model(
+    run_dir: Path, checkpoint: str = "last", device: torch.device | str = "cpu"
+) -> StoredModel:
+    """A run's weights, without the model that they are of.
+
+    Raises:
+        CheckpointError: Not a run folder, no checkpoint in it, or a damaged one.
+    """
+    if not run_dir.is_dir():
+        raise CheckpointError(f"{run_dir}: no such folder", at_folder=True)
+    from vae_torch import release  # which writes what is read here
+
+    if release.is_release(run_dir):
+        return release.stored_release(run_dir, device)
+    path = run_dir / "checkpoints" / f"{checkpoint}.pt"
+    if not path.exists():
+        raise CheckpointError(
+            f"{run_dir}: has no checkpoints/{checkpoint}.pt; did it train?", at_folder=True
+        )
+    state = load_checkpoint(path, device)
+    try:
+        config, shape = config_from_dict(state["config"]), tuple(_shape_in(state))
+    except (ConfigError, TypeError) as error:
+        raise _unfit(path, error) from None
+    odd = [name for name, value in state["model"].items() if not isinstance(value, torch.Tensor)]
+    if odd:
+        raise _unfit(path, TypeError(f"{odd[0]} is no tensor"))
+    epoch = state.get("epoch")
+    own = state.get("own_parts", [])
+    return StoredModel(
+        path,
+        state["model"],
+        config,
+        shape,
+        epoch if type(epoch) is int else None,
+        path.read_bytes()[-32:].hex(),
+        tuple(map(str, own)) if isinstance(own, list) else (),
+    )
+
+
+def _give(vae: VAE, stored: StoredModel) -> None:
+    """Give a model the weights of another that has the same parts.
+
+    Raises:
+        CheckpointError: Weights do not fit: lists those that do not.
+    """
+    ours = vae.state_dict()
+    misfits = [
+        f"{name} {shape_of(stored.weights.get(name))} (into: {shape_of(ours.get(name))})"
+        for name in dict.fromkeys([*stored.weights, *ours])
+        if shape_of(stored.weights.get(name)) != shape_of(ours.get(name))
+    ]
+    if misfits:
+        more = f" and {len(misfits) - 6} more" if len(misfits) > 6 else ""
+        raise CheckpointError(
+            f"{stored.path}: its weights do not fit into the model: {', '.join(misfits[:6])}{more}"
+        )
+    vae.load_state_dict(stored.weights)
+
+
+def shape_of(weight: torch.Tensor | None) -> str:
+    """Of a weight, in a message."""
+    return "absent" if weight is None else str(tuple(weight.shape))
+
+
+def save_run(vae: VAE, run_dir: str | Path) -> Path:
+    """Keep a model that `train` has trained without a config; `load_run` reads it.
+
+    The names and options of registered parts are kept, so that the model can be made again. One
+    with modules that were passed in needs `load_run(run_dir, into=vae)`.
+
+    Args:
+        vae: The model.
+        run_dir: The folder; made if absent.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: A run lies there already.
+        OSError: The folder cannot be written.
+    """
+    run_dir = Path(run_dir).expanduser()
+    path = run_dir / "checkpoints" / "last.pt"
+    if path.exists() or (run_dir / "config.yaml").exists():
+        raise ConfigError(f"{run_dir}: holds a run already; choose another folder")
+    made = vae.made_of
+    own = [
+        part
+        for part in ("encoder", "posterior", "decoder", "likelihood", "prior")
+        if made[part] is None
+    ]
+    config = Config(
+        seed=0,
+        device="auto",
+        precision="fp32",
+        compile=False,
+        likelihood=made["likelihood"] or "bernoulli",
+        prior=made["prior"] or "standard",
+        model=ModelConfig(
+            name=made["architecture"],
+            latent_dim=vae.latent_dim,
+            intermediate_dim=vae.intermediate_dim,
+            depth=made["depth"],
+            activation=made["activation"],
+            options=made["model_options"],
+        ),
+        # nobody has said what it was trained on, and how
+        data=DataConfig(name="unknown", root="data", batch_size=128, binarize="none"),
+        objective=ObjectiveConfig(),
+        optimizer=OptimizerConfig(name="adam", lr=1e-3, eps=1e-8, schedule="constant"),
+        train=TrainConfig(epochs=1, figure_every=0, checkpoint_every=1),
+        prior_components=made["prior_components"],
+        posterior=made["posterior"] or "gaussian",
+        likelihood_options=made["likelihood_options"],
+        prior_options=made["prior_options"],
+        posterior_options=made["posterior_options"],
+        plugins=list(loaded_plugins()),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {
+        "config": config.to_dict(),
+        "input_shape": list(vae.input_shape),
+        "model": vae.state_dict(),
+        "own_parts": own,
+    }
+    save_checkpoint(state, path)
+    return run_dir
+
+
+def _unfit(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: does not fit its own config ({_line(error)}); name another run"
+    )
 
 
 def _shape_in(state: dict[str, Any]) -> list[int]:

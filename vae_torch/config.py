@@ -71,6 +71,12 @@ def _folder(value: Any) -> Any:
     return str(Path(text).expanduser()) if text.startswith("~") else text
 
 
+def _source(value: Any) -> Any:
+    """A folder that means the same from wherever the run is resumed."""
+    folder = _folder(value)
+    return str(Path(folder).absolute()) if folder and isinstance(folder, str) else folder
+
+
 def _held_out(value: Any) -> Any:
     """A number of images, a share of them, or `test`."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -120,6 +126,19 @@ def _options(value: Any) -> Any:
 def _listed(value: Any) -> Any:
     """One name, or several."""
     return [value] if isinstance(value, str) else value
+
+
+def _betas(value: Any) -> Any:
+    """Adam's two decays; a tuple in Python, a list in YAML."""
+    pair = list(value) if isinstance(value, list | tuple) else None
+    numbers = pair is not None and all(
+        isinstance(beta, int | float) and not isinstance(beta, bool) for beta in pair
+    )
+    if pair is None or len(pair) != 2 or not numbers or not all(0 <= beta < 1 for beta in pair):
+        raise ConfigError(
+            f"optimizer.betas={value}: must be two numbers from 0 to below 1, [0.9,0.999]"
+        )
+    return pair
 
 
 Options = Annotated[dict[str, Any], BeforeValidator(_options)]
@@ -251,8 +270,26 @@ class OptimizerConfig:
     name: Annotated[Literal["adam", "adamw", "sgd"], about("the optimiser")]
     lr: Annotated[Positive, about("learning rate")]
     eps: Annotated[Positive, about("added to Adam's denominator")]
-    schedule: Annotated[Literal["constant", "cosine"], about("of the learning rate")]
+    schedule: Annotated[
+        Literal["constant", "cosine", "step", "one_cycle"], about("of the learning rate")
+    ]
     weight_decay: Annotated[Number, about("decay of the weights a step, times lr")] = 0.0
+    betas: Annotated[
+        list[float], BeforeValidator(_betas), about("adam, adamw: decays of the two averages")
+    ] = field(default_factory=lambda: [0.9, 0.999])
+    momentum: Annotated[Decay, about("sgd: of the gradient")] = 0.0
+    clip_norm: Annotated[
+        Positive | None, about("largest norm of the gradient; a longer one is scaled down to it")
+    ] = None
+    warmup_steps: Annotated[
+        CountOrZero, about("the learning rate grows linearly over the first N steps")
+    ] = 0
+    step_epochs: Annotated[
+        Count | None, about("schedule=step: epochs after which the learning rate falls")
+    ] = None
+    step_factor: Annotated[
+        Annotated[float, Field(strict=True, gt=0, lt=1)], about("schedule=step: what it falls to")
+    ] = 0.1
 
 
 @dataclass
@@ -281,6 +318,18 @@ class TrainConfig:
     prune_after: Annotated[
         CountOrZero, about("epochs until a sweep's run that is behind stops; 0: none does")
     ] = 0
+    patience: Annotated[
+        Count | None, about("stop after N epochs without a better test elbo; null: never")
+    ] = None
+    min_delta: Annotated[
+        Number, about("with patience: what an epoch must be better by, in nats")
+    ] = 0.0
+    init_from: Annotated[
+        Annotated[str, Field(min_length=1)] | None,
+        BeforeValidator(_source),
+        about("DIR: start from the weights of the run or release in DIR"),
+    ] = None
+    init_checkpoint: Annotated[Which, about("of init_from: last, or best")] = "last"
 
 
 @dataclass
@@ -402,6 +451,38 @@ class EncodeConfig:
     ] = field(default_factory=list)
 
 
+@dataclass
+class SampleConfig:
+    """What `scripts/sample.py` composes from `conf/sample.yaml`."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    run: Annotated[Folder, about("the run's folder, or a release")]
+    device: Annotated[Device, about("auto, cpu, cuda, cuda:N")]
+    checkpoint: Annotated[Which, about("last, or best: the highest test elbo")]
+    n: Annotated[Count, about("how many images")]
+    out: Annotated[Folder, about("the file: .png for a grid, .npz for arrays")]
+    temperature: Annotated[Number, about("standard deviations of the prior times this")]
+    pixels: Annotated[
+        Literal["mean", "draw"], about("mean: expected pixels; draw: samples of p(x|z)")
+    ]
+    seed: Annotated[Seed, about("of all noise")]
+    plugins: Annotated[
+        list[Name], BeforeValidator(_listed), about("modules with parts of your own: [my_parts]")
+    ] = field(default_factory=list)
+
+
+@dataclass
+class ExportConfig:
+    """What `scripts/export.py` composes from `conf/export.yaml`."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    run: Annotated[Folder, about("the run's folder")]
+    out: Annotated[Folder, about("the release's folder, which is made")]
+    checkpoint: Annotated[Which, about("last, or best: the highest test elbo")]
+
+
 # Keys that say where and how a run is made, not what it is: it may be resumed with others, and they
 # are no part of its name.
 INCIDENTAL = (
@@ -414,6 +495,20 @@ INCIDENTAL = (
     "train.figure_every",
     "train.checkpoint_every",
     "train.prune_after",
+)
+
+
+# Keys that a run may be continued with that others have begun: see runs.stages.
+STAGE_KEYS = (
+    "train.epochs",
+    "optimizer.lr",
+    "optimizer.schedule",
+    "optimizer.warmup_steps",
+    "optimizer.step_epochs",
+    "optimizer.step_factor",
+    "optimizer.clip_norm",
+    "train.patience",
+    "train.min_delta",
 )
 
 
@@ -621,6 +716,37 @@ def check_optimizer(optimizer: OptimizerConfig) -> None:
         ConfigError: One line with the key, its value and what is allowed.
     """
     _check_part("optimizer", optimizer)
+    name, schedule = optimizer.name, optimizer.schedule
+    if name == "sgd" and list(optimizer.betas) != [0.9, 0.999]:
+        raise ConfigError(
+            f"optimizer.betas={optimizer.betas} with optimizer.name=sgd: they are of adam and "
+            "adamw; use optimizer.momentum"
+        )
+    if name != "sgd" and optimizer.momentum:
+        raise ConfigError(
+            f"optimizer.momentum={optimizer.momentum} with optimizer.name={name}: it is of sgd; "
+            "the first of optimizer.betas is Adam's"
+        )
+    if (schedule == "step") != (optimizer.step_epochs is not None):
+        raise ConfigError(
+            f"optimizer.step_epochs={_null(optimizer.step_epochs)} with optimizer.schedule="
+            f"{schedule}: one says nothing without the other; set optimizer.schedule=step and "
+            "optimizer.step_epochs=N, or neither"
+        )
+    if schedule != "step" and optimizer.step_factor != 0.1:
+        raise ConfigError(
+            f"optimizer.step_factor={optimizer.step_factor} with optimizer.schedule={schedule}: it "
+            "is of optimizer.schedule=step"
+        )
+    if schedule == "one_cycle" and optimizer.warmup_steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps={optimizer.warmup_steps} with optimizer.schedule=one_cycle: "
+            "it warms up by itself; leave one of them out"
+        )
+
+
+def _null(value: Any) -> Any:
+    return "null" if value is None else value
 
 
 def _check_part(name: str, part: Any) -> None:
@@ -640,6 +766,17 @@ def check_combinations(config: Config) -> None:
             "density; use likelihood=bernoulli, or data.binarize=none"
         )
     check_objective(objective)
+    check_optimizer(config.optimizer)
+    if config.train.min_delta and config.train.patience is None:
+        raise ConfigError(
+            f"train.min_delta={config.train.min_delta} without train.patience: say after how many "
+            "epochs without such a gain the run stops, train.patience=N"
+        )
+    if config.train.init_checkpoint != "last" and config.train.init_from is None:
+        raise ConfigError(
+            f"train.init_checkpoint={config.train.init_checkpoint} without train.init_from: name "
+            "the run whose weights this one starts from, train.init_from=DIR"
+        )
     if objective.free_bits > 0 and config.prior != "standard":
         raise ConfigError(
             f"objective.free_bits={objective.free_bits} with prior={config.prior}: a KL per latent "

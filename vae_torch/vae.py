@@ -176,6 +176,22 @@ class VAE(nn.Module):
         prior_options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        # what `save_run` writes, so that `load_run` can make the model again; None for a module
+        self.made_of: dict[str, Any] = {
+            "architecture": architecture,
+            "depth": depth,
+            "activation": activation,
+            "posterior": posterior if isinstance(posterior, str) else None,
+            "likelihood": likelihood if isinstance(likelihood, str) else None,
+            "prior": prior if isinstance(prior, str) else None,
+            "prior_components": prior_components,
+            "encoder": None if encoder else architecture,
+            "decoder": None if decoder else architecture,
+            "model_options": dict(model_options or {}),
+            "posterior_options": dict(posterior_options or {}),
+            "likelihood_options": dict(likelihood_options or {}),
+            "prior_options": dict(prior_options or {}),
+        }
         self.input_shape = tuple(input_shape)
         self.latent_dim = latent_dim
         self.intermediate_dim = intermediate_dim

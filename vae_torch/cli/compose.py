@@ -40,7 +40,14 @@ Settings = TypeVar("Settings")
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError)
 
 # Keys whose value is a folder, and may have any name.
-PATHS = ("hydra.run.dir", "hydra.sweep.dir", "sweep.dir", "train.resume", "data.root")
+PATHS = (
+    "hydra.run.dir",
+    "hydra.sweep.dir",
+    "sweep.dir",
+    "train.resume",
+    "train.init_from",
+    "data.root",
+)
 
 # What brings a launcher or sweeper: its plugin's module, and the extra of pyproject.toml.
 EXTRAS = {

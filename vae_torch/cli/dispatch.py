@@ -8,6 +8,8 @@ COMMANDS = {
     "evaluate": "what a run is worth: the evaluation card",
     "encode": "latents, ELBO and log p(x) of images, as a file",
     "explore": "a page to walk through a run's latent space",
+    "sample": "images from a run's model",
+    "export": "a run's release, a small folder to share",
     "summarize": "one table of many runs",
     "compare": "two evaluated runs, image by image",
 }

@@ -18,7 +18,14 @@ from omegaconf.errors import OmegaConfBaseException
 from vae_torch.cli.compose import run_settings
 from vae_torch.cli.messages import make_folder, refuse, shown
 from vae_torch.cli.sweeps import jobs_of, report_sweep
-from vae_torch.config import INCIDENTAL, Config, ConfigError, config_from_dict, flatten
+from vae_torch.config import (
+    INCIDENTAL,
+    STAGE_KEYS,
+    Config,
+    ConfigError,
+    config_from_dict,
+    flatten,
+)
 
 # The sweep under way: its folder and its jobs' names, or None where they are not known before. It
 # is reported by `on_multirun_end`, or when the command ends without having come there.
@@ -151,17 +158,21 @@ class Hooks(Callback):
                 config.hydra.output_subdir = None
 
     def _usable_folder(self, config: DictConfig, resume: str | None) -> Path:
+        from vae_torch.runs.stages import goes_on
+
         try:
             run_dir = Path(config.hydra.run.dir)
             if not resume and os.path.lexists(run_dir) and any(run_dir.iterdir()):
                 refuse_occupied(run_dir)
-            if (run_dir / "summary.json").exists():
+            settings = run_settings(config)
+            if (run_dir / "summary.json").exists() and not goes_on(run_dir, settings):
                 refuse(
                     f"train.resume={resume}: the run in {run_dir} is finished; "
-                    "choose another hydra.run.dir for a new one"
+                    "choose another hydra.run.dir for a new one, or continue it with more "
+                    f"epochs: train.resume={shown(run_dir)} train.epochs=N"
                 )
             if resume:  # before Hydra writes other settings over those of the run
-                refuse_unfit_checkpoint(run_dir, run_settings(config))
+                refuse_unfit_checkpoint(run_dir, settings)
         except (OSError, OmegaConfBaseException) as error:
             refuse(f"hydra.run.dir: cannot be used ({str(error)[:300]}); choose another folder")
         return run_dir
@@ -196,7 +207,7 @@ def resumed_settings(config: DictConfig, run_dir: Path) -> Config:
     was = flatten(stored.to_dict())
     given = flatten(run_settings(config).to_dict())
     for key in typed_keys(config, given):
-        if key in INCIDENTAL:
+        if key in INCIDENTAL or key in STAGE_KEYS:
             _set(stored, key, given[key])
         elif was[key] != given[key]:
             raise ConfigError(
@@ -249,8 +260,9 @@ def refuse_unfit_checkpoint(run_dir: Path, settings: Config) -> None:
     """A run is resumed with the settings that it was started with, and weights that fit them."""
     from vae_torch.checkpoint import Checkpoints, load_run
     from vae_torch.runs.identity import refuse_other_code
+    from vae_torch.runs.stages import load_stage
 
-    state = Checkpoints(run_dir / "checkpoints", settings).load("cpu")
+    state = load_stage(Checkpoints(run_dir / "checkpoints", settings), settings)
     if state:
         load_run(run_dir, plugins=settings.plugins)
         path = run_dir / "checkpoints" / "last.pt"

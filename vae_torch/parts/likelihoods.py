@@ -199,6 +199,8 @@ class DiscretizedLogistic(nn.Module):
         levels: Values that a pixel may have, from 0 to 1.
     """
 
+    drawn_as = "logistic"
+
     def __init__(self, *, mixtures: int = 1, levels: int = 256) -> None:
         super().__init__()
         if mixtures < 1 or levels < 2:

@@ -6,6 +6,7 @@ which epoch was the best, must say which direction is better:
     metrics["mse"] = Metric("lower", digits=4)
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -73,6 +74,11 @@ def metric_of(name: str) -> Metric:
             f'metrics["{last}"] = Metric("lower") in a plug-in adds one'
         )
     return found
+
+
+def scores_of(name: str, values: Iterable[float | None]) -> list[float | None]:
+    """Of every value that there is."""
+    return [None if value is None else score(name, value) for value in values]
 
 
 def score(name: str, value: float) -> float:

@@ -32,8 +32,17 @@ from vae_torch.parts.complete import complete
 from vae_torch.parts.registry import load_plugins
 from vae_torch.runs.folders import LOCK
 from vae_torch.runs.identity import refuse_other_code, versions
+from vae_torch.runs.origin import origin_line, start_from
 from vae_torch.runs.records import Records
 from vae_torch.runs.signals import StopSignals
+from vae_torch.runs.stages import (
+    begin_stage,
+    early_line,
+    goes_on,
+    growth_is_due,
+    load_stage,
+    stopped_early,
+)
 from vae_torch.training.loop import Callback, train
 from vae_torch.vae import VAE
 
@@ -53,9 +62,10 @@ def run(
     """Make a whole run: data, model, training, records and pictures, in a folder of its own.
 
     With `config.train.resume` set, a run that lies in `run_dir` is resumed, and the summary of a
-    finished one is returned; without it the folder must hold no run. In a main thread, Ctrl-C and
-    SIGTERM end the run after a checkpoint. Sets torch's seed, threads and matrix products for the
-    whole process.
+    finished one is returned; without it the folder must hold no run. With a folder as
+    `config.train.resume` and more `config.train.epochs`, the run is made longer. In a main thread,
+    Ctrl-C and SIGTERM end the run after a checkpoint. Sets torch's seed, threads and matrix
+    products for the whole process.
 
     Args:
         config: From `vae_torch.compose`, or a `Config` of your own.
@@ -88,7 +98,7 @@ def run(
     with lock_run(run_dir, seconds=10 if config.train.resume else 0):
         if not config.train.resume:
             _refuse_other_run(run_dir)
-        elif (run_dir / "summary.json").exists():
+        elif (run_dir / "summary.json").exists() and not goes_on(run_dir, config):
             log.info("finished already: %s", run_dir)
             return finished_summary(run_dir, config)
         remove_scratch(run_dir)  # of a process that was killed
@@ -119,13 +129,17 @@ def _run(
         versions=versions(),
         input_shape=vae.input_shape,
     )
-    state = checkpoints.load("cpu") if config.train.resume else None
+    state = load_stage(checkpoints, config) if config.train.resume else None
     if state:
         refuse_other_code(
             state.get("versions"),
             path=run_dir / "checkpoints" / "last.pt",
             allowed=config.train.allow_other_code,
         )
+        begin_stage(checkpoints, state)
+    elif config.train.init_from:
+        checkpoints.started_from = start_from(vae, kept)
+        say("%s", origin_line(checkpoints.started_from))
     config_text = yaml.safe_dump(kept.to_dict(), sort_keys=False)
     write_atomically(run_dir / "config.yaml", config_text.encode())
     records = Records(
@@ -153,7 +167,7 @@ def _run(
         with signals.at_once("drawing the figures"):
             if last or (every and epoch % every == 0):
                 records.figures(epoch, model, x, labels)
-            if last or (every and (epoch <= 10 or epoch % every == 0)):  # it grows fast at first
+            if last or growth_is_due(config, epoch):
                 records.growth(epoch, model, x[:10])
         for judge in judges:
             judge(metrics, model)
@@ -173,12 +187,25 @@ def _run(
                 seed=config.seed,
                 monitor=config.train.monitor,
                 callbacks=callbacks,
+                patience=config.train.patience,
+                min_delta=config.train.min_delta,
                 log=record,
                 checkpoints=checkpoints,
                 stop=signals.received,
             )
+        facts: dict[str, Any] = {"device": device_name(device), "data_sha256": hashes}
+        if early := stopped_early(history, config):
+            say("%s", early_line(early))
+            facts["stopped_early"] = early
+            with signals.at_once("drawing the figures"):  # no epoch knew that it was the last
+                records.figures(early["after_epoch"], vae, x, labels)
+                records.growth(early["after_epoch"], vae, x[:10])
         records.projector(vae, x[:2000], None if labels is None else labels[:2000])
-        return records.finish(history, {"device": device_name(device), "data_sha256": hashes})
+        if checkpoints.started_from:
+            facts["started_from"] = checkpoints.started_from
+        if checkpoints.stages:
+            facts["stages"] = checkpoints.stages
+        return records.finish(history, facts)
     finally:
         with suppress(OSError):  # of a full disk, which another message is about already
             records.close()
@@ -284,7 +311,7 @@ def finished_summary(run_dir: Path, config: Config) -> dict[str, Any]:
         raise ConfigError(f"{path}: damaged; remove its folder to run it again") from None
     if (
         state is None
-        or state["epoch"] < config.train.epochs
+        or (state["epoch"] < config.train.epochs and not stopped_early(state["history"], config))
         or state["history"]["test/elbo"][-1] != elbo
     ):
         raise ConfigError(

@@ -1,6 +1,9 @@
 """How training ends before its last epoch."""
 
-ADVICE = "try a smaller optimizer.lr, precision=fp32, or objective.beta_warmup_epochs"
+ADVICE = (
+    "try a smaller optimizer.lr, optimizer.clip_norm=100, optimizer.warmup_steps=1000, "
+    "precision=fp32, or objective.beta_warmup_epochs"
+)
 
 
 class DivergedError(ArithmeticError):

@@ -25,7 +25,7 @@ from vae_torch.images import as_images, check_pixels
 from vae_torch.parts.objectives import Objective, as_objective, draw_noise
 from vae_torch.training.errors import ADVICE, DivergedError, EndRun, StoppedError
 from vae_torch.training.progress import Metrics, Progress, plain
-from vae_torch.training.schedules import beta_at, lr_factor, samples_at
+from vae_torch.training.schedules import beta_at, learning_rate, samples_at
 from vae_torch.training.step import (
     Step,
     captured_step,
@@ -55,6 +55,8 @@ def train(
     seed: int = 0,
     monitor: str = "test/elbo",
     callbacks: Sequence[Callback] = (),
+    patience: int | None = None,
+    min_delta: float = 0.0,
     log: Callable[[Metrics, VAE], None] | None = None,
     checkpoints: Checkpoints | None = None,
     stop: Callable[[], bool] | None = None,
@@ -88,6 +90,8 @@ def train(
             `EndRun`: the run ends, and is complete.
         log: Called after that, with all of the epoch's metrics. It may raise StoppedError, as
             `stop` does.
+        patience: Epochs without a gain in the monitored metric after which training ends.
+        min_delta: What an epoch must be better by, to count as a gain.
         checkpoints: Where to keep the state, and where to continue from. Continuing inside an epoch
             needs the loaders of `mnist_loaders`.
         stop: Asked after every step; when true, a checkpoint is written and the loop ends.
@@ -103,13 +107,18 @@ def train(
         ConfigError: The objective has options that it would ignore or that do not go with the
             model, the optimiser has some that mean nothing, torch is too old to compile, or a
             cosine schedule meets a loader that does not know its length.
-        ValueError: No epoch, no image, an unknown precision, images of another shape than the
-            model's, pixels outside [0, 1], or an iterator, which ends with the first epoch.
+        ValueError: No epoch, no image, patience without images to judge by, an unknown precision,
+            images of another shape than the model's, pixels outside [0, 1], or an iterator, which
+            ends with the first epoch.
     """
     if precision not in CHOICES["precision"]:
         raise ValueError(f"precision is {precision!r}; known are {', '.join(CHOICES['precision'])}")
     weight = next(vae.parameters())
     device, dtype = weight.device, weight.dtype
+    if patience is not None and (patience < 1 or test_loader is None):
+        raise ValueError(
+            f"patience is {patience}; it must be 1 or more, and needs a test_loader to judge by"
+        )
     batches, tests, steps = _loaders(vae, train_loader, test_loader, epochs, seed)
     asked = objective or ObjectiveConfig()
     scheduled = asked if isinstance(asked, ObjectiveConfig) else ObjectiveConfig()
@@ -123,14 +132,15 @@ def train(
     run = Progress(vae, averaged, opt, batches, seed, monitor=monitor)
     if checkpoints:
         run.resume(checkpoints)
-    take_step = _step(vae, opt, minimise, precision, batches, compile=compile)
+    take_step = _step(
+        vae, opt, minimise, precision, batches, clip_norm=settings.clip_norm, compile=compile
+    )
 
     def lr_at(step: int) -> float:
-        done = (run.epoch + step / steps) / epochs if steps else 0.0
-        return settings.lr * lr_factor(settings.schedule, done)
+        return learning_rate(settings, run.epoch, step, epochs=epochs, steps=steps, since=run.since)
 
     bar = StepBar(epochs, steps)
-    while run.epoch < epochs:
+    while run.epoch < epochs and not run.has_stalled(patience, min_delta):
         began, first, ended = time.perf_counter(), run.step, False
         vae.train()
         beta = beta_at(scheduled, run.epoch)
@@ -180,6 +190,7 @@ def train(
             raise
         improved = run.end_epoch(metrics)
         if checkpoints:
+            ended = ended or run.has_stalled(patience, min_delta)
             final = ended or run.epoch == epochs
             checkpoints.save_epoch(run.to_dict(), best=improved, final=final)
         if ended:
@@ -212,11 +223,13 @@ def _loaders(
 def _checked_optimizer(optimizer: OptimizerConfig | None, steps: int | None) -> OptimizerConfig:
     settings = optimizer or _DEFAULT_ADAM
     check_optimizer(settings)
-    if steps is None and settings.schedule != "constant":
+    counted = settings.schedule in ("cosine", "one_cycle")
+    if steps is None and (counted or settings.warmup_steps):
+        name, other = ("schedule", "constant") if counted else ("warmup_steps", 0)
         raise ConfigError(
-            f"optimizer.schedule={settings.schedule} with a loader that does not know its length: "
-            "it needs the number of steps; use optimizer.schedule=constant, or give the loader a "
-            "__len__"
+            f"optimizer.{name}={getattr(settings, name)} with a loader that does not know its "
+            f"length: it needs the number of steps; use optimizer.{name}={other}, or give the "
+            "loader a __len__"
         )
     return settings
 
@@ -228,15 +241,16 @@ def _step(
     precision: str,
     batches: Iterable[Any],
     *,
+    clip_norm: float | None,
     compile: bool,
 ) -> Step:
     # not learned from the first batch: a resumed run's may be the last of an epoch
     size = getattr(getattr(batches, "batch_sampler", None), "batch_size", None)
     if compile:
-        return compiled_step(vae, opt, objective, precision, batch_size=size)
+        return compiled_step(vae, opt, objective, precision, clip_norm=clip_norm, batch_size=size)
     if next(vae.parameters()).is_cuda:
-        return captured_step(vae, opt, objective, precision, batch_size=size)
-    return eager_step(vae, opt, objective, precision)
+        return captured_step(vae, opt, objective, precision, clip_norm=clip_norm, batch_size=size)
+    return eager_step(vae, opt, objective, precision, clip_norm=clip_norm)
 
 
 def _means(

@@ -12,9 +12,10 @@ from torch.optim.swa_utils import AveragedModel
 
 from vae_torch.checkpoint import CheckpointError, Checkpoints
 from vae_torch.data import EpochBatches, batches_in
-from vae_torch.parts.metrics import score
+from vae_torch.parts.metrics import score, scores_of
 from vae_torch.seeds import Stream, mix_seed
 from vae_torch.training.errors import ADVICE, DivergedError
+from vae_torch.training.patience import has_stalled
 from vae_torch.training.step import Means
 from vae_torch.vae import VAE
 
@@ -44,6 +45,7 @@ class Progress:
         self.epoch = 0  # finished ones
         self.step = 0  # of the epoch under way
         self.best = -math.inf
+        self.since = (0, 0)  # epoch and step at which the learning rate's schedule began
         self.history: dict[str, list[Any]] = {}  # of many numbers an epoch: as arrays
         self.noise = torch.Generator(device)
         self.steps = batches_in(loader) or 100
@@ -111,6 +113,11 @@ class Progress:
         self.epoch, self.step = self.epoch + 1, 0
         return improved
 
+    def has_stalled(self, patience: int | None, min_delta: float) -> bool:
+        """Whether the monitored metric has not gained for so many epochs."""
+        scores = scores_of(self.monitor, self.history.get(self.monitor, ()))
+        return has_stalled(scores, patience, min_delta)
+
     def to_dict(self) -> dict[str, Any]:
         """For a checkpoint.
 
@@ -129,6 +136,8 @@ class Progress:
         state["random"] = {"cpu": torch.get_rng_state()}  # torch's own generators: of dropout, say
         if self.noise.device.type == "cuda":
             state["random"]["cuda"] = torch.cuda.get_rng_state(self.noise.device)
+        if self.since != (0, 0):
+            state["since"] = list(self.since)
         if self.averaged:
             state["training"] = self.vae.state_dict()
             state["averaged_steps"] = int(self.averaged.n_averaged)
@@ -173,6 +182,8 @@ class Progress:
     def _load(self, state: dict[str, Any]) -> None:
         self.epoch, self.step = state["epoch"], state["step"]
         self.best = state["best"]
+        epoch, step = state.get("since", (0, 0))
+        self.since = (epoch, step)
         self.history = {n: [_compact(v) for v in values] for n, values in state["history"].items()}
         random = state.get("random", {})
         if "cpu" in random:

@@ -35,16 +35,31 @@ def make_optimizer(vae: VAE, settings: OptimizerConfig) -> torch.optim.Optimizer
     # a captured step reads its learning rate from where it was when it was captured
     lr = torch.tensor(settings.lr, device=parameters[0].device) if cuda else settings.lr
     if settings.name == "sgd":
-        return torch.optim.SGD(parameters, lr, weight_decay=decay, fused=True)
+        return torch.optim.SGD(
+            parameters, lr, momentum=settings.momentum, weight_decay=decay, fused=True
+        )
     kind = torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW
-    return kind(parameters, lr, eps=settings.eps, weight_decay=decay, fused=True, capturable=cuda)
+    return kind(
+        parameters,
+        lr,
+        betas=(settings.betas[0], settings.betas[1]),
+        eps=settings.eps,
+        weight_decay=decay,
+        fused=True,
+        capturable=cuda,
+    )
 
 
 def eager_step(
-    vae: VAE, optimizer: torch.optim.Optimizer, objective: Objective, precision: str
+    vae: VAE,
+    optimizer: torch.optim.Optimizer,
+    objective: Objective,
+    precision: str,
+    *,
+    clip_norm: float | None = None,
 ) -> Step:
     """The step as torch runs it, op by op."""
-    update = _eager_update(vae, optimizer, objective, precision)
+    update = _eager_update(vae, optimizer, objective, precision, clip_norm)
 
     def step(batch: Batch, noise: Noise, beta: Tensor, lr: float) -> Means:
         _set_lr(optimizer, lr)
@@ -54,14 +69,21 @@ def eager_step(
 
 
 def _eager_update(
-    vae: VAE, optimizer: torch.optim.Optimizer, objective: Objective, precision: str
+    vae: VAE,
+    optimizer: torch.optim.Optimizer,
+    objective: Objective,
+    precision: str,
+    clip_norm: float | None,
 ) -> _Update:
     """A step whose learning rate is set already."""
+    parameters = list(vae.parameters())
 
     def update(batch: Batch, noise: Noise, beta: Tensor) -> Means:
         loss, means = _loss_and_means(vae, batch, noise, objective, beta, precision)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if clip_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, clip_norm)
         optimizer.step()
         return means
 
@@ -74,6 +96,7 @@ def captured_step(
     objective: Objective,
     precision: str,
     *,
+    clip_norm: float | None = None,
     batch_size: int | None = None,
 ) -> Step:
     """The eager step, captured once as a CUDA graph and replayed: one launch instead of hundreds.
@@ -83,7 +106,7 @@ def captured_step(
     one's where it is None), such as the last of an epoch. So do all, after a warning, where the
     step cannot be captured: a network that moves tensors to the CPU, say.
     """
-    update = _eager_update(vae, optimizer, objective, precision)
+    update = _eager_update(vae, optimizer, objective, precision, clip_norm)
     side = torch.cuda.Stream()
     graphs: dict[tuple[int, ...], _Graph] = {}  # by the shape of eps: early draws may be fewer
     steps_before: dict[tuple[int, ...], int] = {}
@@ -153,6 +176,7 @@ def compiled_step(
     objective: Objective,
     precision: str,
     *,
+    clip_norm: float | None = None,
     batch_size: int | None = None,
 ) -> Step:
     """The same step as one graph, fused across the borders of forward, backward and optimiser.
@@ -166,11 +190,12 @@ def compiled_step(
         ConfigError: This torch is too old to trace a gradient into a graph.
     """
     check_can_compile()
-    eager = eager_step(vae, optimizer, objective, precision)
+    eager = eager_step(vae, optimizer, objective, precision, clip_norm=clip_norm)
     device = next(vae.parameters()).device
     lr_now = torch.zeros((), device=device)  # a float would be compiled anew whenever it changes
     graph: Callable[..., Means] | None = None
     failed = False
+    stateful = isinstance(optimizer, torch.optim.Adam) or bool(optimizer.defaults["momentum"])
 
     def make_graph() -> Callable[..., Means]:
         parameters = [p for p in vae.parameters() if p.requires_grad]
@@ -180,6 +205,8 @@ def compiled_step(
             loss, means = _loss_and_means(vae, batch, noise, objective, beta, precision)
             gradients = torch.autograd.grad(loss, parameters)
             with torch.no_grad():
+                if clip_norm is not None:
+                    gradients = _clipped(gradients, clip_norm)
                 update(gradients, lr)
             return means
 
@@ -199,7 +226,7 @@ def compiled_step(
     def step(batch: Batch, noise: Noise, beta: Tensor, lr: float) -> Means:
         nonlocal graph, failed, batch_size
         batch_size = batch_size or len(batch.x)
-        first = isinstance(optimizer, torch.optim.Adam) and not optimizer.state
+        first = stateful and not optimizer.state
         if failed or first or len(batch.x) != batch_size:
             return eager(batch, noise, beta, lr)
         graph = graph or make_graph()
@@ -246,6 +273,12 @@ def _loss_and_means(
     return loss, (("loss", *scalars), torch.stack(means))
 
 
+def _clipped(gradients: Sequence[Tensor], norm: float) -> tuple[Tensor, ...]:
+    """What `clip_grad_norm_` does, for a graph: gradients are no parameters' there."""
+    factor = (norm / (nn.utils.get_total_norm(gradients) + 1e-6)).clamp(max=1.0)
+    return tuple(gradient * factor for gradient in gradients)
+
+
 def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
@@ -272,6 +305,18 @@ def _update(
             return list(gradients)
         return [g + decay * p for g, p in zip(gradients, parameters, strict=True)]
 
+    if isinstance(optimizer, torch.optim.SGD) and (momentum := group["momentum"]):
+        averages = [optimizer.state[parameter]["momentum_buffer"] for parameter in parameters]
+        _keep_in_place(averages)
+
+        def sgd_with_momentum(gradients: Sequence[Tensor], lr: Tensor) -> None:
+            for parameter, average, gradient in zip(
+                parameters, averages, decayed(gradients), strict=True
+            ):
+                average.mul_(momentum).add_(gradient)
+                parameter.sub_(lr * average)
+
+        return sgd_with_momentum
     if isinstance(optimizer, torch.optim.SGD):
 
         def sgd(gradients: Sequence[Tensor], lr: Tensor) -> None:
@@ -284,9 +329,7 @@ def _update(
     means, squares, steps = (
         [state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")
     )
-    if parameters[0].is_cuda:  # a CUDA graph may change only what stays in its place
-        for state in (*means, *squares, *steps):
-            torch._dynamo.mark_static_address(state)
+    _keep_in_place([*means, *squares, *steps])
     beta1, beta2 = group["betas"]
     eps = group["eps"]
 
@@ -311,3 +354,10 @@ def _update(
         )
 
     return adam_
+
+
+def _keep_in_place(states: Sequence[Tensor]) -> None:
+    """A CUDA graph may change only what stays in its place."""
+    for state in states:
+        if state.is_cuda:
+            torch._dynamo.mark_static_address(state)

@@ -1,0 +1,302 @@
+"""Samples, releases, and models that no command line has made."""
+
+import hashlib
+import json
+import math
+import shutil
+import struct
+
+import numpy as np
+import pytest
+import torch
+
+from tests.command_lines import run_script
+from vae_torch import VAE, draw_samples, load_run, save_run, train
+from vae_torch.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from vae_torch.cli.compose import compose
+from vae_torch.config import ConfigError
+from vae_torch.runs.run import run
+
+
+@pytest.fixture(scope="module")
+def source(made_up_root, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source") / "run"
+    run(
+        compose(
+            [
+                *("data=fashion_mnist", f"data.root={made_up_root}", "model.intermediate_dim=16"),
+                *("train.epochs=2", "train.figure_every=0", "data.limit_train=100", "threads=1"),
+                "data.limit_test=50",
+            ]
+        ),
+        folder,
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def release(source, tmp_path_factory):
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    from vae_torch import export_run
+
+    return export_run(source, tmp_path_factory.mktemp("release") / "fashion")
+
+
+def seal_again(folder):
+    """As somebody would who wants it to be believed."""
+    lines = (
+        f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n"
+        for name in ("model.safetensors", "config.json")
+    )
+    (folder / "SHA256SUMS").write_text("".join(lines))
+
+
+@pytest.mark.parametrize("prior", ["standard", "mixture"])
+def test_temperature_scales_the_priors_deviations(prior):
+    torch.manual_seed(0)
+    vae = VAE((16,), 2, 4, prior=prior, prior_components=1)
+    if prior == "mixture":
+        vae.prior.means.data.fill_(5.0)
+        vae.prior.logvars.data.fill_(2 * math.log(3.0))
+    center, deviation = (5.0, 3.0) if prior == "mixture" else (0.0, 1.0)
+    for temperature in (0.0, 0.5, 1.0):
+        _, z = draw_samples(vae, 20_000, temperature=temperature)
+        assert z.mean(0).tolist() == pytest.approx([center] * 2, abs=0.1)
+        assert z.std(0).tolist() == pytest.approx([temperature * deviation] * 2, rel=0.03)
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "continuous_bernoulli", "gaussian"])
+def test_drawn_pixels_have_the_likelihoods_moments(likelihood):
+    torch.manual_seed(0)
+    vae = VAE((4,), 2, 4, likelihood=likelihood)
+    with torch.no_grad():
+        vae.decoder.out.weight.zero_()
+        vae.decoder.out.bias.copy_(torch.tensor([0.3, 0.5, 0.7, 0.45]))
+        if likelihood == "gaussian":
+            vae.likelihood.logvar.fill_(2 * math.log(0.05))
+    params = vae.decoder.out.bias.detach()
+    of_torch = {
+        "bernoulli": lambda: torch.distributions.Bernoulli(logits=params),
+        "continuous_bernoulli": lambda: torch.distributions.ContinuousBernoulli(logits=params),
+        "gaussian": lambda: torch.distributions.Normal(params, 0.05),
+    }[likelihood]()
+    x, _ = draw_samples(vae, 40_000, pixels="draw")
+    assert torch.allclose(x.mean(0), of_torch.mean, atol=0.01)
+    assert torch.allclose(x.var(0), of_torch.variance, atol=0.005)
+    expected, _ = draw_samples(vae, 2)
+    assert torch.allclose(expected[0], of_torch.mean, atol=1e-4)
+
+
+def test_samples_come_as_a_picture_or_as_arrays(source, tmp_path):
+    picture, arrays = tmp_path / "grid.png", tmp_path / "x.npz"
+    for out in (picture, arrays):
+        done = run_script("sample.py", f"run={source}", "n=5", f"out={out}", "pixels=draw")
+        assert done.returncode == 0, done.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    with np.load(arrays) as found:
+        assert (found["x"].shape, found["z"].shape) == ((5, 784), (5, 2))
+        assert set(np.unique(found["x"])) == {0.0, 1.0}
+        again, z = draw_samples(load_run(source)[0], 5, pixels="draw")
+        assert np.array_equal(found["z"], z)
+        assert np.array_equal(found["x"], again)
+    for asked, line in (
+        ("out=x.gif", "out=x.gif: must end in .png or .npz"),
+        ("n=0", "n=0: must be a whole number, 1 or more"),
+        ("temperature=-1", "temperature=-1.0: must be a number, 0 or more"),
+        (f"out={tmp_path}/none/x.png", "cannot be written"),
+        ("pixels=median", "pixels=median: must be one of mean, draw"),
+    ):
+        refused = run_script("sample.py", f"run={source}", asked)
+        assert refused.returncode == 2, asked
+        assert line in refused.stderr
+        assert refused.stderr.count("\n") == 1
+
+
+def test_a_release_is_the_runs_model_without_its_optimiser(source, release):
+    ours, config = load_run(source)
+    theirs, released = load_run(release)
+    assert all(
+        torch.equal(weight, theirs.state_dict()[name]) for name, weight in ours.state_dict().items()
+    )
+    assert released.model == config.model
+    assert str(source) not in (release / "config.json").read_text()
+    assert released.data.root == "data"
+    size = sum(path.stat().st_size for path in release.iterdir())
+    assert size < (source / "checkpoints" / "last.pt").stat().st_size / 2
+    hashes = json.loads((source / "summary.json").read_text())["data_sha256"]
+    card = (release / "README.md").read_text()
+    for part in (hashes["train"], hashes["test"], "load_run", "`mlp`", "It has not been evaluated"):
+        assert part in card
+    from safetensors.torch import load_file
+
+    assert load_file(release / "model.safetensors").keys() == ours.state_dict().keys()
+
+
+def test_a_run_starts_from_a_release(made_up_root, release, tmp_path):
+    summary = run(
+        compose(
+            [
+                *("data=fashion_mnist", f"data.root={made_up_root}", "model.intermediate_dim=16"),
+                *("train.epochs=1", "train.figure_every=0", "data.limit_train=100", "threads=1"),
+                *("data.limit_test=50", f"train.init_from={release}", "objective=iwae"),
+            ]
+        ),
+        tmp_path,
+    )
+    weights = (release / "model.safetensors").read_bytes()
+    assert summary["started_from"]["sha256"] == hashlib.sha256(weights).hexdigest()
+    assert summary["started_from"]["epoch"] == 2
+
+
+def test_the_command_line_exports_with_the_evaluation_card(source, tmp_path):
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    copy = shutil.copytree(source, tmp_path / "run")
+    fast = ("eval.num_samples=5", "eval.fit_images=2", "eval.limit=20")
+    assert run_script("evaluate.py", f"run={copy}", *fast).returncode == 0
+    done = run_script("export.py", f"run={copy}", f"out={tmp_path / 'release'}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(tmp_path / "release")
+    measured = json.loads((copy / "evaluation.json").read_text())["elbo"]
+    card = (tmp_path / "release" / "README.md").read_text()
+    assert f"| elbo | {measured['value']} | {measured['standard_error']} | " in card
+    for asked, line in (
+        ([f"run={copy}", f"out={tmp_path / 'release'}"], "is not empty; name a new folder"),
+        ([f"run={tmp_path / 'none'}", f"out={tmp_path / 'new'}"], "no such folder"),
+        ([f"run={copy}"], "out"),
+    ):
+        refused = run_script("export.py", *asked)
+        assert refused.returncode == 2
+        assert line in refused.stderr
+        assert refused.stderr.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+def changed_byte(folder, name):
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content)
+
+
+def with_terabytes(folder):
+    header = {"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    seal_again(folder)
+
+
+def with_a_long_header(folder):
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2**62))
+    seal_again(folder)
+
+
+def with_a_pickle(folder):
+    torch.save({"a": torch.zeros(1)}, folder / "model.safetensors")
+    seal_again(folder)
+
+
+def with_other_settings(folder):
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    seal_again(folder)
+
+
+def with_a_wider_model(folder):
+    values = json.loads((folder / "config.json").read_text())
+    values["config"]["model"]["intermediate_dim"] = 99_999
+    (folder / "config.json").write_text(json.dumps(values))
+    seal_again(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "line"),
+    [
+        (lambda f: changed_byte(f, "model.safetensors"), "model.safetensors: damaged"),
+        (lambda f: changed_byte(f, "config.json"), "config.json: damaged"),
+        (lambda f: changed_byte(f, "SHA256SUMS"), "damaged, or no release"),
+        (lambda f: (f / "SHA256SUMS").unlink(), "no whole release of vae_torch"),
+        (lambda f: (f / "config.json").unlink(), "no whole release of vae_torch"),
+        (with_terabytes, "no safetensors file"),
+        (with_a_long_header, "no safetensors file"),
+        (with_a_pickle, "no safetensors file"),
+        (with_other_settings, "no settings of vae_torch"),
+        (with_a_wider_model, "does not fit its own config"),
+    ],
+    ids=range(10),
+)
+def test_damaged_and_foreign_releases_are_one_line(release, tmp_path, damage, line):
+    folder = shutil.copytree(release, tmp_path / "release")
+    damage(folder)
+    with pytest.raises((CheckpointError, ConfigError)) as error:
+        load_run(folder)
+    assert line in str(error.value)
+    assert str(folder) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_release_with_a_plug_in_says_so_and_is_refused_without_it(source, release, tmp_path):
+    from vae_torch import export_run
+
+    state = load_checkpoint(source / "checkpoints" / "last.pt")
+    state["config"]["plugins"] = ["my_parts"]
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    save_checkpoint(state, tmp_path / "run" / "checkpoints" / "last.pt")
+    made = export_run(tmp_path / "run", tmp_path / "release")
+    card = (made / "README.md").read_text()
+    assert 'it loads only where "my_parts" can be' in " ".join(card.split())
+    assert 'plugins=["my_parts"])' in card
+    with pytest.raises(CheckpointError, match=r"add plugins=\[my_parts\]"):
+        load_run(made)
+    assert "my_parts" not in (release / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {},
+        {"architecture": "conv", "activation": "silu"},
+        {"depth": 2, "prior": "vamp", "prior_components": 3},
+        {"prior": "mixture", "prior_options": {"components": 4}, "likelihood": "gaussian"},
+    ],
+    ids=str,
+)
+def test_a_model_from_python_comes_back(tmp_path, kind):
+    vae = VAE((1, 8, 8), 3, 8, **kind)
+    train(vae, torch.rand(20, 1, 8, 8), epochs=1)
+    assert save_run(vae, tmp_path / "run") == tmp_path / "run"
+    again, config = load_run(tmp_path / "run")
+    assert (config.model.latent_dim, again.input_shape) == (3, (1, 8, 8))
+    x, eps = torch.rand(5, 1, 8, 8), torch.randn(5, 3)
+    ours, theirs = vae(x, eps=eps), again(x, eps=eps)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.equal(mine, other)
+    assert torch.equal(vae.log_prior(eps), again.log_prior(eps))
+    x, logits = x, ours.logits
+    assert torch.equal(vae.likelihood.log_prob(x, logits), again.likelihood.log_prob(x, logits))
+    with pytest.raises(ConfigError, match="holds a run already; choose another folder"):
+        save_run(vae, tmp_path / "run")
+
+
+def own(width=8):
+    torch.manual_seed(width)
+    encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, width))
+    return VAE((64,), 3, 8, encoder=encoder, decoder=torch.nn.Linear(3, 64))
+
+
+def test_a_model_with_modules_of_its_own_needs_one_to_load_into(tmp_path):
+    vae = own()
+    train(vae, torch.rand(20, 64), epochs=1)
+    save_run(vae, tmp_path)
+    with pytest.raises(CheckpointError, match=r"its encoder and decoder were .* into=vae\)"):
+        load_run(tmp_path)
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    from vae_torch import export_run
+
+    with pytest.raises(CheckpointError, match=r"into=vae\)"):
+        load_run(export_run(tmp_path, tmp_path / "release"))
+    load_run(tmp_path / "release", into=own())
+    fresh = own()
+    again, _ = load_run(tmp_path, into=fresh)
+    assert again is fresh
+    weights = vae.state_dict()
+    assert all(torch.equal(weights[name], w) for name, w in again.state_dict().items())
+    with pytest.raises(CheckpointError, match=r"encoder\.1\.weight \(8, 64\) \(into: \(9, 64\)\)"):
+        load_run(tmp_path, into=own(9))

@@ -1,0 +1,93 @@
+"""Samples that people ask for: warmer or cooler ones, and drawn pixels as well as expected ones."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vae_torch.config import ConfigError
+from vae_torch.parts.likelihoods import Bernoulli, ContinuousBernoulli, Gaussian
+from vae_torch.parts.priors import StandardNormal
+from vae_torch.vae import VAE
+
+
+@torch.no_grad()
+def draw_samples(
+    vae: VAE,
+    n: int,
+    *,
+    temperature: float = 1.0,
+    pixels: Literal["mean", "draw"] = "mean",
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Images from the model.
+
+    Args:
+        vae: The model.
+        n: How many.
+        temperature: Standard deviations of the prior, or of its mixture's components, times this.
+            Below 1 come fewer odd images and less variety; 0 decodes the centres.
+        pixels: `mean` for expected pixels given z, `draw` for samples of p(x|z).
+        seed: The same images for the same seed.
+
+    Returns:
+        Images (n, *input_shape) in [0, 1], and their latents (n, latent_dim).
+
+    Raises:
+        ValueError: n is below 1, or the temperature is negative.
+        ConfigError: The prior has no temperature, or the likelihood no way to draw pixels.
+    """
+    if n < 1 or not 0 <= temperature < float("inf"):
+        raise ValueError(f"n is {n}, temperature {temperature}; they must be 1 or more, 0 or more")
+    weight = next(vae.parameters())
+    generator = torch.Generator(weight.device).manual_seed(seed)
+    z = _latents(vae, n, temperature, generator).to(weight)
+    params = vae.decode(z)
+    images = (
+        vae.likelihood.mean(params) if pixels == "mean" else draw_pixels(vae, params, generator)
+    )
+    return images, z
+
+
+def _latents(vae: VAE, n: int, temperature: float, generator: torch.Generator) -> Tensor:
+    """(n, latent_dim)."""
+    if temperature == 1:
+        return vae.prior.sample(n, generator)  # type: ignore[no-any-return]
+    if isinstance(vae.prior, StandardNormal):
+        return temperature * vae.prior.sample(n, generator)
+    if not hasattr(vae.prior, "components"):
+        raise ConfigError(
+            f"temperature={temperature} with a prior that is neither standard nor a mixture: it "
+            "has no standard deviations to scale; use temperature=1.0"
+        )
+    means, logvars, log_weights = vae.prior.components()
+    chosen = torch.multinomial(log_weights.exp(), n, replacement=True, generator=generator)
+    noise = torch.randn(n, means.shape[-1], generator=generator, device=means.device)
+    return means[chosen] + temperature * torch.exp(0.5 * logvars[chosen]) * noise  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def draw_pixels(vae: VAE, params: Tensor, generator: torch.Generator) -> Tensor:
+    """A draw from p(x|z) for each decoder output: (n, *shape) -> (n, *shape) in [0, 1].
+
+    Raises:
+        ConfigError: Nobody has said how for this likelihood; one of your own has a
+            `sample(params, generator)`.
+    """
+    likelihood = vae.likelihood
+    if sample := getattr(likelihood, "sample", None):
+        return sample(params, generator)  # type: ignore[no-any-return]
+    if isinstance(likelihood, Bernoulli):
+        return torch.bernoulli(likelihood.mean(params), generator=generator)
+    if isinstance(likelihood, ContinuousBernoulli):
+        uniform = torch.rand(params.shape, generator=generator, device=params.device)
+        of_torch = torch.distributions.ContinuousBernoulli(logits=params)
+        return of_torch.icdf(uniform.to(params))  # type: ignore[no-any-return]
+    if isinstance(likelihood, Gaussian):
+        normal = torch.randn(params.shape, generator=generator, device=params.device)
+        drawn = params + torch.exp(0.5 * likelihood.logvar) * normal.to(params)
+        return drawn.clamp(0, 1)
+    raise ConfigError(
+        "pixels=draw with a likelihood that cannot draw; give it a sample(params, generator), or "
+        "use pixels=mean"
+    )
