@@ -8,6 +8,7 @@ from torch.distributions import Independent, MultivariateNormal, Normal
 
 from vae_torch import VAE, ObjectiveConfig
 from vae_torch.config import ConfigError, config_from_dict
+from vae_torch.evaluation.proposals import fitted_log_px
 from vae_torch.images import Batch
 from vae_torch.parts.complete import complete
 from vae_torch.parts.likelihoods import DiscretizedLogistic, Gaussian
@@ -19,6 +20,7 @@ from vae_torch.parts.objectives import (
     log_weights,
     loss_and_metrics,
 )
+from vae_torch.quadrature import exact_log_px
 
 
 def test_a_discretized_logistic_is_the_mass_between_the_edges():
@@ -138,6 +140,27 @@ def test_the_bound_of_a_flow_is_the_mean_of_its_log_weights():
     out = vae(x)
     assert out.logvar is None
     assert out.mean.shape == (3, 2)
+
+
+def test_the_integral_of_a_model_of_flows_is_that_of_a_fine_grid():
+    torch.manual_seed(0)
+    flow = {"transforms": 2, "width": 16}
+    vae = VAE(
+        (12,), 2, 16, posterior="flow", prior="flow", posterior_options=flow, prior_options=flow
+    ).double()
+    for weight in vae.decoder.parameters():
+        weight.data *= 3
+    x = torch.rand(4, 12).round().double()
+    side = 0.02
+    ticks = torch.arange(-8, 8, side).double() + side / 2
+    z = torch.cartesian_prod(ticks, ticks)
+    with torch.no_grad():
+        pixels = torch.distributions.Bernoulli(logits=vae.decode(z)).log_prob(x[:, None])
+        log_joint = pixels.sum(-1) + vae.log_prior(z)
+    expected = log_joint.logsumexp(1) + 2 * math.log(side)
+    torch.testing.assert_close(exact_log_px(vae, x).log_px, expected, atol=2e-3, rtol=0)
+    fitted = fitted_log_px(vae, x, num_samples=2000).log_px
+    torch.testing.assert_close(fitted, expected, atol=0.05, rtol=0)
 
 
 def test_what_needs_a_gaussian_says_so():

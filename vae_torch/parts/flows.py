@@ -36,9 +36,9 @@ class FlowPrior(nn.Module):
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """(n, latent_dim) draws."""
-        device = next(self.parameters()).device
-        noise = torch.randn(n, self.latent_dim, generator=generator, device=device)
-        return self.flow().transform.inv(noise)  # type: ignore[no-any-return]
+        weight = next(self.parameters())
+        noise = torch.randn(n, self.latent_dim, generator=generator, device=weight.device)
+        return self.flow().transform.inv(noise.to(weight))  # type: ignore[no-any-return]
 
 
 @posteriors.register("flow")
