@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from vae_torch.data import array_loaders, folder_loaders, load_images, mnist_loaders
     from vae_torch.encode import encode_images, encoded_batches
     from vae_torch.evaluate import evaluate_model
+    from vae_torch.export import export_run
     from vae_torch.parts.objectives import elbo, iwae_bound, keras_loss, kl_standard_normal
     from vae_torch.parts.posteriors import reparameterize
-    from vae_torch.release import export_run
     from vae_torch.runs.run import run
     from vae_torch.samples import draw_samples
     from vae_torch.training.loop import train
@@ -37,7 +37,7 @@ _HOME = {
     "encode_images": "encode",
     "encoded_batches": "encode",
     "evaluate_model": "evaluate",
-    "export_run": "release",
+    "export_run": "export",
     "folder_loaders": "data",
     "iwae_bound": "parts.objectives",
     "keras_loss": "parts.objectives",

@@ -1,85 +1,19 @@
-"""A release: what another person needs of a run, and no more.
+"""Reads a release: the weights, settings and hashes that `vae_torch.export` writes.
 
-    model.safetensors   the weights, without the optimiser
-    config.json         settings, shape of the images, hashes of the data, versions
-    README.md           the model card
-    evaluation.json     the evaluation card, where the run has one of these weights
-    SHA256SUMS          of the weights and config.json; `sha256sum -c` reads it
-
-The first two have the names that the Hugging Face Hub expects. Nothing in a release is unpickled.
+Nothing in a release is unpickled, and it is believed only where its hashes are right.
 """
 
 import hashlib
 import json
-import secrets
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vae_torch.checkpoint import CheckpointError, StoredModel, load_checkpoint, stored_model
-from vae_torch.config import Config, ConfigError, config_from_dict
+from vae_torch.checkpoint import CheckpointError, StoredModel
+from vae_torch.config import ConfigError, config_from_dict
 
 WEIGHTS, SETTINGS, SUMS = "model.safetensors", "config.json", "SHA256SUMS"
-
-
-def export_run(run_dir: str | Path, out: str | Path, *, checkpoint: str = "last") -> Path:
-    """Write a run's release. Needs the extra `hub`.
-
-    Args:
-        run_dir: The run's folder.
-        out: The release's folder; made here, so it must be absent or empty.
-        checkpoint: `last`, or `best`.
-
-    Returns:
-        The folder.
-
-    Raises:
-        CheckpointError: Not a run folder, no checkpoint in it, or a damaged one.
-        ConfigError: `out` is not empty, or safetensors is absent.
-        OSError: `out` cannot be written.
-    """
-    safetensors = _safetensors()
-    run_dir, out = Path(run_dir), Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"out={out}: is not empty; name a new folder")
-    stored = stored_model(run_dir, checkpoint)
-    state = load_checkpoint(stored.path)
-    weights = safetensors.save(
-        {name: weight.contiguous() for name, weight in stored.weights.items()},
-        metadata={"format": "pt"},
-    )
-    settings = {
-        "library": "vae_torch",
-        "config": _without_folders(stored.config),
-        "input_shape": list(stored.input_shape),
-        "checkpoint": checkpoint,
-        "epoch": stored.epoch,
-        "source_sha256": stored.sha256,
-        "data_sha256": state.get("data_sha256"),
-        "versions": state.get("versions"),
-        "own_parts": list(stored.own_parts),
-    }
-    card = _card_of(run_dir, stored.path)
-    files = {WEIGHTS: weights, SETTINGS: _json(settings)}
-    sums = "".join(f"{_sha256(content)}  {name}\n" for name, content in files.items())
-    files[SUMS] = sums.encode()
-    if card:
-        files["evaluation.json"] = _json(card)
-    files["README.md"] = _model_card(stored.config, settings, card).encode()
-    scratch = out.with_name(f".{out.name}.{secrets.token_hex(4)}.part")
-    scratch.mkdir(parents=True)
-    try:
-        for name, content in files.items():
-            (scratch / name).write_bytes(content)
-        if out.exists():
-            out.rmdir()
-        Path(scratch).replace(out)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
-    return out
 
 
 def is_release(folder: Path) -> bool:
@@ -99,7 +33,7 @@ def stored_release(folder: Path, device: torch.device | str = "cpu") -> StoredMo
     lines = contents[SUMS].decode("utf-8", "replace").splitlines()
     sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     for name in (SETTINGS, WEIGHTS):
-        if sums.get(name) != _sha256(contents[name]):
+        if sums.get(name) != sha256_of(contents[name]):
             raise CheckpointError(
                 f"{folder / name}: damaged, or no release of vae_torch: it is not what {SUMS} "
                 "says; fetch it again"
@@ -116,7 +50,7 @@ def stored_release(folder: Path, device: torch.device | str = "cpu") -> StoredMo
             f"{folder / SETTINGS}: no settings of vae_torch ({_line(error)}); name another release"
         ) from None
     try:
-        weights = _safetensors().load(contents[WEIGHTS])
+        weights = safetensors_torch().load(contents[WEIGHTS])
     except ConfigError:
         raise
     except Exception as error:  # its own kind, and what odd bytes raise
@@ -130,12 +64,17 @@ def stored_release(folder: Path, device: torch.device | str = "cpu") -> StoredMo
         config,
         tuple(shape),
         epoch if type(epoch) is int else None,
-        _sha256(contents[WEIGHTS]),
+        sha256_of(contents[WEIGHTS]),
         own,
     )
 
 
-def _safetensors() -> Any:
+def safetensors_torch() -> Any:
+    """The module, which the extra `hub` brings.
+
+    Raises:
+        ConfigError: It is absent.
+    """
     try:
         import safetensors.torch
     except ModuleNotFoundError:
@@ -154,83 +93,8 @@ def _read(path: Path) -> bytes:
         raise CheckpointError(f"{path}: {error.strerror}; no whole release of vae_torch") from None
 
 
-def _without_folders(config: Config) -> dict[str, Any]:
-    """Settings that say nothing about the machine that the run was made on."""
-    values = config.to_dict()
-    values["data"]["root"] = "data"
-    values["train"]["resume"] = values["train"]["init_from"] = None
-    values["train"]["init_checkpoint"] = "last"
-    return values
-
-
-def _card_of(run_dir: Path, checkpoint: Path) -> dict[str, Any] | None:
-    """The run's evaluation card, where it is of these very weights."""
-    try:
-        card = json.loads((run_dir / "evaluation.json").read_text("utf-8"))
-        fits = card["checkpoint"]["sha256"] == _sha256(checkpoint.read_bytes())
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-    return card if fits else None
-
-
-def _model_card(config: Config, settings: dict[str, Any], card: dict[str, Any] | None) -> str:
-    """Markdown: what it is, its data, its figures, how to load it."""
-    shape = " x ".join(map(str, settings["input_shape"]))
-    hashes = settings["data_sha256"] or {}
-    data = "".join(f"- {split}: SHA-256 `{sha256}`\n" for split, sha256 in hashes.items())
-    plugins = ""
-    arguments = '"path/to/this/folder"'
-    if config.plugins:
-        listed = ", ".join(f'"{name}"' for name in config.plugins)
-        arguments += f", plugins=[{listed}]"
-        plugins = (
-            f"\nIt has parts that are not in `vae_torch`: it loads only where {listed} can be "
-            "imported.\n"
-        )
-    figures = "It has not been evaluated: `scripts/evaluate.py` measures it.\n"
-    if card:
-        rows = "".join(
-            f"| {name} | {entry['value']} | {entry.get('standard_error')} | {entry.get('unit')} |\n"
-            for name, entry in card.items()
-            if isinstance(entry, dict) and isinstance(entry.get("value"), int | float)
-        )
-        figures = f"| figure | value | standard error | unit |\n|---|---|---|---|\n{rows}"
-    return f"""---
-library_name: vae_torch
-tags: [vae, pytorch]
----
-
-# A variational autoencoder of {config.data.name}
-
-A `{config.model.name}` network with {config.model.latent_dim} latent dimensions and images of
-shape {shape}: likelihood `{config.likelihood}`, prior `{config.prior}`, posterior
-`{config.posterior}`, objective `{config.objective.name}`, {settings["epoch"]} epochs, seed
-{config.seed}. `config.json` holds every setting.
-{plugins}
-## Data
-
-`{config.data.name}`, binarize `{config.data.binarize}`.
-
-{data}
-## Figures
-
-{figures}
-## How to load it
-
-```python
-from vae_torch import load_run
-
-vae, config = load_run({arguments})
-images = vae.sample(16)
-```
-"""
-
-
-def _json(values: dict[str, Any]) -> bytes:
-    return (json.dumps(values, indent=2) + "\n").encode()
-
-
-def _sha256(content: bytes) -> str:
+def sha256_of(content: bytes) -> str:
+    """In hexadecimal."""
     return hashlib.sha256(content).hexdigest()
 
 

@@ -15,7 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     config = settings_of(line.parse_args(arguments), ExportConfig)
     from vae_torch.checkpoint import CheckpointError
-    from vae_torch.release import export_run
+    from vae_torch.export import export_run
 
     try:
         path = export_run(config.run, config.out, checkpoint=config.checkpoint)
