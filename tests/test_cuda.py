@@ -33,6 +33,9 @@ KINDS = [
     pytest.param({}, {"prior": "mixture", "prior_components": 3}, id="mixture"),
     pytest.param({}, {"prior": "vamp", "prior_components": 3}, id="vamp"),
     pytest.param({}, {"architecture": "conv"}, id="conv"),
+    pytest.param({}, {"likelihood": "gaussian"}, id="gaussian"),
+    pytest.param({}, {"likelihood": "discretized_logistic"}, id="logistic"),
+    pytest.param({}, {"posterior": "flow", "prior": "flow"}, id="flow"),
     pytest.param({"name": "iwae", "num_samples": 5, "estimator": "dreg"}, {}, id="dreg"),
     pytest.param({"name": "iwae", "num_samples": 5, "resample": True}, {}, id="resample"),
 ]
