@@ -7,9 +7,10 @@ import torch
 from torch.distributions import Bernoulli, Normal, kl_divergence
 
 from vae_torch import VAE, elbo, iwae_bound, kl_standard_normal, reparameterize
-from vae_torch.parts.likelihoods import LIKELIHOODS
+from vae_torch.parts.likelihoods import likelihoods
 from vae_torch.parts.objectives import keras_loss, log_weights
-from vae_torch.parts.priors import log_mixture, log_normal
+from vae_torch.parts.posteriors import log_normal
+from vae_torch.parts.priors import log_mixture
 
 
 @pytest.mark.parametrize("logvar", [-60.0, -30.0, 0.0, 30.0, 60.0])
@@ -49,7 +50,7 @@ def test_extreme_logits_on_black_white_and_grey_images(pixel, logit, dtype):
     expected = 784 * (pixel * logit - softplus)
     # nats that 784 pixels lose to rounding
     rel, near = (1e-5, 1e-4) if dtype == torch.float32 else (1e-12, 1e-10)
-    got = LIKELIHOODS["bernoulli"]().to(dtype).log_prob(x, logits)
+    got = likelihoods["bernoulli"]().to(dtype).log_prob(x, logits)
     assert got.item() == pytest.approx(expected, rel=rel, abs=near)
     torch.testing.assert_close(
         got, Bernoulli(logits=logits, validate_args=False).log_prob(x).sum(-1), rtol=rel, atol=near
@@ -69,7 +70,7 @@ def test_extreme_logits_on_black_white_and_grey_images(pixel, logit, dtype):
 def test_the_continuous_bernoulli_at_its_ends(pixel, logit):
     x = torch.full((1, 4), pixel, dtype=torch.float64)
     logits = torch.full_like(x, logit).requires_grad_()
-    got = LIKELIHOODS["continuous_bernoulli"]().log_prob(x, logits)
+    got = likelihoods["continuous_bernoulli"]().log_prob(x, logits)
     # its density is l e^(l x) / (e^l - 1)
     size = abs(logit)
     normalizer = math.log(size / -math.expm1(-size)) if size > 1e-3 else -size / 2 + size
@@ -79,7 +80,7 @@ def test_the_continuous_bernoulli_at_its_ends(pixel, logit):
     assert logits.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("likelihood", sorted(LIKELIHOODS))
+@pytest.mark.parametrize("likelihood", sorted(likelihoods))
 @pytest.mark.parametrize("prior", ["standard", "mixture", "vamp"])
 @pytest.mark.parametrize("images", [1, 3])
 def test_black_and_white_images_pass_every_model(likelihood, prior, images):

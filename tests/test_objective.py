@@ -242,7 +242,7 @@ def second_derivative_of(loss, parameters):
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
 def test_second_derivatives_of_the_importance_weighted_bound(likelihood, beta):
     torch.manual_seed(0)
-    vae = VAE((6,), 2, 5, likelihood=likelihood, activation="tanh").double()
+    vae = VAE((6,), 2, 5, likelihood=likelihood, activation="tanh").double().eval()
     x, eps = torch.rand(4, 6).double(), torch.randn(3, 4, 2).double()
     parameters = list(vae.parameters())
     mean, logvar = vae.encode(x)

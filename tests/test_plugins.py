@@ -54,9 +54,8 @@ def test_a_run_with_parts_of_ones_own_is_evaluated_and_summarised(own_run):
     exact, fitted = card["log_px_exact"], card["log_px"]  # a likelihood that is not affine in x
     assert abs(exact["value"] - fitted["value"]) < 5 * fitted["standard_error"]
     done = run_script("explore.py", f"run={folder}", PLUGIN)
-    assert done.returncode == 2
-    assert "cannot" in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert done.returncode == 0, done.stderr  # two latents: a grid of decoded images
+    assert (folder / "explorer.html").stat().st_size > 10_000
 
 
 def test_nothing_is_imported_because_a_file_says_so(own_run, monkeypatch):

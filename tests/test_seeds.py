@@ -24,4 +24,7 @@ def test_the_numbers_stay_since_every_run_depends_on_them():
         "FIT": 5,
         "AGGREGATE": 6,
         "CHOICE": 7,
+        "ANNEAL": 8,
+        "PROPOSAL": 9,
+        "AUGMENT": 16,
     }

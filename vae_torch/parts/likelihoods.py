@@ -146,8 +146,9 @@ class Gaussian(nn.Module):
     Args:
         sigma: `optimal`: in train mode σ² is the mean square residual of each batch, which
             maximises log p; in eval mode it stays as it was last. Rybkin, Daniilidis and Levine,
-            *Simple and Effective VAE Training with Calibrated Decoders* (ICML 2021). `learned`: a
-            parameter that starts at σ = 1.
+            *Simple and Effective VAE Training with Calibrated Decoders* (ICML 2021). First
+            derivatives are those of log p at that σ²; second ones leave it where it is. `learned`:
+            a parameter that starts at σ = 1.
     """
 
     drawn_as = "clamp"
