@@ -113,7 +113,7 @@ def stopped_early(history: dict[str, list[Any]], config: Config) -> dict[str, An
     return {
         "after_epoch": len(scores),
         "best_epoch": scores.index(max(s for s in scores if s is not None)) + 1,
-        "monitor": wanted.monitor.replace("/", " "),
+        "monitor": wanted.monitor,
         "patience": wanted.patience,
         "min_delta": wanted.min_delta,
     }
@@ -123,7 +123,7 @@ def early_line(early: dict[str, Any]) -> str:
     """What a run says when it stops early."""
     by = f" by more than {early['min_delta']}" if early["min_delta"] else ""
     return (
-        f"stopped early after epoch {early['after_epoch']}: no better {early['monitor']}{by} for "
+        f"stopped early after epoch {early['after_epoch']}: no better {early['monitor'].replace('/', ' ')}{by} for "
         f"{early['patience']} epochs; the best is that of epoch {early['best_epoch']}, in best.pt"
     )
 
