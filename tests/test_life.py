@@ -498,9 +498,12 @@ def test_a_run_that_stops_early_is_finished(made_up_root, tmp_path, killed):
     assert len(elbos) == summary["epochs"] == 3
     best = elbos.index(max(elbos)) + 1
     assert summary["stopped_early"] == {
-        "after_epoch": 3, "best_epoch": best, "monitor": "test/elbo", "patience": 2,
+        "after_epoch": 3,
+        "best_epoch": best,
+        "monitor": "test/elbo",
+        "patience": 2,
         "min_delta": 1000.0,
-    }  # fmt: skip
+    }
     assert state_of(tmp_path / "cut", "best")["epoch"] == best
     assert summary["best_test_elbo"] == max(elbos)
     assert (tmp_path / "cut" / "figures" / "growth" / "000003.png").exists()
