@@ -122,8 +122,9 @@ def stopped_early(history: dict[str, list[Any]], config: Config) -> dict[str, An
 def early_line(early: dict[str, Any]) -> str:
     """What a run says when it stops early."""
     by = f" by more than {early['min_delta']}" if early["min_delta"] else ""
+    metric = early["monitor"].replace("/", " ")
     return (
-        f"stopped early after epoch {early['after_epoch']}: no better {early['monitor'].replace('/', ' ')}{by} for "
+        f"stopped early after epoch {early['after_epoch']}: no better {metric}{by} for "
         f"{early['patience']} epochs; the best is that of epoch {early['best_epoch']}, in best.pt"
     )
 
