@@ -1,6 +1,7 @@
 import json
 import math
 import sys
+from copy import deepcopy
 
 import pytest
 import torch
@@ -165,6 +166,22 @@ def test_a_network_with_dropout_resumes_to_the_bit(tmp_path, step):
     (losses, weights), (expected, others) = trained("cut"), trained("whole")
     assert losses == expected
     assert all(torch.equal(weights[name], others[name]) for name in others)
+
+
+@pytest.mark.parametrize(
+    "parts", [["posterior=flow", "prior=flow"], ["likelihood=discretized_logistic"]]
+)
+def test_a_run_of_every_built_in_part_comes_back(tmp_path, parts):
+    small = ["data.name=stripes", "train.figure_every=0", "train.epochs=1", "threads=1"]
+    load_plugins(["tests.my_parts"])
+    config = compose([PLUGIN, *small, "model.intermediate_dim=8", *parts])
+    found = []
+    run(config, tmp_path / "run", judges=[lambda _, vae: found.append(deepcopy(vae))])
+    vae, _ = load_run(tmp_path / "run")
+    x, eps = torch.rand(3, 1, 6, 6), torch.randn(3, 2)
+    assert torch.equal(vae(x, eps=eps).logits, found[0].eval()(x, eps=eps).logits)
+    z = torch.randn(5, 2)
+    assert torch.equal(vae.log_prior(z), found[0].log_prior(z))
 
 
 def test_callbacks_add_metrics_and_end_the_run(monkeypatch):

@@ -347,12 +347,24 @@ def load_run(
                 f"{run_dir}: its run has parts of your own; add plugins=[{','.join(absent)}], in "
                 f"Python load_run(..., plugins=[{listed}])"
             )
-        with torch.device("meta"):  # takes no memory: a config can claim any size
-            vae = VAE.from_config(config, stored.input_shape)
-        vae.load_state_dict(stored.weights, assign=True)
+        vae = _made_again(stored)
     except (ConfigError, RuntimeError, TypeError) as error:
         raise _unfit(stored.path, error) from None
     return vae.to(device, torch.float32).eval(), config
+
+
+def _made_again(stored: "StoredModel") -> VAE:
+    """The model that a config describes, with the stored weights."""
+    with suppress(NotImplementedError):
+        with torch.device("meta"):  # takes no memory: a config can claim any size
+            vae = VAE.from_config(stored.config, stored.input_shape)
+        vae.load_state_dict(stored.weights, assign=True)
+        if not any(tensor.is_meta for tensor in (*vae.parameters(), *vae.buffers())):
+            return vae
+    # a part, such as a flow, computes something where it is made that is no weight
+    vae = VAE.from_config(stored.config, stored.input_shape)
+    vae.load_state_dict(stored.weights)
+    return vae
 
 
 class StoredModel(NamedTuple):
