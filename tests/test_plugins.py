@@ -177,7 +177,9 @@ def test_a_run_of_every_built_in_part_comes_back(tmp_path, parts):
     config = compose([PLUGIN, *small, "model.intermediate_dim=8", *parts])
     found = []
     run(config, tmp_path / "run", judges=[lambda _, vae: found.append(deepcopy(vae))])
+    before = torch.get_rng_state()
     vae, _ = load_run(tmp_path / "run")
+    assert torch.equal(torch.get_rng_state(), before)
     x, eps = torch.rand(3, 1, 6, 6), torch.randn(3, 2)
     assert torch.equal(vae(x, eps=eps).logits, found[0].eval()(x, eps=eps).logits)
     z = torch.randn(5, 2)

@@ -355,14 +355,15 @@ def load_run(
 
 def _made_again(stored: "StoredModel") -> VAE:
     """The model that a config describes, with the stored weights."""
-    with suppress(NotImplementedError):
-        with torch.device("meta"):  # takes no memory: a config can claim any size
-            vae = VAE.from_config(stored.config, stored.input_shape)
+    with suppress(NotImplementedError), torch.device("meta"):
+        # takes no memory: a config can claim any size
+        vae = VAE.from_config(stored.config, stored.input_shape)
         vae.load_state_dict(stored.weights, assign=True)
         if not any(tensor.is_meta for tensor in (*vae.parameters(), *vae.buffers())):
             return vae
     # a part, such as a flow, computes something where it is made that is no weight
-    vae = VAE.from_config(stored.config, stored.input_shape)
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+        vae = VAE.from_config(stored.config, stored.input_shape)
     vae.load_state_dict(stored.weights)
     return vae
 
