@@ -168,13 +168,15 @@ class ModelConfig:
         Field(strict=True, ge=1, le=1000),
         about("hidden layers of the mlp, blocks of the residual network"),
     ] = 1
-    activation: Annotated[Literal["relu", "tanh", "silu", "gelu"], about("between the layers")] = (
-        "relu"
-    )
+    activation: Annotated[
+        Literal["relu", "tanh", "silu", "gelu"], about("activation between the layers")
+    ] = "relu"
     mean_bias: Annotated[
         Switch, about("start the output bias at the mean training image (mlp, residual; bernoulli)")
     ] = False
-    options: Annotated[Options, about("of a network of your own")] = field(default_factory=dict)
+    options: Annotated[Options, about("options of a network of your own")] = field(
+        default_factory=dict
+    )
 
 
 @dataclass
@@ -239,7 +241,9 @@ class ObjectiveConfig:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    name: Annotated[Name, about("what is minimised")] = "elbo"
+    name: Annotated[
+        Name, about("what is minimised: elbo, iwae, keras, tcvae, or one of your own")
+    ] = "elbo"
     beta: Annotated[Number, about("weight of the KL")] = 1.0
     beta_warmup_epochs: Annotated[
         Number, about("the weight grows linearly from 0 to beta over this many epochs")
@@ -251,14 +255,16 @@ class ObjectiveConfig:
     early_samples: Annotated[
         Size | None, about("iwae: samples in the first epochs, where fewer do")
     ] = None
-    early_epochs: Annotated[CountOrZero, about("how many epochs these are")] = 0
+    early_epochs: Annotated[CountOrZero, about("iwae: how many epochs take early_samples")] = 0
     estimator: Annotated[
         Literal["standard", "dreg"], about("iwae: gradients, standard or doubly reparameterised")
     ] = "standard"
     resample: Annotated[
         Switch, about("iwae: the gradient goes through one sample, chosen by its weight")
     ] = False
-    options: Annotated[Options, about("of an objective of your own")] = field(default_factory=dict)
+    options: Annotated[Options, about("options of an objective of your own")] = field(
+        default_factory=dict
+    )
 
 
 @dataclass
@@ -267,17 +273,17 @@ class OptimizerConfig:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    name: Annotated[Literal["adam", "adamw", "sgd"], about("the optimiser")]
-    lr: Annotated[Positive, about("learning rate")]
+    name: Annotated[Literal["adam", "adamw", "sgd"], about("the optimiser: adam, adamw, sgd")]
+    lr: Annotated[Positive, about("the learning rate, at its highest")]
     eps: Annotated[Positive, about("added to Adam's denominator")]
     schedule: Annotated[
-        Literal["constant", "cosine", "step", "one_cycle"], about("of the learning rate")
+        Literal["constant", "cosine", "step", "one_cycle"], about("how the learning rate changes")
     ]
     weight_decay: Annotated[Number, about("decay of the weights a step, times lr")] = 0.0
     betas: Annotated[
         list[float], BeforeValidator(_betas), about("adam, adamw: decays of the two averages")
     ] = field(default_factory=lambda: [0.9, 0.999])
-    momentum: Annotated[Decay, about("sgd: of the gradient")] = 0.0
+    momentum: Annotated[Decay, about("sgd: momentum of the gradient")] = 0.0
     clip_norm: Annotated[
         Positive | None, about("largest norm of the gradient; a longer one is scaled down to it")
     ] = None
@@ -288,7 +294,8 @@ class OptimizerConfig:
         Count | None, about("schedule=step: epochs after which the learning rate falls")
     ] = None
     step_factor: Annotated[
-        Annotated[float, Field(strict=True, gt=0, lt=1)], about("schedule=step: what it falls to")
+        Annotated[float, Field(strict=True, gt=0, lt=1)],
+        about("schedule=step: the learning rate falls to this share"),
     ] = 0.1
 
 
@@ -329,7 +336,9 @@ class TrainConfig:
         BeforeValidator(_source),
         about("DIR: start from the weights of the run or release in DIR"),
     ] = None
-    init_checkpoint: Annotated[Which, about("of init_from: last, or best")] = "last"
+    init_checkpoint: Annotated[Which, about("which checkpoint of init_from: last, or best")] = (
+        "last"
+    )
 
 
 @dataclass
@@ -338,25 +347,38 @@ class Config:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    seed: Annotated[Seed, about("of weights, order and noise")]
-    device: Annotated[Device, about("auto, cpu, cuda, cuda:N")]
+    seed: Annotated[Seed, about("random seed of weights, order and noise")]
+    device: Annotated[Device, about("where to compute: auto, cpu, cuda, cuda:N")]
     precision: Annotated[
         Literal["fp32", "medium", "bf16"],
-        about("fp32; medium: fp32 tensors, quicker products; bf16: autocast"),
+        about("fp32; medium: fp32 tensors, faster multiplications (TF32 on CUDA); bf16: autocast"),
     ]
     compile: Annotated[Switch, about("torch.compile the training step")]
-    likelihood: Annotated[Name, about("p(x|z) of a pixel")]
-    prior: Annotated[Name, about("p(z)")]
+    likelihood: Annotated[
+        Name,
+        about(
+            "p(x|z): bernoulli, continuous_bernoulli, gaussian, discretized_logistic, or your own"
+        ),
+    ]
+    prior: Annotated[
+        Name, about("the prior p(z): standard, mixture, vamp, flow, or one of your own")
+    ]
     model: ModelConfig
     data: DataConfig
     objective: ObjectiveConfig
     optimizer: OptimizerConfig
     train: TrainConfig
-    prior_components: Annotated[Size, about("of the mixture and the VampPrior")] = 500
-    posterior: Annotated[Name, about("q(z|x)")] = "gaussian"
-    likelihood_options: Annotated[Options, about("of the likelihood")] = field(default_factory=dict)
-    prior_options: Annotated[Options, about("of the prior")] = field(default_factory=dict)
-    posterior_options: Annotated[Options, about("of the posterior")] = field(default_factory=dict)
+    prior_components: Annotated[Size, about("components of the mixture and vamp priors")] = 500
+    posterior: Annotated[
+        Name, about("the posterior q(z|x): gaussian, flow, or one of your own")
+    ] = "gaussian"
+    likelihood_options: Annotated[Options, about("options of the likelihood")] = field(
+        default_factory=dict
+    )
+    prior_options: Annotated[Options, about("options of the prior")] = field(default_factory=dict)
+    posterior_options: Annotated[Options, about("options of the posterior")] = field(
+        default_factory=dict
+    )
     plugins: Plugins = field(default_factory=list)
     threads: Annotated[
         int | None, Field(strict=True, ge=1, le=1024), about("CPU threads; null: torch's choice")
@@ -379,7 +401,7 @@ class EvalConfig:
         Count | None,
         about("decoder rows at once: bounds memory, changes no figure; null: 1024, on CUDA 65536"),
     ]
-    seed: Annotated[Seed, about("of all noise")]
+    seed: Annotated[Seed, about("random seed of all noise")]
     checkpoint: Annotated[Which, about("last, or best: the highest test elbo")]
     limit: Annotated[Count | None, about("only the first N test images")] = None
     fit_samples: Annotated[
@@ -405,7 +427,7 @@ class EvaluateConfig:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     run: Annotated[Folder, about("the run's folder")]
-    device: Annotated[Device, about("auto, cpu, cuda, cuda:N")]
+    device: Annotated[Device, about("where to compute: auto, cpu, cuda, cuda:N")]
     data_root: Annotated[Folder | None, about("where the images are; null: where the run had them")]
     eval: EvalConfig
     plugins: Plugins = field(default_factory=list)
@@ -418,7 +440,7 @@ class ExploreConfig:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     run: Annotated[Folder, about("the run's folder")]
-    device: Annotated[Device, about("auto, cpu, cuda, cuda:N")]
+    device: Annotated[Device, about("where to compute: auto, cpu, cuda, cuda:N")]
     data_root: Annotated[Folder | None, about("where the images are; null: where the run had them")]
     checkpoint: Annotated[Which, about("last, or best: the highest test elbo")]
     points: Annotated[Count, about("images shown as points, at most")]
@@ -433,13 +455,13 @@ class EncodeConfig:
 
     run: Annotated[Folder, about("the run's folder")]
     out: Annotated[Folder | None, about("the file to write: FILE.npz, .csv or .parquet")]
-    device: Annotated[Device, about("auto, cpu, cuda, cuda:N")]
+    device: Annotated[Device, about("where to compute: auto, cpu, cuda, cuda:N")]
     data_root: Annotated[Folder | None, about("where the images are; null: where the run had them")]
     checkpoint: Annotated[Which, about("last, or best: the highest test elbo")]
     split: Annotated[Literal["train", "test"], about("which images, where there are both")]
     num_samples: Annotated[Count, about("importance samples per image, of log p(x)")]
     chunk: Annotated[Count, about("decoder rows at once: bounds memory, changes no figure")]
-    seed: Annotated[Seed, about("of all noise")]
+    seed: Annotated[Seed, about("random seed of all noise")]
     images: Annotated[
         Folder | None, about("a folder, .npz or .npy of images; null: the run's own")
     ] = None
@@ -458,7 +480,7 @@ class SampleConfig:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     run: Annotated[Folder, about("the run's folder, or a release")]
-    device: Annotated[Device, about("auto, cpu, cuda, cuda:N")]
+    device: Annotated[Device, about("where to compute: auto, cpu, cuda, cuda:N")]
     checkpoint: Annotated[Which, about("last, or best: the highest test elbo")]
     n: Annotated[Count, about("how many images")]
     out: Annotated[Folder, about("the file: .png for a grid, .npz for arrays")]
@@ -466,7 +488,7 @@ class SampleConfig:
     pixels: Annotated[
         Literal["mean", "draw"], about("mean: expected pixels; draw: samples of p(x|z)")
     ]
-    seed: Annotated[Seed, about("of all noise")]
+    seed: Annotated[Seed, about("random seed of all noise")]
     plugins: Annotated[
         list[Name], BeforeValidator(_listed), about("modules with parts of your own: [my_parts]")
     ] = field(default_factory=list)
@@ -618,6 +640,8 @@ def allowed(kind: Any, value: Any = None) -> str:
         text = f"a number above {above}" if above is not None else f"a number, {low} or more"
         if below is not None:
             text = f"at least {low} (off) and below {below}"
+            if above is not None:
+                text = f"above {above} and below {below}"
     elif bool in parts:
         text = "true or false"
     elif int in parts:
