@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from tests.conftest import REPOSITORY
-from vae_torch import folder_loaders
+from vae_torch import files, folder_loaders
 from vae_torch.config import ConfigError
-from vae_torch.data import DataError, cache, decode, image_dataset, shape_of
+from vae_torch.data import DataError, decode, image_dataset, shape_of
 from vae_torch.data.folder import folder
 
 
@@ -357,7 +357,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(DataError, match=r"No space left.*need .* bytes"):
         folder(tmp_path)
     assert not (tmp_path / ".vae_torch").exists()

@@ -62,16 +62,15 @@ def in_memory(x_train: Any, x_test: Any, y_train: Any, y_test: Any, layout: str)
     if x_test is None and y_test is not None:
         raise DataError("y_test without x_test: labels need images; give both or neither")
     classes = None
-    labels = [y if y is None else np.asarray(y) for y in (y_train, y_test)]
-    words = [y for y in labels if y is not None and y.dtype.kind in "US"]
+    labels = [None if y is None else np.asarray(y) for y in (y_train, y_test)]
+    given = [y for y in labels if y is not None]
+    words = [y.astype(str).ravel() for y in given if y.dtype.kind in "US"]
+    if words and len(words) < len(given):
+        raise DataError("labels are words in one part and numbers in the other; use one kind")
     if words:
-        classes = sorted({str(word) for y in words for word in y.ravel()})
-        number = {word: i for i, word in enumerate(classes)}
-        if any(y is not None and y.dtype.kind not in "US" for y in labels):
-            raise DataError("labels are words in one part and numbers in the other; use one kind")
-        labels = [
-            y if y is None else np.array([number[str(word)] for word in y.ravel()]) for y in labels
-        ]
+        names = np.unique(np.concatenate(words))
+        classes = names.tolist()
+        labels = [y if y is None else np.searchsorted(names, y.astype(str).ravel()) for y in labels]
     train = Images(_channels_first(x_train, layout), labels[0])
     test = None if x_test is None else Images(_channels_first(x_test, layout), labels[1])
     return Splits(train, test, classes)

@@ -1,7 +1,7 @@
 """One image file as pixels: any mode, size and orientation that Pillow reads."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -21,6 +21,12 @@ class Form(NamedTuple):
     width: int
     channels: int
     background: str  # behind transparent pixels
+
+
+def sides(size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width, from N or [height, width]."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
 
 
 def colour(name: str) -> tuple[int, int, int]:

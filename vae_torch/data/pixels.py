@@ -23,13 +23,9 @@ def as_pixels(images: Any, where: str) -> Tensor:
     Raises:
         DataError: Another type, no image, or values that are NaN or out of range.
     """
-    x = tensor_of(images, where) if isinstance(images, np.ndarray) else images
-    if not isinstance(x, Tensor):
-        raise DataError(f"{where} are a {type(x).__name__}; must be an array or a tensor")
-    return _checked(x, where)
-
-
-def _checked(images: Tensor, where: str) -> Tensor:
+    images = tensor_of(images, where) if isinstance(images, np.ndarray) else images
+    if not isinstance(images, Tensor):
+        raise DataError(f"{where} are a {type(images).__name__}; must be an array or a tensor")
     if images.ndim < 2 or images.numel() == 0:
         raise DataError(f"{where} have shape {tuple(images.shape)}; must be (N, *shape), N >= 1")
     if images.dtype == torch.bool:

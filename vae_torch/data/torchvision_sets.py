@@ -2,7 +2,6 @@
 
 import inspect
 import io
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from vae_torch.config import ConfigError
 from vae_torch.data.cache import cached
 from vae_torch.data.fetch import socket_timeout
 from vae_torch.data.idx import DataError
-from vae_torch.data.pictures import Form, colour, looks, pixels
+from vae_torch.data.pictures import Form, colour, looks, pixels, sides
 from vae_torch.data.table import Images, Splits, data_sources
 
 
@@ -129,7 +128,7 @@ def _form(
     with image:
         height, width, colours = looks(image)
     if size is not None:
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = sides(size)
     return Form(height, width, channels or colours, background)
 
 
@@ -140,28 +139,25 @@ def _decoded(
     labels: list[int] = []
     name = type(data).__name__
 
-    def read(i: int) -> np.ndarray:
-        image, label = data[i]
-        labels.append(_number(label))
-        with image:
-            height, width, _ = looks(image)
-            if one_size and (height, width) != (form.height, form.width):
-                raise DataError(
-                    f"data.dataset={name}: image {i} is {height}x{width}, the first "
-                    f"{form.height}x{form.width}; set data.size=N or [HEIGHT,WIDTH]"
-                )
-            return pixels(image, form)
-
     def parts() -> Iterator[np.ndarray]:
         for i in bar(range(len(data)), "decoding images", show=True):
             try:
-                yield read(i)
+                image, label = data[i]
+                with image:
+                    height, width, _ = looks(image)
+                    if one_size and (height, width) != (form.height, form.width):
+                        raise DataError(
+                            f"data.dataset={name}: image {i} is {height}x{width}, the first "
+                            f"{form.height}x{form.width}; set data.size=N or [HEIGHT,WIDTH]"
+                        )
+                    yield pixels(image, form)
+            except DataError:
+                raise
             except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises
-                if isinstance(error, DataError):
-                    raise
                 raise DataError(
                     f"data.dataset={name}: image {i} cannot be read ({_reason(error)}); replace it"
                 ) from None
+            labels.append(_number(label))
 
     shape = (len(data), form.channels, form.height, form.width)
     settings = (which, form, one_size)
@@ -190,14 +186,13 @@ def _names(data: Any) -> list[str] | None:
 
 def _content(root: Path) -> list[tuple[str, int, int]]:
     """What lies under the data folder; hidden files aside."""
-    found = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            with suppress(OSError):
-                path = Path(folder, name)
-                found.append((str(path), path.stat().st_size, path.stat().st_mtime_ns))
-    return found
+    shown = (p for p in root.rglob("*") if not any(map(_hidden, p.relative_to(root).parts)))
+    found = [(str(path), path.stat()) for path in sorted(shown) if path.is_file()]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".")
 
 
 def _reason(error: Exception) -> str:
