@@ -29,6 +29,7 @@ from vae_torch.config import (
     ObjectiveConfig,
     OptimizerConfig,
     TrainConfig,
+    UserError,
     checkpoint_interval,
     config_from_dict,
     flatten,
@@ -42,7 +43,7 @@ _MAGIC = b"VAETORCH"
 _SEAL = len(_MAGIC) + 32
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint is absent, damaged, or of another model: one line that names the file."""
 
     def __init__(self, line: str, *, at_folder: bool = False) -> None:
@@ -245,11 +246,7 @@ class _History:
         return {"size": self._size, "sha256": self._sum.hexdigest()}
 
     def read(self, size: int, sha256: str) -> dict[str, list[Any]]:
-        """One list per metric, and the place where `write` goes on.
-
-        Raises:
-            CheckpointError: These are not the bytes that were sealed.
-        """
+        """One list per metric, of the bytes that were sealed; `write` goes on after them."""
         try:
             with self.path.open("rb") as file:
                 content = file.read(size)
@@ -271,14 +268,8 @@ class _History:
 def refuse_other_data(path: Path, state: dict[str, Any], now: dict[str, str], root: str) -> None:
     """A run goes on with, and is evaluated on, the images and labels that it was started with.
 
-    Args:
-        path: Of the checkpoint.
-        state: What it holds.
-        now: SHA-256 by split.
-        root: Where these data are.
-
-    Raises:
-        CheckpointError: They are others.
+    `now` are the SHA-256 by split of those under `root`; `state` is what the checkpoint at `path`
+    holds.
     """
     had = state.get("data_sha256")
     if isinstance(had, dict) and any(str(had.get(split)) != now[split] for split in now):
@@ -383,11 +374,7 @@ class StoredModel(NamedTuple):
 def stored_model(
     run_dir: Path, checkpoint: str = "last", device: torch.device | str = "cpu"
 ) -> StoredModel:
-    """A run's weights, without the model that they are of.
-
-    Raises:
-        CheckpointError: Not a run folder, no checkpoint in it, or a damaged one.
-    """
+    """A run's or release's weights, without the model that they are of."""
     if not run_dir.is_dir():
         raise CheckpointError(f"{run_dir}: no such folder", at_folder=True)
     from vae_torch import release  # which writes what is read here
@@ -421,11 +408,7 @@ def stored_model(
 
 
 def _give(vae: VAE, stored: StoredModel) -> None:
-    """Give a model the weights of another that has the same parts.
-
-    Raises:
-        CheckpointError: Weights do not fit: lists those that do not.
-    """
+    """Give a model the weights of another that has the same parts."""
     ours = vae.state_dict()
     misfits = [
         f"{name} {shape_of(stored.weights.get(name))} (into: {shape_of(ours.get(name))})"
@@ -517,11 +500,7 @@ def _unfit(path: Path, error: Exception) -> CheckpointError:
 
 
 def _shape_in(state: dict[str, Any]) -> list[int]:
-    """Of the model's images; older checkpoints are all of 784 grey pixels.
-
-    Raises:
-        TypeError: It is none.
-    """
+    """Of the model's images; older checkpoints are all of 784 grey pixels."""
     shape = state.get("input_shape", [784])
     if not isinstance(shape, list) or not all(type(n) is int and 0 < n < 2**20 for n in shape):
         raise TypeError(f"its images have shape {shape}")

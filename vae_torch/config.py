@@ -28,8 +28,12 @@ from pydantic.fields import FieldInfo
 Settings = TypeVar("Settings")
 
 
-class ConfigError(ValueError):
-    """A user's mistake in a run's settings: one line that names key, value and remedy."""
+class UserError(ValueError):
+    """A user's mistake: one line that says what is wrong and what to do."""
+
+
+class ConfigError(UserError):
+    """A mistake in a run's settings: names key, value and remedy."""
 
 
 class Group:
@@ -46,11 +50,7 @@ class Must:
 
 
 def check_device(device: str) -> str:
-    """Refuse what is no device, on any machine.
-
-    Raises:
-        ConfigError: One line with the key, its value and what is allowed.
-    """
+    """Refuse what is no device, on any machine."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
         raise ConfigError(f"device={device}: must be auto, cpu, cuda or cuda:N")
     return device
@@ -603,11 +603,7 @@ def config_from_dict(values: Any) -> Config:
 
 
 def check(config: Config) -> None:
-    """Refuse what no run can use.
-
-    Raises:
-        ConfigError: One line with the key, its value and what is allowed.
-    """
+    """Refuse what no run can use."""
     config_from_dict(config.to_dict())
 
 
@@ -623,11 +619,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_objective(objective: ObjectiveConfig) -> None:
-    """Refuse options that the chosen objective would ignore.
-
-    Raises:
-        ConfigError: One line with the key, its value and what is allowed.
-    """
+    """Refuse options that the chosen objective would ignore."""
     _check_part("objective", objective)
     if objective.estimator == "dreg" and objective.name != "iwae":
         raise ConfigError(
@@ -672,11 +664,7 @@ def check_objective(objective: ObjectiveConfig) -> None:
 
 
 def check_optimizer(optimizer: OptimizerConfig) -> None:
-    """Refuse settings that mean nothing.
-
-    Raises:
-        ConfigError: One line with the key, its value and what is allowed.
-    """
+    """Refuse settings that mean nothing."""
     _check_part("optimizer", optimizer)
     name, schedule = optimizer.name, optimizer.schedule
     if name == "sgd" and list(optimizer.betas) != [0.9, 0.999]:

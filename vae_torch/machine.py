@@ -68,11 +68,7 @@ def _products_are_fp32() -> bool:
 
 
 def check_compiler(device: torch.device) -> None:
-    """Whether `compile=true` can work here.
-
-    Raises:
-        ConfigError: torch is too old, or a C++ compiler is needed and is not there.
-    """
+    """Refuse `compile=true` where torch is too old, or a C++ compiler is needed and absent."""
     from vae_torch.training.step import check_can_compile
 
     check_can_compile()
@@ -81,11 +77,7 @@ def check_compiler(device: torch.device) -> None:
 
 
 def cpp_compiler() -> str:
-    """What torch.compile will build its CPU code with.
-
-    Raises:
-        ConfigError: It is not there, or does not run.
-    """
+    """What torch.compile will build its CPU code with; a refusal where it does not run."""
     name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     command = [*shlex.split(name), "--version"]
     try:

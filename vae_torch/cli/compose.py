@@ -49,22 +49,14 @@ PATHS = (
     "data.root",
 )
 
-# What brings a launcher or sweeper: its plugin's module, and the extra of pyproject.toml.
-EXTRAS = {
-    "joblib": ("hydra_joblib_launcher", "sweep"),
-    "submitit_local": ("hydra_submitit_launcher", "cluster"),
-    "submitit_slurm": ("hydra_submitit_launcher", "cluster"),
-    "ray": ("hydra_ray_launcher", "ray"),
-    "optuna": ("hydra_optuna_sweeper", "search"),
-}
-
-# The launcher or sweeper of our own choices.
-CHOSEN = {
-    "where=cores": "joblib",
-    "where=ray": "ray",
-    "where=slurm": "submitit_slurm",
-    "where=slurm_local": "submitit_local",
-    "experiment=search": "optuna",
+# What brings a launcher or sweeper: our choice of it, its plugin's module, and the extra of
+# pyproject.toml.
+PLUGINS = {
+    "joblib": ("where=cores", "hydra_joblib_launcher", "sweep"),
+    "ray": ("where=ray", "hydra_ray_launcher", "ray"),
+    "submitit_slurm": ("where=slurm", "hydra_submitit_launcher", "cluster"),
+    "submitit_local": ("where=slurm_local", "hydra_submitit_launcher", "cluster"),
+    "optuna": ("experiment=search", "hydra_optuna_sweeper", "search"),
 }
 
 
@@ -86,17 +78,13 @@ def register() -> None:
         ("run_name", run_name),
         ("after_time", after_time),
         ("python_here", _python_here),
-        ("settings_help", lambda: lines(Config, flatten(compose().to_dict()))),
+        ("settings_help", _help),
     ):
         OmegaConf.register_new_resolver(name, resolver, replace=True)
 
 
 def load_named_plugins(arguments: Sequence[str]) -> None:
-    """Import what `plugins=[...]` names; Hydra learns of its networks and objectives.
-
-    Raises:
-        ConfigError: One cannot be found, or fails on import.
-    """
+    """Import what `plugins=[...]` names; Hydra learns of its networks and objectives."""
     values = [a.partition("=")[2] for a in arguments if a.lstrip("+").startswith("plugins=")]
     if not values:
         return
@@ -132,16 +120,15 @@ def _python_here() -> str:
 
 def _skeleton(schema: Any) -> dict[str, Any]:
     """Every key of a schema: what is off by default, and `???` for what `conf/` must give."""
-    return {
-        f.name: _skeleton(f.type) if is_dataclass(f.type) else _default(f) for f in fields(schema)
-    }
 
+    def default(setting: Any) -> Any:
+        if is_dataclass(setting.type):
+            return _skeleton(setting.type)
+        if setting.default_factory is not MISSING:
+            return setting.default_factory()
+        return "???" if setting.default is MISSING else setting.default
 
-def _default(setting: Any) -> Any:
-    """Of a dataclass's field; `???` where it has none."""
-    if setting.default_factory is not MISSING:
-        return setting.default_factory()
-    return "???" if setting.default is MISSING else setting.default
+    return {setting.name: default(setting) for setting in fields(schema)}
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:
@@ -186,26 +173,31 @@ def compose_run(overrides: Sequence[str]) -> DictConfig:
 
 
 def run_settings(cfg: DictConfig) -> Config:
-    """Composed settings as a run's `Config`, which knows neither Hydra nor sweeps.
-
-    Raises:
-        ConfigError: A key is unknown, a value is missing or not allowed.
-    """
+    """Composed settings as a run's `Config`, which knows neither Hydra nor sweeps."""
+    config = _checked(cfg)
+    # torch, for which who has mistyped a key need not wait
     from vae_torch.parts.complete import complete
     from vae_torch.parts.registry import load_plugins
 
-    config = typed(cfg, Config, leave_out=("hydra", "sweep"))
-    check(config)
     load_plugins(config.plugins)
     return complete(config)
 
 
-def typed(cfg: DictConfig, schema: type[Settings], *, leave_out: Sequence[str] = ()) -> Settings:
-    """Composed settings as an instance of `schema`.
+def _checked(cfg: DictConfig) -> Config:
+    """A run's settings, but for the options of its parts."""
+    config = typed(cfg, Config, leave_out=("hydra", "sweep"))
+    check(config)
+    return config
 
-    Raises:
-        ConfigError: A key is unknown, a value is missing or not allowed.
-    """
+
+def _help() -> str:
+    """What `--help` says about the settings."""
+    with fresh_hydra():
+        return lines(Config, flatten(_checked(compose_run([])).to_dict()))
+
+
+def typed(cfg: DictConfig, schema: type[Settings], *, leave_out: Sequence[str] = ()) -> Settings:
+    """Composed settings as an instance of `schema`."""
     rest = cfg.copy()
     with read_write(rest), open_dict(rest):
         for key in leave_out:
@@ -253,9 +245,9 @@ def in_our_words(error: Exception, arguments: Sequence[str], schema: type[Any] =
         if f"'{key}'" in text and "Could not override" in text:
             return no_such_key(key, known)
     if found := re.search(r"Ambiguous value for argument '(.*?)'", text):
-        for argument in arguments:
-            if missing := _not_installed(argument):
-                return missing
+        for plugin, (choice, module, _) in PLUGINS.items():
+            if choice in arguments and not _is_installed(module):
+                return _not_installed(plugin)
         return f"{found[1]}: several values make a sweep; add -m"
     if found := re.search(r"Could not find '([^']*)'", text):
         given = [a for a in arguments if a.replace("=", "/", 1) == found[1]]
@@ -268,11 +260,7 @@ def in_our_words(error: Exception, arguments: Sequence[str], schema: type[Any] =
 
 
 def refuse_malformed(arguments: Sequence[str]) -> None:
-    """Answer where Hydra would take `model=[mlp,conv]` for a model, or end in a traceback.
-
-    Raises:
-        ConfigError: A group of `conf/` is given no file's name, or a value has no key.
-    """
+    """Answer where Hydra would take `model=[mlp,conv]` for a model, or end in a traceback."""
     for argument in arguments:
         key, given, value = argument.partition("=")
         if given and not key:
@@ -285,30 +273,26 @@ def refuse_malformed(arguments: Sequence[str]) -> None:
 
 def _no_such_choice(group: str, choice: str, text: str) -> str:
     """A file that is not in a group of `conf/`: `model=vgg`."""
-    if group in ("hydra/launcher", "hydra/sweeper") and choice in EXTRAS:
-        chosen = next(key for key, launcher in CHOSEN.items() if launcher == choice)
-        return f"{chosen}: not installed; pip install -e '.[{EXTRAS[choice][1]}]'"
+    if group in ("hydra/launcher", "hydra/sweeper") and choice in PLUGINS:
+        return _not_installed(choice)
     options = sorted(re.findall(r"^\t(\S+)$", text, re.MULTILINE))
     near = get_close_matches(choice, options, 1)
     meant = f"; did you mean {near[0]}?" if near else ""
-    own = (
-        "; one of your own needs plugins=[my_parts]"
-        if group in ("model", "objective", "data")
-        else ""
-    )
+    tables = ("model", "objective", "data")
+    own = "; one of your own needs plugins=[my_parts]" if group in tables else ""
     return f"{group}={choice}: must be one of {', '.join(options)}{meant or own}"
 
 
-def _not_installed(argument: str) -> str | None:
-    """What to say where a choice needs a plugin that is not there."""
-    if argument not in CHOSEN:
-        return None
-    module, extra = EXTRAS[CHOSEN[argument]]
+def _is_installed(plugin: str) -> bool:
     try:
-        found = importlib.util.find_spec(f"hydra_plugins.{module}")
+        return importlib.util.find_spec(f"hydra_plugins.{plugin}") is not None
     except ModuleNotFoundError:  # without any plugin their package is missing too
-        found = None
-    return None if found else f"{argument}: not installed; pip install -e '.[{extra}]'"
+        return False
+
+
+def _not_installed(plugin: str) -> str:
+    choice, _, extra = PLUGINS[plugin]
+    return f"{choice}: not installed; pip install -e '.[{extra}]'"
 
 
 def full_errors() -> bool:

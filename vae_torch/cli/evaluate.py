@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vae_torch.cli.messages import leave_disk_errors_to_main, refuse, shown, tell_interrupts
-from vae_torch.cli.settings_line import parser, settings_of
+from vae_torch.cli.messages import leave_disk_errors_to_main, shown, tell_interrupts, told
+from vae_torch.cli.settings_line import asked, open_run
 from vae_torch.config import ConfigError, EvaluateConfig
 
 _WIDTH = 100  # columns of the printed card
@@ -53,48 +53,28 @@ _MEANINGS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command: settings, model, data, card."""
     tell_interrupts()
-    line = parser(
-        "evaluate", "The evaluation card of a run, as evaluation.json too.", EvaluateConfig
-    )
-    config = settings_of(line.parse_args(arguments), EvaluateConfig)
-    from vae_torch.checkpoint import CheckpointError
-    from vae_torch.data import DataError
-
+    about = "The evaluation card of a run, as evaluation.json too."
+    config = asked("evaluate", about, EvaluateConfig, arguments)
     threading.excepthook = leave_disk_errors_to_main
-    try:
+    with told(f"run={config.run}", "run it again once it can"):
         evaluate_run(config)
-    except (ConfigError, CheckpointError, DataError) as error:
-        refuse(str(error))
-    except OSError as error:
-        refuse(f"run={config.run}: cannot be written ({error.strerror}); run it again once it can")
 
 
 def evaluate_run(config: EvaluateConfig) -> None:
     """Load a run, evaluate it on its own test set, write the card."""
     import torch
 
-    from vae_torch.checkpoint import (
-        CheckpointError,
-        load_checkpoint,
-        load_run,
-        refuse_other_data,
-    )
+    from vae_torch.checkpoint import CheckpointError, load_checkpoint, refuse_other_data
     from vae_torch.data import data_hash, image_dataset, loaders_of
     from vae_torch.evaluate import evaluate_images
     from vae_torch.figures import log_px_map
     from vae_torch.files import write_atomically
-    from vae_torch.machine import resolve_device, set_products, tune_cpu
     from vae_torch.runs.records import add_evaluation
 
-    tune_cpu(None)
-    device = resolve_device(config.device)
-    set_products("fp32", device)
+    vae, run_config, device = open_run(config, config.eval.checkpoint)
+    run_dir = Path(config.run)
     # what stays in a core's cache, or what keeps a GPU busy
     chunk = config.eval.chunk or (65536 if device.type == "cuda" else 1024)
-    run_dir = Path(config.run)
-    vae, run_config = load_run(
-        run_dir, checkpoint=config.eval.checkpoint, device=device, plugins=config.plugins
-    )
     vae = vae.to(memory_format=torch.channels_last)  # convolutions decode a third faster
     if config.eval.exact and vae.latent_dim > 2:
         raise ConfigError(
@@ -167,13 +147,9 @@ def packed(per_image: dict[str, Any]) -> bytes:
 
 
 def refuse_smaller(config: EvaluateConfig, images: int, integrates: bool) -> str:
-    """Keep a card of this checkpoint that knows more than the next one would.
+    """Keep a card of this checkpoint that has more images or samples, or an integral.
 
-    Returns:
-        What to say of the card that will be replaced; nothing where there is none.
-
-    Raises:
-        ConfigError: The card that is there has more images or samples, or an integral.
+    Returns what to say of a card that will be replaced.
     """
     asked, path = config.eval, Path(config.run) / "evaluation.json"
     try:
@@ -216,15 +192,7 @@ def refuse_smaller(config: EvaluateConfig, images: int, integrates: bool) -> str
 
 
 def tell_duration(vae: Any, x: Any, images: int, config: EvaluateConfig, chunk: int) -> None:
-    """Say how long the longest part will take, judged by a few images.
-
-    Args:
-        vae: The model.
-        x: The few.
-        images: How many there are in all.
-        config: The settings.
-        chunk: Decoder rows at once.
-    """
+    """Say how long the longest part will take for all images, judged by a few: x (B, *shape)."""
     from vae_torch.evaluate import importance_log_px
 
     samples = config.eval.num_samples

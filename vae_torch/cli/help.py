@@ -12,12 +12,7 @@ _WIDTH = 34  # of a key and its default
 
 
 def lines(schema: type[Any], defaults: Mapping[str, Any]) -> str:
-    """A line for each key: its default, what it means, what it may be.
-
-    Args:
-        schema: The settings' dataclass.
-        defaults: Their values by dotted key.
-    """
+    """A line for each key: its default, what it means, what it may be."""
     listed = []
     for key, kind in keys_of(schema).items():
         value = defaults.get(key, "")

@@ -53,12 +53,7 @@ def array(root: Path, *, layout: Layout = "auto") -> Splits:
 
 
 def in_memory(x_train: Any, x_test: Any, y_train: Any, y_test: Any, layout: str) -> Splits:
-    """Arrays or tensors as a source's images; labels may be words.
-
-    Raises:
-        ConfigError: A shape may be read in two ways.
-        DataError: It cannot be read in any, or labels are of no use.
-    """
+    """Arrays or tensors as a source's images; labels may be words."""
     if x_test is None and y_test is not None:
         raise DataError("y_test without x_test: labels need images; give both or neither")
     classes = None
@@ -98,11 +93,7 @@ def _opened(path: Path) -> Mapping[str, Any]:
 
 
 def _channels_first(x: Any, layout: str) -> Any:
-    """(N, H, W, C) as (N, C, H, W); other shapes as they are. No copy.
-
-    Raises:
-        ConfigError: Both readings are possible, or neither is.
-    """
+    """(N, H, W, C) as (N, C, H, W), where that can be told; other shapes as they are. No copy."""
     if not isinstance(x, np.ndarray | torch.Tensor) or x.ndim != 4:
         if isinstance(x, np.ndarray | torch.Tensor) and x.ndim not in (2, 3):
             raise DataError(

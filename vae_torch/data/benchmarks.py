@@ -91,11 +91,7 @@ def caltech101_silhouettes(root: Path) -> Splits:
 
 
 def _found(root: Path, name: str, where: str) -> Path:
-    """A file under the data folder.
-
-    Raises:
-        DataError: Says where to get it.
-    """
+    """A file under the data folder; a refusal says `where` to get it."""
     if not (root / name).is_file():
         raise DataError(f"{root / name}: is not there; get it from {where}")
     return root / name

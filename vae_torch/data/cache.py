@@ -36,9 +36,6 @@ def cached(
         shape: Of the whole array.
         made: Its parts, in order, along the first axis.
         dtype: Of the array, as NumPy writes it.
-
-    Raises:
-        DataError: It cannot be written anywhere.
     """
     group = _digest((str(root.resolve()), settings))
     name = f"{group}-{_digest((content, shape, dtype))}.npy"

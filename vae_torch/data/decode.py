@@ -22,11 +22,7 @@ Result = TypeVar("Result")
 def form_of(
     root: Path, names: Sequence[str], size: int | Sequence[int] | None, channels: int | None
 ) -> tuple[int, int, int]:
-    """Height, width and channels of all files; what is not given is looked up in them.
-
-    Raises:
-        DataError: They have several sizes, or cannot be read.
-    """
+    """Height, width and channels of all files; what is not given is looked up in them."""
     seen = list(_in_parallel(root, names, looks, "looking at images"))
     channels = channels or max(look[2] for look in seen)
     if size is not None:
@@ -42,11 +38,7 @@ def form_of(
 
 
 def decoded(root: Path, names: Sequence[str], form: Form) -> Iterator[np.ndarray]:
-    """The pixels of every file, (C, H, W) uint8, in order.
-
-    Raises:
-        DataError: Names the files that cannot be read, once all have been tried.
-    """
+    """The pixels of every file, (C, H, W) uint8, in order; damaged ones are refused at the end."""
     return _in_parallel(root, names, lambda image: pixels(image, form), "decoding images")
 
 

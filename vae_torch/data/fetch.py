@@ -24,10 +24,7 @@ _PICKLE_SHA256 = "f11bb9e41d6c1b6c124aa38fd605497bdcfe2ee08cf7c2bb5a41ab5d759e14
 def from_torchvision(name: str, scratch: Path, *, split: str = "balanced") -> Path:
     """Ask the mirrors of torchvision, which checks the archives; the folder of IDX files.
 
-    Args:
-        name: The class in `torchvision.datasets`.
-        scratch: An empty folder.
-        split: Of EMNIST.
+    `name` is the class in `torchvision.datasets`, `split` is of EMNIST, `scratch` is empty.
     """
     from torchvision import datasets  # heavy, and most runs find their files on disk
 

@@ -75,8 +75,7 @@ def folder(
 def image_files(root: Path) -> list[list[str]]:
     """The names of a folder's image files, in the order of the images that `folder` returns.
 
-    Returns:
-        All of them; or those in `train` and those in `test`, where these two are there.
+    All of them; or those in `train` and those in `test`, where these two are there.
     """
     files = _listed(root)[0]
     return [[file.name for file in files[part]] for part in _splits(files)]
@@ -178,11 +177,7 @@ def _labels(
 
 
 def _listed_labels(path: Path, files: Sequence[File]) -> list[str]:
-    """The label of every file, from lines FILE,LABEL; a first line may name the columns.
-
-    Raises:
-        DataError: A file has none or two, or a line names no file.
-    """
+    """The label of every file, from lines FILE,LABEL; a first line may name the columns."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as lines:
             rows = [(n, row) for n, row in enumerate(csv.reader(lines), 1) if row]

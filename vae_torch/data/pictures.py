@@ -30,11 +30,7 @@ def sides(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def colour(name: str) -> tuple[int, int, int]:
-    """A colour's name, `white` or `#ffffff`, as red, green and blue.
-
-    Raises:
-        ConfigError: There is no such colour.
-    """
+    """A colour's name, `white` or `#ffffff`, as red, green and blue."""
     try:
         return ImageColor.getrgb(name)[:3]
     except ValueError:
@@ -52,12 +48,7 @@ def looks(image: Image.Image) -> tuple[int, int, int]:
 
 
 def pixels(image: Image.Image, form: Form) -> np.ndarray:
-    """An opened file's pixels, (C, H, W) uint8: its first frame, upright, cut to the middle.
-
-    Raises:
-        OSError: It is damaged.
-        ValueError: Its pixels have no range that is known.
-    """
+    """An opened file's pixels, (C, H, W) uint8: its first frame, upright, cut to the middle."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = _eight_bits(image)

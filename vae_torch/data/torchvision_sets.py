@@ -81,12 +81,7 @@ def _class(name: str | None) -> Any:
 
 
 def _opened(kind: Any, root: Path, options: dict[str, Any]) -> Any:
-    """The data set from disk; else fetched, beside what is there, and moved in place when whole.
-
-    Raises:
-        ConfigError: The class needs more than these options.
-        DataError: It can neither be found nor fetched.
-    """
+    """The data set from disk; else fetched, beside what is there, and moved in place when whole."""
     name = kind.__name__
     downloads = "download" in inspect.signature(kind).parameters
     off = {"download": False} if downloads else {}

@@ -56,13 +56,8 @@ def _hash_of(module: str) -> str:
 def refuse_other_code(had: object, *, path: Path, allowed: bool) -> None:
     """A run is resumed, and counts as finished, with the code that it was begun with.
 
-    Args:
-        had: Its `versions`; of older runs None.
-        path: Of what holds them.
-        allowed: Other code, or another torch, is only worth a warning.
-
-    Raises:
-        ConfigError: Its code was another one.
+    `had` are its `versions`, None of older runs, as the file at `path` holds them. Where that is
+    `allowed`, other code is only worth a warning.
     """
     if not isinstance(had, dict):
         return

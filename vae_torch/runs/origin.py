@@ -27,16 +27,7 @@ def start_from(vae: VAE, config: Config) -> dict[str, Any]:
     A part that is another one in that run, such as a prior of another name, keeps its fresh
     weights. Every other part must fit in all its shapes.
 
-    Args:
-        vae: The model; changed in place.
-        config: Of the new run.
-
-    Returns:
-        For the record: the source's folder, checkpoint, epoch and seal, and the fresh parts.
-
-    Raises:
-        ConfigError: Weights do not fit: lists all that do not.
-        CheckpointError: The source is no run or release, or damaged.
+    Returns what the record keeps: the source's folder, checkpoint, epoch and seal, the fresh parts.
     """
     folder, which = config.train.init_from, config.train.init_checkpoint
     assert folder is not None

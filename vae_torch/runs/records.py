@@ -142,13 +142,10 @@ class Records:
         self._writer.flush()
 
     def figures(self, epoch: int, vae: VAE, x: Tensor, labels: Tensor | None) -> None:
-        """Draw what the model does now, as PNG files and in TensorBoard.
+        """Draw what the model does now, as PNG files, which show the latest, and in TensorBoard.
 
-        Args:
-            epoch: Its step in TensorBoard; the PNG files show the latest.
-            vae: The model.
-            x: (N, *shape) test images; the first ten are reconstructed, all are encoded.
-            labels: (N,), or None: then no picture is about classes.
+        Of the test images x (N, *shape) the first ten are reconstructed, and all are encoded.
+        Without labels no picture is about classes.
         """
         draw: dict[str, Callable[[], Tensor | Figure]] = {
             "latent": lambda: latent_scatter(vae, x, labels, class_names=self.class_names)
@@ -179,13 +176,7 @@ class Records:
         self._writer.flush()
 
     def growth(self, epoch: int, vae: VAE, x: Tensor) -> None:
-        """Keep a frame of the animation that `finish` writes: `figures/growth/`.
-
-        Args:
-            epoch: Its place.
-            vae: The model.
-            x: (n, *shape): the images to reconstruct.
-        """
+        """Keep a frame of the animation that `finish` writes: x (n, *shape), reconstructed."""
         if not self._draws_images(vae, x):
             return
         with self._warning_of("growth"):
@@ -204,13 +195,7 @@ class Records:
         return True
 
     def projector(self, vae: VAE, x: Tensor, labels: Tensor | None) -> None:
-        """Posterior means for TensorBoard's projector, with classes and thumbnails.
-
-        Args:
-            vae: The trained model.
-            x: (N, *shape) images.
-            labels: (N,), or None.
-        """
+        """Posterior means for TensorBoard's projector, with classes and thumbnails."""
         with self._warning_of("projector"):
             self._project(vae, x, labels)
 
@@ -247,12 +232,7 @@ class Records:
     def finish(self, history: dict[str, list[Any]], facts: dict[str, Any]) -> dict[str, Any]:
         """Write summary.json and the hparams, and close. A run without summary.json is unfinished.
 
-        Args:
-            history: What `train` returned.
-            facts: What the caller knows besides: data hashes, device.
-
-        Returns:
-            The summary.
+        `history` is what `train` returned, `facts` what else is known: data hashes, device.
         """
         final = {
             name: values[-1]
