@@ -13,12 +13,13 @@ import json
 import os
 import pickle
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+from torch import Tensor
 
 from vae_torch.config import (
     INCIDENTAL,
@@ -391,7 +392,7 @@ def stored_model(
         config, shape = config_from_dict(state["config"]), tuple(_shape_in(state))
     except (ConfigError, TypeError) as error:
         raise _unfit(path, error) from None
-    odd = [name for name, value in state["model"].items() if not isinstance(value, torch.Tensor)]
+    odd = [name for name, value in state["model"].items() if not isinstance(value, Tensor)]
     if odd:
         raise _unfit(path, TypeError(f"{odd[0]} is no tensor"))
     epoch = state.get("epoch")
@@ -409,23 +410,27 @@ def stored_model(
 
 def _give(vae: VAE, stored: StoredModel) -> None:
     """Give a model the weights of another that has the same parts."""
-    ours = vae.state_dict()
-    misfits = [
-        f"{name} {shape_of(stored.weights.get(name))} (into: {shape_of(ours.get(name))})"
-        for name in dict.fromkeys([*stored.weights, *ours])
-        if shape_of(stored.weights.get(name)) != shape_of(ours.get(name))
-    ]
-    if misfits:
-        more = f" and {len(misfits) - 6} more" if len(misfits) > 6 else ""
+    if misfits := other_shapes(vae.state_dict(), stored.weights, "into"):
         raise CheckpointError(
-            f"{stored.path}: its weights do not fit into the model: {', '.join(misfits[:6])}{more}"
+            f"{stored.path}: its weights do not fit into the model: {listed(misfits)}"
         )
     vae.load_state_dict(stored.weights)
 
 
-def shape_of(weight: torch.Tensor | None) -> str:
-    """Of a weight, in a message."""
-    return "absent" if weight is None else str(tuple(weight.shape))
+def other_shapes(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], here: str) -> list[str]:
+    """Weights that one of two models lacks, or has in another shape."""
+
+    def shape(weights: Mapping[str, Tensor], name: str) -> str:
+        return str(tuple(weights[name].shape)) if name in weights else "absent"
+
+    shapes = {name: (shape(theirs, name), shape(ours, name)) for name in {**theirs, **ours}}
+    return [f"{name} {a} ({here}: {b})" for name, (a, b) in shapes.items() if a != b]
+
+
+def listed(misfits: Sequence[str]) -> str:
+    """The first six in words, and how many more there are."""
+    more = f" and {len(misfits) - 6} more" if len(misfits) > 6 else ""
+    return f"{', '.join(misfits[:6])}{more}"
 
 
 def save_run(vae: VAE, run_dir: str | Path) -> Path:

@@ -31,6 +31,7 @@ from vae_torch.cli.compose import (
     refuse_malformed,
     register,
     run_settings,
+    train_help,
 )
 from vae_torch.cli.hooks import UNREPORTED
 from vae_torch.cli.messages import (
@@ -60,6 +61,9 @@ def main() -> None:
     try:
         refuse_malformed(typed)
         load_named_plugins(typed)
+        if {"-h", "--help"} & set(typed):
+            print(train_help(), end="")
+            return
         sys.argv[1:] = map(as_hydra_takes_it, typed)
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(task)()
     except COMPOSITION_ERRORS as error:

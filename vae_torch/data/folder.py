@@ -11,9 +11,8 @@ import numpy as np
 
 from vae_torch.config import ConfigError
 from vae_torch.data.cache import cached
-from vae_torch.data.decode import decoded, form_of
 from vae_torch.data.idx import DataError
-from vae_torch.data.pictures import Form, colour, sides
+from vae_torch.data.pictures import Form, colour, decoded, form_of, sides
 from vae_torch.data.table import Images, Splits, data_sources
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif"}
