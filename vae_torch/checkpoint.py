@@ -12,6 +12,7 @@ import io
 import json
 import os
 import pickle
+import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -34,6 +35,7 @@ from vae_torch.config import (
     checkpoint_interval,
     config_from_dict,
     flatten,
+    in_short,
 )
 from vae_torch.files import write_atomically
 from vae_torch.parts.complete import complete
@@ -81,10 +83,10 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
         state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: refused, it holds more than tensors and plain values ({_line(error)})"
+            f"{path}: refused, it holds more than tensors and plain values ({in_short(error, 200)})"
         ) from None
     except Exception as error:  # bytes that somebody made and sealed can raise anything
-        raise CheckpointError(f"{path}: torch cannot read it ({_line(error)})") from None
+        raise CheckpointError(f"{path}: torch cannot read it ({in_short(error, 200)})") from None
     parts = [state.get(key) for key in ("config", "model")] if isinstance(state, dict) else [None]
     if not all(isinstance(part, dict) for part in parts):
         raise CheckpointError(f"{path}: holds no model with its config")
@@ -96,13 +98,8 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
 
 def _renamed(weights: dict[str, Any]) -> dict[str, Any]:
     """Weights by the names of this version: the posterior's heads were the encoder's once."""
-    old, new = ("encoder.mean.", "encoder.logvar."), ("posterior.mean.", "posterior.logvar.")
-    found = {}
-    for name, value in weights.items():
-        for was, now in zip(old, new, strict=True):
-            name = now + name.removeprefix(was) if str(name).startswith(was) else name
-        found[name] = value
-    return found
+    head = re.compile(r"^encoder\.(?=(mean|logvar)\.)")
+    return {head.sub("posterior.", str(name)): value for name, value in weights.items()}
 
 
 class Checkpoints:
@@ -324,7 +321,11 @@ def load_run(
         raise CheckpointError(f"run={error}" if error.at_folder else str(error)) from None
     config = stored.config
     if into is not None:
-        _give(into, stored)
+        if misfits := other_shapes(into.state_dict(), stored.weights, "into"):
+            raise CheckpointError(
+                f"{stored.path}: its weights do not fit into the model: {listed(misfits)}"
+            )
+        into.load_state_dict(stored.weights)
         return into.to(device), config
     if own := stored.own_parts:
         raise CheckpointError(
@@ -334,10 +335,10 @@ def load_run(
         )
     try:
         if absent := [name for name in config.plugins if name not in loaded_plugins()]:
-            listed = ", ".join(f'"{name}"' for name in absent)
+            names = ", ".join(f'"{name}"' for name in absent)
             raise CheckpointError(
                 f"{run_dir}: its run has parts of your own; add plugins=[{','.join(absent)}], in "
-                f"Python load_run(..., plugins=[{listed}])"
+                f"Python load_run(..., plugins=[{names}])"
             )
         vae = _made_again(stored)
     except (ConfigError, RuntimeError, TypeError) as error:
@@ -406,15 +407,6 @@ def stored_model(
         path.read_bytes()[-32:].hex(),
         tuple(map(str, own)) if isinstance(own, list) else (),
     )
-
-
-def _give(vae: VAE, stored: StoredModel) -> None:
-    """Give a model the weights of another that has the same parts."""
-    if misfits := other_shapes(vae.state_dict(), stored.weights, "into"):
-        raise CheckpointError(
-            f"{stored.path}: its weights do not fit into the model: {listed(misfits)}"
-        )
-    vae.load_state_dict(stored.weights)
 
 
 def other_shapes(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], here: str) -> list[str]:
@@ -500,7 +492,7 @@ def save_run(vae: VAE, run_dir: str | Path) -> Path:
 
 def _unfit(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"{path}: does not fit its own config ({_line(error)}); name another run"
+        f"{path}: does not fit its own config ({in_short(error, 200)}); name another run"
     )
 
 
@@ -510,10 +502,6 @@ def _shape_in(state: dict[str, Any]) -> list[int]:
     if not isinstance(shape, list) or not all(type(n) is int and 0 < n < 2**20 for n in shape):
         raise TypeError(f"its images have shape {shape}")
     return shape
-
-
-def _line(error: Exception) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:200]
 
 
 def _what_matters(config: dict[str, Any]) -> dict[str, Any]:

@@ -32,6 +32,11 @@ class UserError(ValueError):
     """A user's mistake: one line that says what is wrong and what to do."""
 
 
+def in_short(error: Exception, most: int = 120) -> str:
+    """What an error says, on one line."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:most]
+
+
 class ConfigError(UserError):
     """A mistake in a run's settings: names key, value and remedy."""
 

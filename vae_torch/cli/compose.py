@@ -17,7 +17,7 @@ import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
@@ -204,12 +204,9 @@ def train_help() -> str:
 
 def typed(cfg: DictConfig, schema: type[Settings], *, leave_out: Sequence[str] = ()) -> Settings:
     """Composed settings as an instance of `schema`."""
-    rest = cfg.copy()
-    with read_write(rest), open_dict(rest):
-        for key in leave_out:
-            rest.pop(key, None)
+    kept = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in leave_out])
     try:
-        values = OmegaConf.to_container(rest, resolve=True, throw_on_missing=True)
+        values = OmegaConf.to_container(kept, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{error.full_key}: {reason}; give it a value of its own") from None

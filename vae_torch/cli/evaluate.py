@@ -4,12 +4,12 @@ Printed, written to evaluation.json, added to TensorBoard.
 """
 
 import hashlib
-import io
 import json
 import textwrap
 import threading
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +62,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def evaluate_run(config: EvaluateConfig) -> None:
     """Load a run, evaluate it on its own test set, write the card."""
+    import numpy as np
     import torch
 
     from vae_torch.checkpoint import CheckpointError, load_checkpoint, refuse_other_data
     from vae_torch.data import data_hash, image_dataset, loaders_of
     from vae_torch.evaluate import evaluate_images
     from vae_torch.figures import log_px_map
-    from vae_torch.files import write_atomically
+    from vae_torch.files import replaced, write_atomically
     from vae_torch.runs.records import add_evaluation
 
     vae, run_config, device = open_run(config, config.eval.checkpoint)
@@ -98,7 +99,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
     test_set = image_dataset(test_loader)
     written = run_dir / "evaluation.json"
     integrates = vae.latent_dim <= 2 and config.eval.exact is not False
-    replaced = refuse_smaller(config, len(test_set), integrates)
+    instead = refuse_smaller(config, len(test_set), integrates)
     few = min(max(8, chunk // config.eval.num_samples), 256)
     tell_duration(vae, test_set.first(few)[0], len(test_set), config, chunk)
     card, per_image = evaluate_images(
@@ -127,23 +128,16 @@ def evaluate_run(config: EvaluateConfig) -> None:
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
     }
     print_card(card)
-    write_atomically(run_dir / PER_IMAGE, packed(per_image))
+    arrays: Any = {name: each.cpu().numpy() for name, each in per_image.items()}
+    with replaced(run_dir / PER_IMAGE) as part, part.open("wb") as file:
+        np.savez_compressed(file, **arrays)
     write_atomically(written, (json.dumps(card, indent=2) + "\n").encode())
     picture = None
     if vae.latent_dim == 2 and "log_px_exact" in per_image:
         x, _ = test_set.first(2000)
         picture = log_px_map(vae, x, per_image["log_px_exact"][: len(x)])
     add_evaluation(run_dir, card, epoch, picture)
-    print(f"\nwritten to {shown(written.resolve())}{replaced}")
-
-
-def packed(per_image: dict[str, Any]) -> bytes:
-    """The values of each image as the bytes of an .npz: one array (N,) a figure."""
-    import numpy as np
-
-    file = io.BytesIO()
-    np.savez_compressed(file, **{name: each.cpu().numpy() for name, each in per_image.items()})
-    return file.getvalue()
+    print(f"\nwritten to {shown(written.resolve())}{instead}")
 
 
 def refuse_smaller(config: EvaluateConfig, images: int, integrates: bool) -> str:
@@ -157,30 +151,30 @@ def refuse_smaller(config: EvaluateConfig, images: int, integrates: bool) -> str
         name, sha256 = (card["checkpoint"][key] for key in ("name", "sha256"))
         fitted = "log_px_encoder" in card  # cards of older versions have no other log_px
         encoder = card["log_px_encoder" if fitted else "log_px"]
-        had = {
-            "images": int(encoder["num_images"]),
-            "importance samples": int(encoder["num_samples"]),
-            "fitted images": int(card["approximation_gap"]["num_images"]),
-        }
-        asks = {
-            "images": images,
-            "importance samples": asked.num_samples,
-            "fitted images": min(asked.fit_images, images),
-        }
+        annealed = card.get("log_px_ais", {"num_images": 0})
+        known = [  # what it is, how many that card has of it, and how many the next one would
+            ("images", encoder["num_images"], images),
+            ("importance samples", encoder["num_samples"], asked.num_samples),
+            (
+                "fitted images",
+                card["approximation_gap"]["num_images"],
+                min(asked.fit_images, images),
+            ),
+            ("annealed images", annealed["num_images"], min(asked.ais or 0, images)),
+        ]
         if fitted:
-            had["samples from fitted proposals"] = int(card["log_px"]["num_samples"])
-            asks["samples from fitted proposals"] = asked.fit_samples
-        if "log_px_ais" in card:
-            had["annealed images"] = int(card["log_px_ais"]["num_images"])
-            asks["annealed images"] = min(asked.ais or 0, images)
+            samples = card["log_px"]["num_samples"]
+            known.append(("samples from fitted proposals", samples, asked.fit_samples))
+        known = [(what, int(had), asks) for what, had, asks in known if int(had)]
     except FileNotFoundError:
         return ""
     except (OSError, ValueError, KeyError, TypeError):
         return ", in place of a damaged one"
     checkpoint = path.parent / "checkpoints" / f"{name}.pt"
     have = hashlib.sha256(checkpoint.read_bytes()).hexdigest() if checkpoint.exists() else None
-    words = f"a card of checkpoint {name}: " + ", ".join(f"{n:,} {key}" for key, n in had.items())
-    fewer = [f"{asks[key]:,} {key}" for key, n in had.items() if asks[key] < n]
+    listed = ", ".join(f"{had:,} {what}" for what, had, _ in known)
+    words = f"a card of checkpoint {name}: {listed}"
+    fewer = [f"{asks:,} {what}" for what, had, asks in known if asks < had]
     if "log_px_exact" in card and not integrates:
         fewer.append("no log_px_exact")
     if have == sha256 and fewer and not asked.overwrite:
@@ -201,19 +195,10 @@ def tell_duration(vae: Any, x: Any, images: int, config: EvaluateConfig, chunk: 
         began = time.perf_counter()
         importance_log_px(vae, x, num_samples=samples, chunk=chunk).log_px.sum().item()
         took = time.perf_counter() - began
-    seconds = took * images / len(x)
-    words = (
-        "a few seconds"
-        if seconds < 10
-        else f"about {seconds:.0f} seconds"
-        if seconds < 100
-        else f"about {seconds / 60:.0f} minutes"
-        if seconds < 6000
-        else f"about {seconds / 3600:.1f} hours"
-    )
+    left = timedelta(seconds=round(took * images / len(x)))
     print(
-        f"log p(x) of {images:,} images, {samples:,} samples each: {words}, and about as long "
-        "again from fitted proposals",
+        f"log p(x) of {images:,} images, {samples:,} samples each: about {left} (h:mm:ss), and "
+        "about as long again from fitted proposals",
         flush=True,
     )
 

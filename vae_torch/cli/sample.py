@@ -1,6 +1,5 @@
 """`sample.py`, `vae-torch sample`: images from a run's model, as a picture or as numbers."""
 
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,18 +27,16 @@ def sample_run(config: SampleConfig) -> Path:
     import numpy as np
 
     from vae_torch.figures import image_grid, to_png
-    from vae_torch.files import write_atomically
+    from vae_torch.files import replaced
     from vae_torch.samples import draw_samples
 
     vae, _, _ = open_run(config, config.checkpoint)
     images, z = draw_samples(
         vae, config.n, temperature=config.temperature, pixels=config.pixels, seed=config.seed
     )
-    if path.suffix == ".npz":
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, x=images.cpu().numpy(), z=z.cpu().numpy())
-        content = buffer.getvalue()
-    else:
-        content = to_png(image_grid(images, math.ceil(math.sqrt(config.n))), scale=3)
-    write_atomically(path, content)
+    with replaced(path) as part, part.open("wb") as file:
+        if path.suffix == ".npz":
+            np.savez_compressed(file, x=images.cpu().numpy(), z=z.cpu().numpy())
+        else:
+            file.write(to_png(image_grid(images, math.ceil(math.sqrt(config.n))), scale=3))
     return path

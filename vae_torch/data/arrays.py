@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from vae_torch.config import ConfigError
+from vae_torch.config import ConfigError, in_short
 from vae_torch.data.idx import DataError
 from vae_torch.data.table import Images, Splits, data_sources
 
@@ -84,7 +84,7 @@ def _opened(path: Path) -> Mapping[str, Any]:
             with np.load(file, allow_pickle=False) as held:
                 return {name: held[name] if name in _NAMES else None for name in held.files}
     except Exception as error:  # bytes that somebody made can raise anything
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        reason = in_short(error)
         if "pickle" in reason or "bject" in reason:
             reason = "it holds Python objects, which may run code"
         raise DataError(

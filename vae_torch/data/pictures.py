@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from vae_torch.bars import bar
-from vae_torch.config import ConfigError
+from vae_torch.config import ConfigError, in_short
 from vae_torch.data.idx import DataError
 
 _AT_ONCE = 512  # files whose pixels are in memory together
@@ -151,7 +151,7 @@ def _reason(error: Any) -> str:
         return f"more than {Image.MAX_IMAGE_PIXELS:,} pixels"
     if isinstance(error, UnidentifiedImageError):
         return "no image"
-    return " ".join(str(error).split())[:80] or type(error).__name__
+    return in_short(error, 80)
 
 
 def _cores() -> int:

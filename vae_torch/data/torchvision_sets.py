@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from vae_torch.bars import bar
-from vae_torch.config import ConfigError
+from vae_torch.config import ConfigError, in_short
 from vae_torch.data.cache import cached
 from vae_torch.data.fetch import socket_timeout
 from vae_torch.data.idx import DataError
@@ -91,7 +91,7 @@ def _opened(kind: Any, root: Path, options: dict[str, Any]) -> Any:
         raise ConfigError(f"data.dataset={name}: {error}; use data=folder on its files") from None
     except (RuntimeError, OSError, ValueError) as error:
         if not downloads or isinstance(error, ValueError):
-            raise DataError(f"data.dataset={name}: {_reason(error)}") from None
+            raise DataError(f"data.dataset={name}: {in_short(error)}") from None
     cold = not root.exists()
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -110,7 +110,7 @@ def _opened(kind: Any, root: Path, options: dict[str, Any]) -> Any:
                 root.rmdir()
         raise DataError(
             f"data.dataset={name}: not under data.root={root}, and cannot be fetched "
-            f"({_reason(error)}); put the files there as torchvision does"
+            f"({in_short(error)}); put the files there as torchvision does"
         ) from None
 
 
@@ -150,7 +150,7 @@ def _decoded(
                 raise
             except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises
                 raise DataError(
-                    f"data.dataset={name}: image {i} cannot be read ({_reason(error)}); replace it"
+                    f"data.dataset={name}: image {i} cannot be read ({in_short(error)}); replace it"
                 ) from None
             labels.append(_number(label))
 
@@ -188,7 +188,3 @@ def _content(root: Path) -> list[tuple[str, int, int]]:
 
 def _hidden(name: str) -> bool:
     return name.startswith(".")
-
-
-def _reason(error: Exception) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:120]

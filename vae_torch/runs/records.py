@@ -197,25 +197,20 @@ class Records:
     def projector(self, vae: VAE, x: Tensor, labels: Tensor | None) -> None:
         """Posterior means for TensorBoard's projector, with classes and thumbnails."""
         with self._warning_of("projector"):
-            self._project(vae, x, labels)
-
-    def _project(self, vae: VAE, x: Tensor, labels: Tensor | None) -> None:
-        means = vae.encode(x).mean
-        if vae.latent_dim < 3:  # the projector's own PCA shows nothing of fewer than three
-            means = torch.nn.functional.pad(means, (0, 3 - vae.latent_dim))
-        names = (
-            None
-            if labels is None
-            else [name_of(label, self.class_names) for label in labels.tolist()]
-        )
-        (self.run_dir / "tensorboard").stat()  # add_embedding would make a missing folder again
-        self._writer.add_embedding(
-            means,
-            metadata=names,
-            label_img=_thumbnails(vae, x, labels) if self._draws_images(vae, x) else None,
-            tag="latents",
-            global_step=self.config.train.epochs,
-        )
+            means = vae.encode(x).mean
+            if vae.latent_dim < 3:  # the projector's own PCA shows nothing of fewer than three
+                means = torch.nn.functional.pad(means, (0, 3 - vae.latent_dim))
+            numbers = [] if labels is None else labels.tolist()
+            names = [name_of(label, self.class_names) for label in numbers] or None
+            # add_embedding would make a missing folder again
+            (self.run_dir / "tensorboard").stat()
+            self._writer.add_embedding(
+                means,
+                metadata=names,
+                label_img=_thumbnails(vae, x, labels) if self._draws_images(vae, x) else None,
+                tag="latents",
+                global_step=self.config.train.epochs,
+            )
 
     @contextmanager
     def _warning_of(self, picture: str) -> Iterator[None]:
