@@ -107,6 +107,12 @@ def _held_out(value: Any) -> Any:
     )
 
 
+def _channels(value: Any) -> Any:
+    if value is None or (value in (1, 3) and not isinstance(value, bool)):
+        return value
+    raise ConfigError(f"data.channels={value}: must be 1 (grey) or 3 (colour)")
+
+
 _MANY = 2**31 - 1
 Size = Annotated[int, Field(strict=True, ge=1, le=100_000)]
 Count = Annotated[int, Field(strict=True, ge=1, le=_MANY)]
@@ -205,9 +211,7 @@ class DataConfig(Group):
         about("folder, torchvision: N or [height, width]; resize and crop the images to this size"),
     ] = None
     channels: Annotated[
-        Literal[1, 3] | None,
-        Must("1 (grey) or 3 (colour)"),
-        about("folder, torchvision: 1 (grey), 3 (colour)"),
+        int | None, BeforeValidator(_channels), about("folder, torchvision: 1 (grey), 3 (colour)")
     ] = None
     background: Annotated[
         str | None, about("folder, torchvision: the colour behind transparent pixels")
