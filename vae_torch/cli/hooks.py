@@ -116,11 +116,15 @@ class Hooks(Callback):
 def _checked(config: DictConfig) -> Config:
     """The settings of a run that this machine can make."""
     settings = run_settings(config)
-    from vae_torch.machine import check_compiler, resolve_device  # torch, after what needs none
+    # torch, after what needs none
+    from vae_torch.machine import cpp_compiler, resolve_device
+    from vae_torch.training.step import check_can_compile
 
     device = resolve_device(settings.device)
     if settings.compile:
-        check_compiler(device)
+        check_can_compile()
+        if device.type == "cpu":
+            cpp_compiler()
     return settings
 
 
