@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vae_torch.cli.messages import refuse, shown, tell_interrupts, told
 from vae_torch.cli.settings_line import open_run, parser, settings_of
-from vae_torch.config import ExploreConfig
+from vae_torch.config import ExploreConfig, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -26,11 +26,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = settings_of(options, ExploreConfig)
     from vae_torch.explorer import ExplorerError
 
-    with told(f"run={config.run}", "free some space, or mend the folder"):
-        try:
-            path = explore_run(config)
-        except ExplorerError as error:
-            refuse(f"run={config.run}: {error}")
+    try:
+        path = explore_run(config)
+    except ExplorerError as error:
+        refuse(f"run={config.run}: {error}")
+    except UserError as error:
+        refuse(str(error))
     print(shown(path))
     if not options.open:
         print(f"open it in a browser: {path.as_uri()}")
@@ -74,5 +75,6 @@ def explore_run(config: ExploreConfig) -> Path:
         points=config.points,
     )
     path = run_dir / "explorer.html"
-    write_atomically(path, page.encode())
+    with told(f"run={config.run}", "run it again once it can"):
+        write_atomically(path, page.encode())
     return path

@@ -15,7 +15,7 @@ from vae_torch.bars import bar
 from vae_torch.config import ConfigError, in_short
 from vae_torch.data.idx import DataError
 
-_AT_ONCE = 512  # files whose pixels are in memory together
+_AT_ONCE = 256  # files whose pixels are in memory together
 _TOLD = 3  # damaged files that a refusal names
 _ORIENTATION = 0x0112  # of EXIF
 _GREY = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
