@@ -74,12 +74,13 @@ def register() -> None:
     for key in OPTIONS:  # which keys a part takes, it knows itself
         OmegaConf.set_struct(OmegaConf.select(skeleton, key), False)
     store.store(name="schema", node=skeleton)
-    for name, resolver in (
-        ("run_name", run_name),
-        ("after_time", after_time),
-        ("python_here", _python_here),
-    ):
-        OmegaConf.register_new_resolver(name, resolver, replace=True)
+
+    def python_here() -> str:
+        """A shell's command for this Python in this folder: what a Ray worker is to be."""
+        return shlex.join(["env", f"--chdir={Path.cwd()}", sys.executable])
+
+    for resolver in (run_name, after_time, python_here):
+        OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
 
 
 def load_named_plugins(arguments: Sequence[str]) -> None:
@@ -110,11 +111,6 @@ def load_named_plugins(arguments: Sequence[str]) -> None:
             }
             node = {"defaults": [base, "_self_"], "name": name, "options": options}
             ConfigStore.instance().store(group=group, name=name, node=node)
-
-
-def _python_here() -> str:
-    """A shell's command for this Python in this folder: what a Ray worker is to be."""
-    return shlex.join(["env", f"--chdir={Path.cwd()}", sys.executable])
 
 
 def _skeleton(schema: Any) -> dict[str, Any]:

@@ -72,12 +72,16 @@ def writer_of(config: EncodeConfig) -> Writer:
 
 def encode_run(config: EncodeConfig, write: Writer) -> str:
     """Load a run, encode the images, write the file; a line about it."""
-    from vae_torch.data import image_loader
+    from vae_torch.data import image_dataset, image_loader, loaders_of
     from vae_torch.encode import encoded_batches
 
     vae, run_config, device = open_run(config, config.checkpoint)
     if config.images is None:
-        source = own_images(config, run_config, device)
+        if config.data_root:
+            run_config.data.root = config.data_root
+        run_config.data.augment = "none"  # the images as they are, in order
+        own = dict(zip(("train", "test"), loaders_of(run_config, device), strict=True))
+        source = Source(image_dataset(own[config.split]), None)
     else:
         source = other_images(config, run_config, vae, device)
     batches = encoded_batches(
@@ -104,17 +108,6 @@ def encode_run(config: EncodeConfig, write: Writer) -> str:
     means = f"elbo {elbo / n:.2f}, log p(x) {log_px / n:.2f}"
     count = f"{n:,} image{'' if n == 1 else 's'}"
     return f"{shown(out.absolute())}: {count}, in the mean {means} nats"
-
-
-def own_images(config: EncodeConfig, run_config: Config, device: "torch.device") -> Source:
-    """The run's own test or training images, in order, and not augmented."""
-    from vae_torch.data import image_dataset, loaders_of
-
-    if config.data_root:
-        run_config.data.root = config.data_root
-    run_config.data.augment = "none"
-    loaders = dict(zip(("train", "test"), loaders_of(run_config, device), strict=True))
-    return Source(image_dataset(loaders[config.split]), None)
 
 
 def other_images(

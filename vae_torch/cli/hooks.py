@@ -6,7 +6,7 @@ import re
 import signal
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +206,11 @@ def resumed_settings(config: DictConfig, run_dir: Path) -> Config:
     stored = config_from_dict(state["config"])
     was = flatten(stored.to_dict())
     given = flatten(run_settings(config).to_dict())
-    for key in typed_keys(config, given):
+    typed = {str(o).lstrip("+").partition("=")[0] for o in config.hydra.overrides.task}
+    default = flatten(run_settings(hydra.compose(config.hydra.job.config_name, [])).to_dict())
+    for key in given:  # set by name, or through a group's file
+        if key not in typed and given[key] == default[key]:
+            continue
         if key in INCIDENTAL or key in STAGE_KEYS:
             *groups, name = key.split(".")
             setattr(functools.reduce(getattr, groups, stored), name, given[key])
@@ -216,14 +220,6 @@ def resumed_settings(config: DictConfig, run_dir: Path) -> Config:
                 "resume with the settings that it was started with"
             )
     return stored
-
-
-def typed_keys(config: DictConfig, given: Mapping[str, Any]) -> list[str]:
-    """The keys that the command line set, by name or through a group's file."""
-    overrides = [str(override) for override in config.hydra.overrides.task]
-    named = {override.lstrip("+").partition("=")[0] for override in overrides}
-    default = flatten(run_settings(hydra.compose(config.hydra.job.config_name, [])).to_dict())
-    return [key for key, value in given.items() if key in named or value != default[key]]
 
 
 def interrupted_runs(outputs: Path, settings: Config) -> tuple[Path | None, list[tuple[Path, str]]]:

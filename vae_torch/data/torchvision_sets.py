@@ -181,10 +181,6 @@ def _names(data: Any) -> list[str] | None:
 
 def _content(root: Path) -> list[tuple[str, int, int]]:
     """What lies under the data folder; hidden files aside."""
-    shown = (p for p in root.rglob("*") if not any(map(_hidden, p.relative_to(root).parts)))
-    found = [(str(path), path.stat()) for path in sorted(shown) if path.is_file()]
+    below = ((path, f"/{path.relative_to(root).as_posix()}") for path in sorted(root.rglob("*")))
+    found = [(name, path.stat()) for path, name in below if "/." not in name and path.is_file()]
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
-
-
-def _hidden(name: str) -> bool:
-    return name.startswith(".")
