@@ -49,10 +49,6 @@ _SEAL = len(_MAGIC) + 32
 class CheckpointError(UserError):
     """A checkpoint is absent, damaged, or of another model: one line that names the file."""
 
-    def __init__(self, line: str, *, at_folder: bool = False) -> None:
-        super().__init__(line)
-        self.at_folder = at_folder  # it begins with the run's folder, not with a file in it
-
 
 def save_checkpoint(state: dict[str, Any], *paths: Path) -> None:
     """Write `state` to each path; a reader sees the old file or the new, no part of either."""
@@ -318,7 +314,8 @@ def load_run(
     try:
         stored = stored_model(run_dir, checkpoint, device)
     except CheckpointError as error:
-        raise CheckpointError(f"run={error}" if error.at_folder else str(error)) from None
+        of_folder = str(error).startswith(f"{run_dir}: ")  # and of no file in it
+        raise CheckpointError(f"run={error}" if of_folder else str(error)) from None
     config = stored.config
     if into is not None:
         if misfits := other_shapes(into.state_dict(), stored.weights, "into"):
@@ -378,7 +375,7 @@ def stored_model(
 ) -> StoredModel:
     """A run's or release's weights, without the model that they are of."""
     if not run_dir.is_dir():
-        raise CheckpointError(f"{run_dir}: no such folder", at_folder=True)
+        raise CheckpointError(f"{run_dir}: no such folder")
     from vae_torch import release  # which writes what is read here
 
     if release.is_release(run_dir):

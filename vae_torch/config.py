@@ -481,17 +481,6 @@ STAGE_KEYS = (
 )
 
 
-# Keys of options that a part's own signature names.
-OPTIONS = (
-    "data.options",
-    "model.options",
-    "objective.options",
-    "posterior_options",
-    "likelihood_options",
-    "prior_options",
-)
-
-
 def keys_of(schema: type[Any], prefix: str = "") -> dict[str, Any]:
     """Every setting of a schema by its dotted key, with its annotated type."""
     found: dict[str, Any] = {}
@@ -502,6 +491,9 @@ def keys_of(schema: type[Any], prefix: str = "") -> dict[str, Any]:
             found[f"{prefix}{name}"] = kind
     return found
 
+
+# Keys of options that a part's own signature names.
+OPTIONS = tuple(key for key in keys_of(Config) if key.endswith("options"))
 
 # The allowed words of every key of a run that takes one of a few.
 CHOICES: dict[str, tuple[str, ...]] = {
