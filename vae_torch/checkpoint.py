@@ -382,9 +382,7 @@ def stored_model(
         return release.stored_release(run_dir, device)
     path = run_dir / "checkpoints" / f"{checkpoint}.pt"
     if not path.exists():
-        raise CheckpointError(
-            f"{run_dir}: has no checkpoints/{checkpoint}.pt; did it train?", at_folder=True
-        )
+        raise CheckpointError(f"{run_dir}: has no checkpoints/{checkpoint}.pt; did it train?")
     state = load_checkpoint(path, device)
     try:
         config, shape = config_from_dict(state["config"]), tuple(_shape_in(state))
