@@ -227,7 +227,7 @@ BUDGET = (
     ("epochs=50", "epochs=1"),
     ('"train.epochs=50"', '"train.epochs=1", "data=fashion_mnist", "train.figure_every=0"'),
     ("range(2000)", "range(12)"),
-    ("fit_images=10)", "fit_images=2, exact=False)"),
+    ('"fit_images": 10', '"fit_images": 2, "exact": False'),
     ('VAE((3, 32, 32), latent_dim=16, architecture="conv"', "VAE((3, 32, 32), latent_dim=16"),
 )
 
