@@ -481,6 +481,7 @@ class ExportConfig:
     run: Annotated[Folder, about("the run's folder")]
     out: Annotated[Folder, about("the release's folder, which is made")]
     checkpoint: Annotated[Which, about("last, or best: the highest test elbo")]
+    half: Annotated[Switch, about("weights as 16-bit floats: half the size")] = False
 
 
 # Keys that say where and how a run is made, not what it is: it may be resumed with others, and they

@@ -21,7 +21,7 @@ from vae_torch.config import ConfigError, flatten, keys_of
 
 Settings = TypeVar("Settings")
 
-_FOLDERS = ("run", "data_root", "images", "out", "readme")  # taken as they are typed
+_FOLDERS = ("run", "data_root", "images", "out", "readme", "pretrained")  # taken as they are typed
 
 
 def parser(name: str, description: str, schema: type[Any]) -> Parser:
