@@ -1,10 +1,13 @@
 """Samples, releases, and models that no command line has made."""
 
 import hashlib
+import io
 import json
 import math
 import shutil
 import struct
+import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from vae_torch import VAE, draw_samples, load_run, save_run, train
 from vae_torch.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from vae_torch.cli.compose import compose
 from vae_torch.config import ConfigError
+from vae_torch.deploy import portable_files
 from vae_torch.runs.run import run
 
 
@@ -149,6 +153,73 @@ def test_half_floats_halve_a_release(source, release, tmp_path):
     save_checkpoint(state, tmp_path / "run" / "checkpoints" / "last.pt")
     with pytest.raises(ConfigError, match=r"half=true: decoder\.out\.bias has weights above 65504"):
         export_run(tmp_path / "run", tmp_path / "large", half=True)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {},
+        {"architecture": "conv", "likelihood": "discretized_logistic"},
+        {"architecture": "residual", "likelihood": "continuous_bernoulli"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("form", ["torchscript", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_other_programs_encode_and_decode_as_torch_does(kind, form):
+    torch.manual_seed(1)
+    vae = VAE((1, 12, 12), 3, 8, **kind).eval()
+    x, z = torch.rand(7, 1, 12, 12), 2 * torch.randn(7, 3)
+    files = portable_files(vae, [form])
+    for part, given, expected in (
+        ("encoder", x, list(vae.encode(x))),
+        ("decoder", z, [vae.likelihood.mean(vae.decode(z))]),
+    ):
+        if form == "onnx":
+            runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+            session = runtime.InferenceSession(files[f"{part}.onnx"])
+            found = session.run(None, {session.get_inputs()[0].name: given.numpy()})
+            found = list(map(torch.from_numpy, found))
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                found = torch.jit.load(io.BytesIO(files[f"{part}.pt"]))(given)
+            found = [found] if isinstance(found, torch.Tensor) else list(found)
+        for ours, theirs in zip(expected, found, strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_what_no_other_program_can_do_is_refused(monkeypatch):
+    with pytest.raises(ConfigError, match=r"formats=\[torchscript\] needs a Gaussian q\(z\|x\)"):
+        portable_files(VAE((8,), 2, 4, posterior="flow"), ["torchscript"])
+
+    class Loud(torch.nn.Linear):
+        def forward(self, z):
+            return super().forward(z) * (2.0 if len(z) == 2 else 1.0)  # of two rows, as traced
+
+    vae = VAE((8,), 2, 4, encoder=torch.nn.Linear(8, 4), decoder=Loud(2, 8))
+    with pytest.raises(ConfigError, match="the decoder differs from PyTorch by"):
+        portable_files(vae, ["torchscript"])
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ConfigError, match=r"needs onnxruntime, .* pip install -e '\.\[onnx\]'"):
+        portable_files(VAE((8,), 2, 4), ["onnx"])
+
+
+def test_a_release_takes_other_formats_and_the_page_along(source, tmp_path):
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    copy = shutil.copytree(source, tmp_path / "run")
+    asked = [f"run={copy}", f"out={tmp_path / 'release'}", "explorer=true"]
+    refused = run_script("export.py", *asked)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("export.py: explorer=true: ")
+    assert refused.stderr.count("\n") == 1
+    (copy / "explorer.html").write_text("the page")
+    done = run_script("export.py", *asked, "formats=[torchscript]")
+    assert done.returncode == 0, done.stderr
+    made = tmp_path / "release"
+    assert (made / "explorer.html").read_text() == "the page"
+    assert "`decoder.pt` turns z (B, 2)" in " ".join((made / "README.md").read_text().split())
+    assert len((made / "SHA256SUMS").read_text().splitlines()) == 5
+    assert load_run(made)[1].model.latent_dim == 2
 
 
 @pytest.fixture(scope="module")

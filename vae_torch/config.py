@@ -484,6 +484,11 @@ class ExportConfig:
     out: Annotated[Folder, about("the release's folder, which is made")]
     checkpoint: Annotated[Which, about("last, or best: the highest test elbo")]
     half: Annotated[Switch, about("weights as 16-bit floats: half the size")] = False
+    formats: Annotated[
+        list[Literal["onnx", "torchscript"]], about("encoder and decoder in these formats too")
+    ] = field(default_factory=list)
+    explorer: Annotated[Switch, about("the page that scripts/explore.py has written too")] = False
+    plugins: Plugins = field(default_factory=list)
 
 
 # Keys that say where and how a run is made, not what it is: it may be resumed with others, and they

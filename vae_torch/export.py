@@ -3,6 +3,8 @@
     model.safetensors   the weights, without the optimiser
     config.json         settings, shape of the images, hashes of the data, versions
     README.md           the model card
+    encoder.onnx, ...   encoder and decoder in other formats, on request
+    explorer.html       the page to walk through the latent space, on request
     evaluation.json     the evaluation card, where the run has one of these weights
     SHA256SUMS          of the files above, but for README.md; `sha256sum -c` reads it
 
@@ -12,13 +14,15 @@ The first two have the names that the Hugging Face Hub expects. Nothing in a rel
 import json
 import secrets
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vae_torch.checkpoint import load_checkpoint, stored_model
+from vae_torch.checkpoint import load_checkpoint, load_run, stored_model
 from vae_torch.config import Config, ConfigError
+from vae_torch.deploy import SUFFIXES, portable_files
 from vae_torch.release import CARD, SETTINGS, SUMS, WEIGHTS, safetensors_torch, sha256_of
 
 # The first so many test images, whose exact log p(x) can be checked in seconds.
@@ -26,7 +30,14 @@ FIRST = 500
 
 
 def export_run(
-    run_dir: str | Path, out: str | Path, *, checkpoint: str = "last", half: bool = False
+    run_dir: str | Path,
+    out: str | Path,
+    *,
+    checkpoint: str = "last",
+    half: bool = False,
+    formats: Sequence[str] = (),
+    explorer: bool = False,
+    plugins: Sequence[str] = (),
 ) -> Path:
     """Write a run's release. Needs the extra `hub`.
 
@@ -35,14 +46,17 @@ def export_run(
         out: The release's folder; made here, so it must be absent or empty.
         checkpoint: `last`, or `best`.
         half: Store the weights as 16-bit floats; `load_run` makes 32-bit floats of them again.
+        formats: Add encoder and decoder as `onnx` or `torchscript`: see `vae_torch.deploy`.
+        explorer: Add the page that `scripts/explore.py` has written in the run's folder.
+        plugins: With formats: modules with parts of your own that the run has.
 
     Returns:
         The folder.
 
     Raises:
         CheckpointError: Not a run folder, no checkpoint in it, or a damaged one.
-        ConfigError: `out` is not empty, a weight is too large for 16 bits, or safetensors is
-            absent.
+        ConfigError: `out` is not empty, a weight is too large for 16 bits, a format cannot be had,
+            there is no page, or safetensors is absent.
         OSError: `out` cannot be written.
     """
     safetensors = safetensors_torch()
@@ -73,9 +87,17 @@ def export_run(
     files = {WEIGHTS: weights, SETTINGS: _json(settings)}
     if card:
         files[CARD] = _json(card)
+    if formats:
+        vae, _ = load_run(run_dir, checkpoint=checkpoint, plugins=plugins)
+        files |= portable_files(vae, formats)
+    if explorer:
+        page = run_dir / "explorer.html"
+        if not page.exists():
+            raise ConfigError(f"explorer=true: {page} is absent; write it with scripts/explore.py")
+        files[page.name] = page.read_bytes()
     sums = "".join(f"{sha256_of(content)}  {name}\n" for name, content in files.items())
     files[SUMS] = sums.encode()
-    files["README.md"] = _model_card(stored.config, settings, card).encode()
+    files["README.md"] = _model_card(stored.config, settings, card, formats).encode()
     scratch = out.with_name(f".{out.name}.{secrets.token_hex(4)}.part")
     scratch.mkdir(parents=True)
     try:
@@ -123,7 +145,9 @@ def _test_loss(run_dir: Path) -> float | None:
         return None
 
 
-def _model_card(config: Config, settings: dict[str, Any], card: dict[str, Any] | None) -> str:
+def _model_card(
+    config: Config, settings: dict[str, Any], card: dict[str, Any] | None, formats: Sequence[str]
+) -> str:
     """Markdown: what it is, its data, its figures, how to load it."""
     shape = " x ".join(map(str, settings["input_shape"]))
     hashes = settings["data_sha256"] or {}
@@ -145,6 +169,13 @@ def _model_card(config: Config, settings: dict[str, Any], card: dict[str, Any] |
             if isinstance(entry, dict) and isinstance(entry.get("value"), int | float)
         )
         figures = f"| figure | value | standard error | unit |\n|---|---|---|---|\n{rows}"
+    portable = ""
+    for kind in formats:
+        portable += (
+            f"\nFor {kind}: `encoder{SUFFIXES[kind]}` turns images (B, {shape.replace(' x', ',')}) "
+            f"in [0, 1] into mean and log-variance of q(z|x); `decoder{SUFFIXES[kind]}` turns z "
+            f"(B, {config.model.latent_dim}) into expected pixels.\n"
+        )
     return f"""---
 library_name: vae_torch
 tags: [vae, pytorch]
@@ -173,7 +204,7 @@ from vae_torch import load_run
 vae, config = load_run({arguments})
 images = vae.sample(16)
 ```
-"""
+{portable}"""
 
 
 def _json(values: dict[str, Any]) -> bytes:

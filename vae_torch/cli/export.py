@@ -18,10 +18,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from vae_torch.export import export_run
 
     try:
-        path = export_run(config.run, config.out, checkpoint=config.checkpoint, half=config.half)
+        path = export_run(
+            config.run,
+            config.out,
+            checkpoint=config.checkpoint,
+            half=config.half,
+            formats=config.formats,
+            explorer=config.explorer,
+            plugins=config.plugins,
+        )
     except (ConfigError, CheckpointError) as error:
         line_of = str(error)
-        refuse(line_of if line_of.startswith(("out=", "half=", "releases")) else f"run={line_of}")
+        refuse(
+            line_of
+            if line_of.startswith(("out=", "half=", "formats=", "explorer=", "releases"))
+            else f"run={line_of}"
+        )
     except OSError as error:
         refuse(f"out={config.out}: cannot be written ({error.strerror}); name another folder")
     print(shown(path.absolute()))
