@@ -265,7 +265,8 @@ class OptimizerConfig(Group):
     lr: Annotated[Positive, about("the learning rate, at its highest")]
     eps: Annotated[Positive, about("added to Adam's denominator")]
     schedule: Annotated[
-        Literal["constant", "cosine", "step", "one_cycle"], about("how the learning rate changes")
+        Literal["constant", "cosine", "step", "one_cycle", "plateau"],
+        about("how the learning rate changes"),
     ]
     weight_decay: Annotated[Number, about("decay of the weights a step, times lr")] = 0.0
     betas: Annotated[
@@ -282,11 +283,12 @@ class OptimizerConfig(Group):
         CountOrZero, about("the learning rate grows linearly over the first N steps")
     ] = 0
     step_epochs: Annotated[
-        Count | None, about("schedule=step: epochs after which the learning rate falls")
+        Count | None,
+        about("the learning rate falls after N epochs; schedule=plateau: after N without a gain"),
     ] = None
     step_factor: Annotated[
         Annotated[float, Field(strict=True, gt=0, lt=1)],
-        about("schedule=step: the learning rate falls to this share"),
+        about("schedule=step, plateau: each fall multiplies the learning rate by this"),
     ] = 0.1
 
 
@@ -320,7 +322,7 @@ class TrainConfig(Group):
         Count | None, about("stop after N epochs without a better test elbo; null: never")
     ] = None
     min_delta: Annotated[
-        Number, about("with patience: what an epoch must be better by, in nats")
+        Number, about("with patience or plateau: what an epoch must be better by, in nats")
     ] = 0.0
     init_from: Annotated[
         Annotated[str, Field(min_length=1)] | None,
@@ -474,6 +476,12 @@ class ExportConfig(Group):
     run: RunFolder
     out: Annotated[Folder, about("the release's folder, which is made")]
     checkpoint: Checkpoint
+    half: Annotated[Switch, about("weights as 16-bit floats: half the size")] = False
+    formats: Annotated[
+        list[Literal["onnx", "torchscript"]], about("encoder and decoder in these formats too")
+    ] = field(default_factory=list)
+    explorer: Annotated[Switch, about("the page that scripts/explore.py has written too")] = False
+    plugins: Plugins = field(default_factory=list)
 
 
 # Keys that say where and how a run is made, not what it is: it may be resumed with others, and they
@@ -703,16 +711,17 @@ def check_optimizer(optimizer: OptimizerConfig) -> None:
             f"optimizer.momentum={optimizer.momentum} with optimizer.name={name}: it is of sgd; "
             "the first of optimizer.betas is Adam's"
         )
-    if (schedule == "step") != (optimizer.step_epochs is not None):
+    falls = schedule in ("step", "plateau")
+    if falls != (optimizer.step_epochs is not None):
         raise ConfigError(
             f"optimizer.step_epochs={_null(optimizer.step_epochs)} with optimizer.schedule="
-            f"{schedule}: one says nothing without the other; set optimizer.schedule=step and "
-            "optimizer.step_epochs=N, or neither"
+            f"{schedule}: one says nothing without the other; set optimizer.schedule=step (or "
+            "plateau) and optimizer.step_epochs=N, or neither"
         )
-    if schedule != "step" and optimizer.step_factor != 0.1:
+    if not falls and optimizer.step_factor != 0.1:
         raise ConfigError(
             f"optimizer.step_factor={optimizer.step_factor} with optimizer.schedule={schedule}: it "
-            "is of optimizer.schedule=step"
+            "is of optimizer.schedule=step and plateau"
         )
     if schedule == "one_cycle" and optimizer.warmup_steps:
         raise ConfigError(
@@ -743,7 +752,8 @@ def check_combinations(config: Config) -> None:
         )
     check_objective(objective)
     check_optimizer(config.optimizer)
-    if config.train.min_delta and config.train.patience is None:
+    waits = config.train.patience is not None or config.optimizer.schedule == "plateau"
+    if config.train.min_delta and not waits:
         raise ConfigError(
             f"train.min_delta={config.train.min_delta} without train.patience: say after how many "
             "epochs without such a gain the run stops, train.patience=N"

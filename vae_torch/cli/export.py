@@ -16,8 +16,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     with told(f"out={config.out}", "name another file"):
         try:
-            path = export_run(config.run, config.out, checkpoint=config.checkpoint)
+            path = export_run(
+                config.run,
+                config.out,
+                checkpoint=config.checkpoint,
+                half=config.half,
+                formats=config.formats,
+                explorer=config.explorer,
+                plugins=config.plugins,
+            )
         except UserError as error:
             line = str(error)
-            refuse(line if line.startswith(("out=", "releases")) else f"run={line}")
+            known = ("out=", "half=", "formats=", "explorer=", "releases")
+            refuse(line if line.startswith(known) else f"run={line}")
     print(shown(path.absolute()))

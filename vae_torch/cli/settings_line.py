@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Settings = TypeVar("Settings")
 
-_FOLDERS = ("run", "data_root", "images", "out", "readme")  # taken as they are typed
+_FOLDERS = ("run", "data_root", "images", "out", "readme", "pretrained")  # taken as they are typed
 
 
 def parser(name: str, description: str, schema: type[Any]) -> Parser:
