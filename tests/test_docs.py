@@ -237,7 +237,6 @@ def place(tmp_path_factory, made_up_root):
     """A folder with what the pages' code takes for there: data, pictures, runs, encoded images."""
     from vae_torch import compose, export_run, run
     from vae_torch.cli.encode import main as encode
-    from vae_torch.cli.evaluate import main as evaluate
 
     folder = tmp_path_factory.mktemp("place")
     shutil.copytree(made_up_root, folder / "data")
@@ -254,10 +253,6 @@ def place(tmp_path_factory, made_up_root):
     run(digits, outputs / "my-run")
     coloured = ["data=folder", f"data.root={folder / 'my_pictures'}", "likelihood=gaussian"]
     run(compose([*coloured, *few]), outputs / "coloured")
-    little = ["eval.num_samples=5", "eval.fit_samples=5", "eval.fit_images=2", "eval.limit=4"]
-    evaluate([f"run={outputs / 'my-run'}", "eval.exact=false", *little])
-    for name in ("run-a", "run-b"):
-        shutil.copytree(outputs / "my-run", outputs / name)
     for images, out in (("my_pictures", "latents.npz"), ("mixed", "scores.npz")):
         encode([f"run={outputs / 'coloured'}", f"images={folder / images}", f"out={folder / out}"])
     export_run(outputs / "my-run", folder / "my-release")
