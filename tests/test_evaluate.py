@@ -309,8 +309,9 @@ def test_figures_that_are_subtracted_are_of_the_same_images(latent_dim):
 
 def test_the_training_bound_has_an_error_and_a_count(trained):
     vae, train_loader, test_loader = trained
+    few = next(iter(test_loader))[0][:10]
     card = evaluate_model(
-        vae, test_loader, train_loader=train_loader, num_samples=2, fit_images=2, exact=False
+        vae, few, train_loader=train_loader, num_samples=2, fit_images=2, exact=False
     )
     entry = card["train_elbo"]
     x = torch.cat([x for x, _ in train_loader])
@@ -332,13 +333,14 @@ def test_the_training_bound_has_an_error_and_a_count(trained):
 @pytest.mark.parametrize("exact", [None, True])
 def test_an_integral_that_fails_loses_nothing_else(trained, monkeypatch, exact):
     vae, _, test_loader = trained
+    few = next(iter(test_loader))[0][:10]
 
     def fails(*_, **__):
         raise QuadratureError("squares of 2e-06 are still too large")
 
-    whole = evaluate_model(vae, test_loader, num_samples=5, fit_images=2, exact=False)
+    whole = evaluate_model(vae, few, num_samples=5, fit_images=2, exact=False)
     monkeypatch.setattr("vae_torch.evaluation.card.exact_log_px", fails)
-    card = evaluate_model(vae, test_loader, num_samples=5, fit_images=2, exact=exact)
+    card = evaluate_model(vae, few, num_samples=5, fit_images=2, exact=exact)
     assert card["verdict"][0].startswith("log_px_exact is left out: squares of 2e-06")
     assert "log_px_exact" not in card
     del card["verdict"], whole["verdict"]
@@ -450,21 +452,21 @@ def asked(run_dir, **settings):
 def test_a_larger_card_is_kept(run_of_the_script, script, capsys):
     path = run_of_the_script / "evaluation.json"
     path.unlink(missing_ok=True)
-    script.evaluate_run(asked(run_of_the_script, limit=30))
+    script.evaluate_run(asked(run_of_the_script, limit=8))
     kept = path.read_bytes()
     smaller = {
-        "29 images": {"limit": 29},
-        "19 importance samples": {"limit": 30, "num_samples": 19},
+        "7 images": {"limit": 7},
+        "19 importance samples": {"limit": 8, "num_samples": 19},
         "4 fitted images": {"fit_images": 4},
-        "no log_px_exact": {"limit": 30, "exact": False},
+        "no log_px_exact": {"limit": 8, "exact": False},
     }
     for words, settings in smaller.items():
         with pytest.raises(ConfigError, match=f"this one would have {words}.*eval.overwrite=true"):
             script.evaluate_run(asked(run_of_the_script, **settings))
         assert path.read_bytes() == kept
     capsys.readouterr()
-    script.evaluate_run(asked(run_of_the_script, limit=31))
-    assert "in place of a card of checkpoint last: 30 images" in capsys.readouterr().out
+    script.evaluate_run(asked(run_of_the_script, limit=9))
+    assert "in place of a card of checkpoint last: 8 images" in capsys.readouterr().out
     script.evaluate_run(asked(run_of_the_script, limit=6, overwrite=True))
     assert json.loads(path.read_text())["elbo"]["num_images"] == 6
     # the checkpoint is another one by now: its card describes nothing that is there
@@ -816,8 +818,8 @@ def test_estimators_refuse_images_of_another_shape(small_vae, call):
 
 def test_a_card_of_images_in_every_form_is_the_same(trained):
     vae, train_loader, test_loader = trained
-    x, y = (torch.cat(parts)[:40] for parts in zip(*test_loader, strict=True))
-    test_loader = [(x[:30], y[:30]), (x[30:], y[30:])]
+    x, y = (torch.cat(parts)[:10] for parts in zip(*test_loader, strict=True))
+    test_loader = [(x[:7], y[:7]), (x[7:], y[7:])]
     expected = card_of(vae, test_loader)
     for data in (x, x.numpy(), [x], [[x]], [(x, y, "more")], (255 * x).round().to(torch.uint8)):
         card = card_of(vae, data)
