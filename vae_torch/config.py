@@ -174,6 +174,7 @@ class ModelConfig:
     mean_bias: Annotated[
         Switch, about("start the output bias at the mean training image (mlp, residual; bernoulli)")
     ] = False
+    conditional: Annotated[Switch, about("encoder and decoder see the label: p(x|y)")] = False
     options: Annotated[Options, about("of a network of your own")] = field(default_factory=dict)
 
 
@@ -467,6 +468,7 @@ class SampleConfig:
         Literal["mean", "draw"], about("mean: expected pixels; draw: samples of p(x|z)")
     ]
     seed: Annotated[Seed, about("of all noise")]
+    y: Annotated[CountOrZero | None, about("the class, for a conditional model")] = None
     plugins: Annotated[
         list[Name], BeforeValidator(_listed), about("modules with parts of your own: [my_parts]")
     ] = field(default_factory=list)

@@ -19,6 +19,7 @@ from vae_torch.data.idx import DataError, idx_bytes, read_idx
 from vae_torch.data.loaders import (
     array_loaders,
     binarize_images,
+    classes_of,
     data_hash,
     folder_loaders,
     image_dataset,
@@ -44,6 +45,7 @@ __all__ = [
     "batches_in",
     "benchmarks",
     "binarize_images",
+    "classes_of",
     "data_hash",
     "data_sources",
     "folder",
