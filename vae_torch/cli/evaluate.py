@@ -27,6 +27,7 @@ _MEANINGS = {
     "elbo": "lower bound on log p(x)",
     "reconstruction": "E log p(x|z), z from q(z|x)",
     "kl": "KL(q(z|x) || p(z))",
+    "residual": "rms of x - E[x|z], best sigma",
     "active_units": "latents that vary with the image",
     "train_elbo": "elbo of the training images",
     "entropy_floor": "highest possible reconstruction",

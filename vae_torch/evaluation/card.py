@@ -1,5 +1,6 @@
 """The evaluation card: every figure of a trained model, and what they mean."""
 
+import math
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
@@ -24,7 +25,7 @@ from vae_torch.evaluation.latents import put_latents
 from vae_torch.evaluation.proposals import fitted_log_px
 from vae_torch.evaluation.verdict import verdict
 from vae_torch.images import Batch
-from vae_torch.parts.likelihoods import Bernoulli
+from vae_torch.parts.likelihoods import Bernoulli, Gaussian
 from vae_torch.parts.objectives import ACTIVE_UNIT_VARIANCE
 from vae_torch.quadrature import QuadratureError, check_few_latents, exact_log_px
 from vae_torch.seeds import Stream, seeded_generator
@@ -134,6 +135,8 @@ def evaluate_images(
     card = Figures(len(x), seed, px="p(x|y)" if vae.classes else "p(x)")
 
     _put_bound(card, vae, batch)
+    if isinstance(vae.likelihood, Gaussian):
+        _put_residual(card, vae.likelihood, x[0].numel())
     train: _Train | None = None
     if train_loader is not None:
         train = _put_train_elbo(card, vae, train_loader)
@@ -332,6 +335,21 @@ def _put_bound(card: Figures, vae: VAE, batch: Batch) -> None:
         0,
         unit=f"of {vae.latent_dim} dimensions",
         more={"variance_per_dim": variance.tolist()},
+    )
+
+
+def _put_residual(card: Figures, likelihood: Gaussian, pixels: int) -> None:
+    """Put how far pixels lie from a Gaussian's centres, which E_q log p(x|z) and sigma tell."""
+    logvar = likelihood.logvar.item()
+    nats = -2 * card.per_image["reconstruction"].mean().item() / pixels
+    square = math.exp(logvar) * (nats - logvar - math.log(2 * math.pi))
+    card.put(
+        "residual",
+        math.sqrt(max(square, 0.0)),
+        "root mean square of x - E[x|z], z from q(z|x), over pixels: the best sigma of p(x|z)",
+        1,
+        unit="of white",
+        more={"sigma": math.exp(0.5 * logvar), "pixels": pixels},
     )
 
 
