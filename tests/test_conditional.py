@@ -3,8 +3,10 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.distributions import Bernoulli, Normal, kl_divergence
 from torch.nn.functional import one_hot
 
@@ -16,7 +18,6 @@ from vae_torch.config import ConfigError, ObjectiveConfig
 from vae_torch.data import DataError
 from vae_torch.encode import encode_images
 from vae_torch.evaluate import evaluate_images
-from vae_torch.evaluation.ais import annealed_log_px
 from vae_torch.evaluation.figures import by_class
 from vae_torch.evaluation.importance import importance_log_px
 from vae_torch.evaluation.proposals import fitted_log_px
@@ -38,7 +39,7 @@ def vae():
     torch.manual_seed(0)
     vae = VAE((PIXELS,), 2, 16, classes=CLASSES).double()
     for weight in vae.decoder.parameters():
-        weight.data *= 3
+        weight.data *= 2
     return vae
 
 
@@ -67,6 +68,7 @@ def on_a_fine_grid(vae, batch, side=0.04):
 
 
 def test_every_estimate_of_log_px_is_that_of_a_fine_grid(vae, batch):
+    batch = batch.rows(slice(4))
     truth = on_a_fine_grid(vae, batch)
     alone = exact_log_px(vae.given(1), batch.x[2:3]).log_px
     torch.testing.assert_close(alone, truth[2:3], atol=2e-3, rtol=0)
@@ -74,7 +76,6 @@ def test_every_estimate_of_log_px_is_that_of_a_fine_grid(vae, batch):
         (exact_log_px, 2e-3),
         (lambda model, x: fitted_log_px(model, x, num_samples=1000), 0.05),
         (lambda model, x: importance_log_px(model, x, num_samples=1000), 0.2),
-        (lambda model, x: annealed_log_px(model, x, temperatures=20, chains=64), 0.2),
     ):
         found = by_class(vae, batch, estimate).log_px
         torch.testing.assert_close(found, truth, atol=tolerance, rtol=0)
@@ -85,14 +86,13 @@ def test_every_estimate_of_log_px_is_that_of_a_fine_grid(vae, batch):
 
 
 def test_the_card_is_of_each_image_given_its_class(vae, batch):
+    batch = batch.rows(slice(1, 4))  # of two classes
     card, per_image = evaluate_images(
-        vae, [tuple(batch)], train_loader=[tuple(batch)], num_samples=200, fit_samples=100,
-        fit_images=4,
-    )  # fmt: skip
+        vae, [tuple(batch)], num_samples=200, fit_samples=100, fit_images=1
+    )
     truth = on_a_fine_grid(vae, batch)
     torch.testing.assert_close(per_image["log_px_exact"], truth, atol=2e-3, rtol=0)
     torch.testing.assert_close(per_image["log_px"], truth, atol=0.2, rtol=0)
-    assert card["train_log_px"]["value"] == pytest.approx(truth.mean().item(), abs=2e-3)
     assert card["log_px"]["definition"].startswith("log p(x|y)")
     assert "given each image's label" in card["verdict"][-1]
 
@@ -154,7 +154,7 @@ def test_flat_images_get_a_vector_of_the_label_and_others_planes_of_it():
 def test_every_part_sees_labels_unedited(parts, tmp_path):
     load_plugins(["tests.my_parts"])
     torch.manual_seed(0)
-    vae = VAE((1, 8, 8), 2, 8, classes=4, **parts)
+    vae = VAE((1, 8, 8), 2, classes=4, **parts)
     x, y = torch.rand(5, 1, 8, 8), torch.tensor([0, 1, 2, 3, 3])
     train(vae, [(x, y)], [(x, y)], epochs=1)
     eps = torch.randn(5, 2)
@@ -224,7 +224,7 @@ def test_the_page_decodes_as_the_class_that_is_chosen(trained):
     assert data["given"] == [str(k) for k in range(10)]
     assert data["labels"] == [1, 3, 9]
     assert data["ops"][0]["inputs"] == 12
-    strange = VAE((8,), 2, decoder=torch.nn.Linear(5, 8), classes=3)
+    strange = VAE((9,), 2, decoder=torch.nn.Linear(5, 9), classes=3)
     with pytest.raises(ExplorerError, match="the page cannot run the decoder Linear"):
         explorer_page(strange)
 
@@ -305,6 +305,7 @@ def test_a_run_knows_its_classes(finished):
     assert load_checkpoint(finished / "checkpoints" / "last.pt")["classes"] == 10
 
 
+@pytest.mark.slow
 def test_every_command_takes_a_conditional_run(finished, tmp_path):
     few = ("eval.num_samples=20", "eval.fit_samples=20", "eval.fit_images=3", "eval.limit=5")
     for script, *arguments in (
@@ -317,17 +318,8 @@ def test_every_command_takes_a_conditional_run(finished, tmp_path):
         done = run_script(script, f"run={finished}", *arguments)
         assert done.returncode == 0, done.stderr
     assert load_run(tmp_path / "release")[0].sample(3, y=7).shape == (3, 784)
-    for arguments, words in (
-        ([], "y=null: must be a class from 0 to 9 with the model of this run"),
-        (["y=10"], "y=10: must be a class from 0 to 9"),
-    ):
-        done = run_script("sample.py", f"run={finished}", *arguments)
-        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-        assert words in done.stderr
     nameless = tmp_path / "nameless"
     nameless.mkdir()
-    from PIL import Image
-
     Image.new("L", (28, 28)).save(nameless / "a.png")
     done = run_script(
         "encode.py", f"run={finished}", f"images={nameless}", f"out={tmp_path / 'x.csv'}"
@@ -336,10 +328,23 @@ def test_every_command_takes_a_conditional_run(finished, tmp_path):
     assert "have no labels" in done.stderr
 
 
-def test_images_without_labels_are_refused_before_training(tmp_path):
-    torch.manual_seed(0)
-    import numpy as np
+def test_a_picture_of_samples_is_asked_for_by_class(finished, tmp_path):
+    drawn = run_script("sample.py", f"run={finished}", "y=7", "n=4", f"out={tmp_path / 'x.npz'}")
+    assert drawn.returncode == 0, drawn.stderr
+    with np.load(tmp_path / "x.npz") as arrays:
+        images, z = torch.tensor(arrays["x"]), torch.tensor(arrays["z"])
+    vae = load_run(finished)[0]
+    torch.testing.assert_close(images, vae.likelihood.mean(vae.decode(z, 7)).detach())
+    for arguments, words in (
+        ([], "y=null: must be a class from 0 to 9 with the model of this run"),
+        (["y=10"], "y=10: must be a class from 0 to 9"),
+    ):
+        done = run_script("sample.py", f"run={finished}", *arguments)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert words in done.stderr
 
+
+def test_images_without_labels_are_refused_before_training(tmp_path):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).random((40, 8, 8), dtype=np.float32))
     config = compose(["data=array", f"data.root={tmp_path / 'x.npy'}", "model.conditional=true"])
     with pytest.raises(DataError, match=r"model\.conditional=true: the images have no labels"):

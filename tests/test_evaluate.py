@@ -423,7 +423,7 @@ def test_a_verdict_claims_no_more_than_its_errors_allow():
 def test_a_sigma_that_is_far_from_the_residual_is_told_with_what_it_costs(ratio):
     vae, x = linear_gaussian(2)
     vae.posterior.logvar.bias.data.fill_(-40)  # each z is the mean
-    centre = vae.decode(vae.encode(x).mean)
+    centre = vae.decode(vae.encode(x).mean).detach()
     residual = (x - centre).square().mean().sqrt()
     vae.likelihood.logvar.data.fill_(2 * math.log(ratio * residual))
     card = evaluate_model(vae, [x], num_samples=2, fit_samples=2, fit_images=1, exact=False)

@@ -348,7 +348,7 @@ def _put_residual(card: Figures, likelihood: Gaussian, pixels: int) -> None:
         math.sqrt(max(square, 0.0)),
         "root mean square of x - E[x|z], z from q(z|x), over pixels: the best sigma of p(x|z)",
         1,
-        unit="of white",
+        unit="of [0, 1]",
         more={"sigma": math.exp(0.5 * logvar), "pixels": pixels},
     )
 
