@@ -422,6 +422,25 @@ def test_a_verdict_claims_no_more_than_its_errors_allow():
             assert "60,000 training images is 5.0 ± 0.7 nats better than that of the 100" in said[0]
 
 
+@pytest.mark.parametrize("ratio", [1.0, 4.0, 0.25])
+def test_a_sigma_that_is_far_from_the_residual_is_told_with_what_it_costs(ratio):
+    vae, x = linear_gaussian(2)
+    vae.posterior.logvar.bias.data.fill_(-40)  # each z is the mean
+    centre = vae.decode(vae.encode(x).mean).detach()
+    residual = (x - centre).square().mean().sqrt()
+    vae.likelihood.logvar.data.fill_(2 * math.log(ratio * residual))
+    card = evaluate_model(vae, [x], num_samples=2, fit_samples=2, fit_images=1, exact=False)
+    assert card["residual"]["value"] == pytest.approx(residual.item(), rel=1e-5)
+    assert card["residual"]["sigma"] == pytest.approx(ratio * residual.item(), rel=1e-5)
+    best, now = (
+        torch.distributions.Normal(centre, sigma).log_prob(x).sum(1).mean()
+        for sigma in (residual, ratio * residual)
+    )
+    said = [sentence for sentence in card["verdict"] if "The Gaussian's sigma" in sentence]
+    assert len(said) == (ratio != 1)
+    assert all(f"that costs {best - now:.1f} nats" in sentence for sentence in said)
+
+
 def test_a_floor_for_bernoulli_decoders_is_on_no_other_card():
     vae, x = linear_gaussian(2)
     loader = DataLoader(TensorDataset(x.sigmoid(), torch.zeros(len(x))))
@@ -502,7 +521,7 @@ def test_the_printed_card_has_counts_and_fits_a_terminal(run_of_the_script, scri
             if name in stored.files:
                 assert np.nanmean(stored[name]) == pytest.approx(entry["value"], rel=1e-9)
             assert script._MEANINGS.keys() >= {name} - {"gap"}
-    for name, count in (("train_elbo", 600), ("elbo", 30), ("gap", 30), ("fitted_gap", 5)):
+    for name, count in (("train_elbo", 60), ("elbo", 30), ("gap", 30), ("fitted_gap", 5)):
         assert f" {count} images" in printed[name]
     # all values end in one column
     column = printed["elbo"].index(f"{card['elbo']['value']:.3f}") + 8
@@ -520,7 +539,7 @@ def test_the_integral_is_computed_once(run_of_the_script, script, monkeypatch):
     for module in ("vae_torch.evaluation.card", "vae_torch.quadrature"):
         monkeypatch.setattr(f"{module}.exact_log_px", counted)
     script.evaluate_run(asked(run_of_the_script, limit=30, overwrite=True))
-    assert calls == [30, 600]  # the test images, and training images
+    assert calls == [30, 60]  # the test images, and training images
     assert (run_of_the_script / "figures" / "log_px.png").exists()
 
 

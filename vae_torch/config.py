@@ -167,6 +167,7 @@ class ModelConfig(Group):
     mean_bias: Annotated[
         Switch, about("start the output bias at the mean training image (mlp, residual; bernoulli)")
     ] = False
+    conditional: Annotated[Switch, about("encoder and decoder see the label: p(x|y)")] = False
     options: Annotated[Options, about("of a network of your own")] = field(default_factory=dict)
 
 
@@ -442,6 +443,7 @@ class SampleConfig(Group):
         Literal["mean", "draw"], about("mean: expected pixels; draw: samples of p(x|z)")
     ]
     seed: NoiseSeed
+    y: Annotated[CountOrZero | None, about("the class, for a conditional model")] = None
     plugins: Plugins = field(default_factory=list)
 
 
