@@ -9,6 +9,7 @@ import pytest
 
 from tests.command_lines import run_script
 from tests.conftest import REPOSITORY
+from vae_torch import save_run
 
 MODULES = sorted(
     ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
@@ -25,6 +26,17 @@ def test_no_module_brings_hydra_or_heavy_libraries():
         "    importlib.import_module(name)\n"
         f"    if loaded := [m for m in {HEAVY} if m in sys.modules]:\n"
         "        sys.exit(f'{name} imports {loaded}')\n"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, check=True)
+
+
+def test_a_loaded_model_needs_no_compiler(small_vae, tmp_path):
+    save_run(small_vae, tmp_path / "run")
+    script = (
+        "import sys, vae_torch\n"
+        "before = 'torch._dynamo' in sys.modules\n"
+        f"vae_torch.load_run({str(tmp_path / 'run')!r})\n"
+        "sys.exit(not before and 'torch._dynamo' in sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, check=True)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vae_torch.config import Config
 from vae_torch.images import UNIT_INTERVAL, as_images, check_pixels
 from vae_torch.parts.likelihoods import likelihoods
-from vae_torch.parts.networks import Network, image_shape, networks
+from vae_torch.parts.networks import Features, Network, image_shape, networks
 from vae_torch.parts.posteriors import DiagonalGaussian, Posterior, posteriors, reparameterize
 from vae_torch.parts.priors import priors
 
@@ -432,7 +432,13 @@ class VAE(nn.Module):
                 part.apply(_keras_init)
 
     def _check_decoder(self) -> None:
-        """Whether it gives as many numbers as the likelihood needs: on one latent, in eval mode."""
+        """Whether it gives as many numbers as the likelihood needs: on one latent, in eval mode.
+
+        Not asked of a model without memory, into which `load_run` puts weights: a pass of torch's
+        meta device imports its compiler, which takes seconds.
+        """
+        if next(self.decoder.parameters(), torch.zeros(())).is_meta:
+            return
         shape = (*((self.outputs,) if self.outputs > 1 else ()), *self.input_shape)
         made = _one(self.decoder, (self.latent_dim,), "decoder")
         if made.numel() != math.prod(shape):
@@ -459,11 +465,13 @@ def _shape_for(network: Network, shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _features(encoder: nn.Module, shape: Sequence[int]) -> int:
-    """How many features an encoder gives.
+    """How many features an encoder gives: known of the built-in ones, else seen in one pass.
 
     Raises:
         ValueError: It takes no images of this shape, or gives no (B, features).
     """
+    if isinstance(encoder, Features):
+        return encoder.features
     features = _one(encoder, shape, "encoder")
     if features.ndim != 2:
         raise ValueError(

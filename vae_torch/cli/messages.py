@@ -9,9 +9,12 @@ import socket
 import sys
 import tempfile
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
+
+from vae_torch.config import UserError
 
 
 class EndedError(SystemExit):
@@ -62,6 +65,20 @@ def refuse(message: str) -> NoReturn:
     reason = " ".join(message.split())
     print(f"{program()}: {reason}", file=sys.stderr)
     raise EndedError(2, reason)
+
+
+@contextmanager
+def told(place: str, remedy: str = "choose another file") -> Iterator[None]:
+    """Within, a user's mistake ends the command with one line, and so does a failed write.
+
+    `place` is the setting that says where the command writes: `out=x.npz`.
+    """
+    try:
+        yield
+    except UserError as error:
+        refuse(str(error))
+    except OSError as error:
+        refuse(f"{place}: cannot be written ({error.strerror}); {remedy}")
 
 
 class Parser(argparse.ArgumentParser):

@@ -4,13 +4,14 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vae_torch.config import CHOICES, Config, DataConfig, validated
+from vae_torch.config import Config, DataConfig, validated
 from vae_torch.data.batches import Loader, image_loader
 from vae_torch.data.dataset import ImageDataset
 from vae_torch.data.pixels import in_parts
@@ -165,14 +166,6 @@ def _settings(
     name: str, root: str | Path, batch_size: int, binarize: str, hold_out: object, **rest: Any
 ) -> DataConfig:
     """The arguments of a function as a run's settings, checked."""
-    if binarize not in CHOICES["data.binarize"]:
-        raise ValueError(
-            f"data.binarize is {binarize!r}; known are {', '.join(CHOICES['data.binarize'])}"
-        )
-    sizes = {"batch_size": batch_size, **{k: v for k, v in rest.items() if k.startswith("limit_")}}
-    for argument, size in sizes.items():
-        if size is not None and (size < 1 or size != int(size)):
-            raise ValueError(f"{argument} is {size}; it must be a whole number, 1 or more")
     given = {"batch_size": batch_size, "binarize": binarize, "hold_out": hold_out, **rest}
     return validated(DataConfig, {"name": name, "root": str(root), **given})
 
@@ -190,25 +183,15 @@ def _loaders(
         test = _binarized(test, STATIC_TEST)
     if settings.binarize == "static":
         train = _binarized(train, STATIC_TRAIN)
-    redraw = torch.Generator(device) if settings.binarize == "dynamic" else None
-    train_set = ImageDataset(
+    made = partial(ImageDataset, flat=found.flat, classes=found.classes, device=device)
+    train_set = made(
         train.images,
         train.labels,
         rows=train.rows,
-        flat=found.flat,
         augment=settings.augment,
-        binarize_generator=redraw,
-        classes=found.classes,
-        device=device,
+        binarize_generator=torch.Generator(device) if settings.binarize == "dynamic" else None,
     )
-    test_set = ImageDataset(
-        test.images,
-        test.labels,
-        rows=test.rows,
-        flat=found.flat,
-        classes=found.classes,
-        device=device,
-    )
+    test_set = made(test.images, test.labels, rows=test.rows)
     at_once = min(1000, max(1, _EVALUATED // test.images[0].numel()))
     return (
         image_loader(train_set, settings.batch_size, shuffle=True, seed=seed),

@@ -142,13 +142,10 @@ class Records:
         self._writer.flush()
 
     def figures(self, epoch: int, vae: VAE, x: Tensor, labels: Tensor | None) -> None:
-        """Draw what the model does now, as PNG files and in TensorBoard.
+        """Draw what the model does now, as PNG files, which show the latest, and in TensorBoard.
 
-        Args:
-            epoch: Its step in TensorBoard; the PNG files show the latest.
-            vae: The model.
-            x: (N, *shape) test images; the first ten are reconstructed, all are encoded.
-            labels: (N,), or None: then no picture is about classes.
+        Of the test images x (N, *shape) the first ten are reconstructed, and all are encoded.
+        Without labels no picture is about classes.
         """
         draw: dict[str, Callable[[], Tensor | Figure]] = {
             "latent": lambda: latent_scatter(vae, x, labels, class_names=self.class_names)
@@ -179,13 +176,7 @@ class Records:
         self._writer.flush()
 
     def growth(self, epoch: int, vae: VAE, x: Tensor) -> None:
-        """Keep a frame of the animation that `finish` writes: `figures/growth/`.
-
-        Args:
-            epoch: Its place.
-            vae: The model.
-            x: (n, *shape): the images to reconstruct.
-        """
+        """Keep a frame of the animation that `finish` writes: x (n, *shape), reconstructed."""
         if not self._draws_images(vae, x):
             return
         with self._warning_of("growth"):
@@ -204,33 +195,22 @@ class Records:
         return True
 
     def projector(self, vae: VAE, x: Tensor, labels: Tensor | None) -> None:
-        """Posterior means for TensorBoard's projector, with classes and thumbnails.
-
-        Args:
-            vae: The trained model.
-            x: (N, *shape) images.
-            labels: (N,), or None.
-        """
+        """Posterior means for TensorBoard's projector, with classes and thumbnails."""
         with self._warning_of("projector"):
-            self._project(vae, x, labels)
-
-    def _project(self, vae: VAE, x: Tensor, labels: Tensor | None) -> None:
-        means = vae.encode(x).mean
-        if vae.latent_dim < 3:  # the projector's own PCA shows nothing of fewer than three
-            means = torch.nn.functional.pad(means, (0, 3 - vae.latent_dim))
-        names = (
-            None
-            if labels is None
-            else [name_of(label, self.class_names) for label in labels.tolist()]
-        )
-        (self.run_dir / "tensorboard").stat()  # add_embedding would make a missing folder again
-        self._writer.add_embedding(
-            means,
-            metadata=names,
-            label_img=_thumbnails(vae, x, labels) if self._draws_images(vae, x) else None,
-            tag="latents",
-            global_step=self.config.train.epochs,
-        )
+            means = vae.encode(x).mean
+            if vae.latent_dim < 3:  # the projector's own PCA shows nothing of fewer than three
+                means = torch.nn.functional.pad(means, (0, 3 - vae.latent_dim))
+            numbers = [] if labels is None else labels.tolist()
+            names = [name_of(label, self.class_names) for label in numbers] or None
+            # add_embedding would make a missing folder again
+            (self.run_dir / "tensorboard").stat()
+            self._writer.add_embedding(
+                means,
+                metadata=names,
+                label_img=_thumbnails(vae, x, labels) if self._draws_images(vae, x) else None,
+                tag="latents",
+                global_step=self.config.train.epochs,
+            )
 
     @contextmanager
     def _warning_of(self, picture: str) -> Iterator[None]:
@@ -247,12 +227,7 @@ class Records:
     def finish(self, history: dict[str, list[Any]], facts: dict[str, Any]) -> dict[str, Any]:
         """Write summary.json and the hparams, and close. A run without summary.json is unfinished.
 
-        Args:
-            history: What `train` returned.
-            facts: What the caller knows besides: data hashes, device.
-
-        Returns:
-            The summary.
+        `history` is what `train` returned, `facts` what else is known: data hashes, device.
         """
         final = {
             name: values[-1]

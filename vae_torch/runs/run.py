@@ -98,7 +98,7 @@ def run(
     # runs that were killed take a moment to end before they can be resumed
     with lock_run(run_dir, seconds=10 if config.train.resume else 0):
         if not config.train.resume:
-            _refuse_other_run(run_dir)
+            refuse_other_run(run_dir)
         elif (run_dir / "summary.json").exists() and not goes_on(run_dir, config):
             log.info("finished already: %s", run_dir)
             return finished_summary(run_dir, config)
@@ -274,14 +274,9 @@ def epoch_line(metrics: dict[str, Any], config: Config, images: int) -> str:
 
 
 def lock_run(run_dir: Path, *, seconds: float = 0) -> AbstractContextManager[Any]:
-    """The run's folder for this process alone; locking it again in this process counts.
+    """The run's folder for this process alone, after waiting so many seconds for it.
 
-    Args:
-        run_dir: The folder.
-        seconds: To wait for it.
-
-    Raises:
-        ConfigError: Another process has it.
+    Locking it again in this process counts.
     """
     lock = FileLock(run_dir.absolute() / LOCK, is_singleton=True)
     try:
@@ -290,7 +285,8 @@ def lock_run(run_dir: Path, *, seconds: float = 0) -> AbstractContextManager[Any
         raise ConfigError(f"{run_dir}: another process is writing this run; wait for it") from None
 
 
-def _refuse_other_run(run_dir: Path) -> None:
+def refuse_other_run(run_dir: Path) -> None:
+    """A new run starts in a folder of its own."""
     if (run_dir / "summary.json").exists():
         raise ConfigError(f"{run_dir}: holds a finished run; choose another folder")
     if (run_dir / "metrics.jsonl").exists():
@@ -301,12 +297,7 @@ def _refuse_other_run(run_dir: Path) -> None:
 
 
 def finished_summary(run_dir: Path, config: Config) -> dict[str, Any]:
-    """The summary of a run that is done, if it is this one.
-
-    Raises:
-        ConfigError: Its summary is damaged, or was written by another version.
-        CheckpointError: Its checkpoint is damaged, or of other settings.
-    """
+    """The summary of a run that is done, if it is this one, sealed and made by this code."""
     path = run_dir / "summary.json"
     state = Checkpoints(run_dir / "checkpoints", config).load("cpu")  # sealed: nobody edited it
     try:
