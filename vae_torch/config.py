@@ -322,6 +322,11 @@ class TrainConfig(Group):
         about("DIR: start from the weights of the run or release in DIR"),
     ] = None
     init_checkpoint: Annotated[Which, about("of init_from: last, or best")] = "last"
+    callbacks: Annotated[
+        list[Name],
+        BeforeValidator(_listed),
+        about("what watches the run: wandb, mlflow, or one of your own"),
+    ] = field(default_factory=list)
 
 
 @dataclass
@@ -474,6 +479,7 @@ INCIDENTAL = (
     "train.figure_every",
     "train.checkpoint_every",
     "train.prune_after",
+    "train.callbacks",  # their code is a plug-in's, and part of the run's
 )
 
 
