@@ -94,7 +94,7 @@ def test_multirun_names_its_runs_by_their_overrides(small, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     runs = sorted(p.parent for p in tmp_path.glob("*/summary.json"))
-    card = run_script("evaluate.py", f"run={runs[0]}", "eval.num_samples=5", "eval.fit_images=2")
+    card = run_script("evaluate.py", f"run={runs[0]}", "eval.num_samples=5", "eval.limit=5")
     assert card.returncode == 0, card.stderr
     names = [run.name for run in runs]
     assert len(names) == 2

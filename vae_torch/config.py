@@ -169,6 +169,7 @@ class ModelConfig(Group):
     mean_bias: Annotated[
         Switch, about("start the output bias at the mean training image (mlp, residual; bernoulli)")
     ] = False
+    conditional: Annotated[Switch, about("encoder and decoder see the label: p(x|y)")] = False
     options: Annotated[Options, about("options of a network of your own")] = field(
         default_factory=dict
     )
@@ -332,6 +333,11 @@ class TrainConfig(Group):
     init_checkpoint: Annotated[Which, about("which checkpoint of init_from: last, or best")] = (
         "last"
     )
+    callbacks: Annotated[
+        list[Name],
+        BeforeValidator(_listed),
+        about("what watches the run: wandb, mlflow, or one of your own"),
+    ] = field(default_factory=list)
 
 
 @dataclass
@@ -466,6 +472,7 @@ class SampleConfig(Group):
         Literal["mean", "draw"], about("mean: expected pixels; draw: samples of p(x|z)")
     ]
     seed: NoiseSeed
+    y: Annotated[CountOrZero | None, about("the class, for a conditional model")] = None
     plugins: Plugins = field(default_factory=list)
 
 
@@ -496,6 +503,7 @@ INCIDENTAL = (
     "train.figure_every",
     "train.checkpoint_every",
     "train.prune_after",
+    "train.callbacks",  # their code is a plug-in's, and part of the run's
 )
 
 

@@ -31,8 +31,17 @@ def sample_run(config: SampleConfig) -> Path:
     from vae_torch.samples import draw_samples
 
     vae, _, _ = open_run(config, config.checkpoint)
+    if (vae.classes is None) != (config.y is None) or (config.y or 0) >= (vae.classes or 1):
+        said = "null" if config.y is None else config.y
+        needed = f"a class from 0 to {vae.classes - 1}" if vae.classes else "null"
+        raise ConfigError(f"y={said}: must be {needed} with the model of this run")
     images, z = draw_samples(
-        vae, config.n, temperature=config.temperature, pixels=config.pixels, seed=config.seed
+        vae,
+        config.n,
+        y=config.y,
+        temperature=config.temperature,
+        pixels=config.pixels,
+        seed=config.seed,
     )
     with replaced(path) as part, part.open("wb") as file:
         if path.suffix == ".npz":

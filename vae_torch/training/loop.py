@@ -156,6 +156,7 @@ def train(
                 batch = as_batch(loaded, device, dtype)  # x (B, *shape), y (B,) or None
                 if run.order is None:  # not our loader, which makes no others
                     check_pixels(as_images(batch.x, vae.input_shape))
+                    vae.of(batch)  # looks at its labels, as no captured step can
                 noise = draw_noise(minimise, samples, len(batch.x), vae.latent_dim, run.noise)
                 means = take_step(batch, noise, beta_tensor, lr_at(run.step))
                 if averaged:
