@@ -209,7 +209,7 @@ def check_settings_of_a_run(arguments: list[str]) -> None:
     overrides = []
     for argument in arguments:
         key, _, value = argument.partition("=")
-        if key.startswith(("hydra.", "sweep.")) or argument == "-m":
+        if key.startswith(("hydra.", "sweep.")) or argument == "-m" or "[dark]" in value:
             continue
         if "search" in " ".join(arguments) and "(" in value:  # what the sweeper chooses from
             continue
