@@ -223,9 +223,15 @@ def check_settings_of_a_run(arguments: list[str]) -> None:
 
 # What makes a page's code short: the page shows the left side, the tests run the right one.
 BUDGET = (
-    ('mnist_loaders("data"', 'mnist_loaders("data", name="fashion_mnist"'),
+    (
+        'mnist_loaders("data"',
+        'mnist_loaders("data", name="fashion_mnist", limit_train=60, limit_test=10',
+    ),
+    (
+        '"train.epochs=50"',
+        '"train.epochs=1", "data=fashion_mnist", "data.limit_train=60", "data.limit_test=10"',
+    ),
     ("epochs=50", "epochs=1"),
-    ('"train.epochs=50"', '"train.epochs=1", "data=fashion_mnist", "train.figure_every=0"'),
     ("range(2000)", "range(12)"),
     ('"fit_images": 10', '"fit_images": 2, "exact": False'),
     ('VAE((3, 32, 32), latent_dim=16, architecture="conv"', "VAE((3, 32, 32), latent_dim=16"),
