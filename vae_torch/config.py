@@ -137,11 +137,10 @@ def about(text: str) -> Any:
     return Field(description=text)
 
 
-Plugins = Annotated[
-    list[Name],
-    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
-    about("modules with parts of your own: [my_parts]"),
+Names = Annotated[
+    list[Name], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 ]
+Plugins = Annotated[Names, about("modules with parts of your own: [my_parts]")]
 Device = Annotated[str, AfterValidator(check_device), about("auto, cpu, cuda, cuda:N")]
 RunFolder = Annotated[Folder, about("the run's folder")]
 DataRoot = Annotated[Folder | None, about("where the images are; null: where the run had them")]
@@ -322,9 +321,7 @@ class TrainConfig(Group):
     ] = None
     init_checkpoint: Annotated[Which, about("of init_from: last, or best")] = "last"
     callbacks: Annotated[
-        list[Name],
-        BeforeValidator(_listed),
-        about("what watches the run: wandb, mlflow, or one of your own"),
+        Names, about("what watches the run: wandb, mlflow, or one of your own")
     ] = field(default_factory=list)
 
 
@@ -447,6 +444,10 @@ class SampleConfig(Group):
         Literal["mean", "draw"], about("mean: expected pixels; draw: samples of p(x|z)")
     ]
     seed: NoiseSeed
+    reconstruct: Annotated[
+        Switch, about("the first n test images beside their reconstructions, in place of samples")
+    ] = False
+    data_root: DataRoot = None
     plugins: Plugins = field(default_factory=list)
 
 
