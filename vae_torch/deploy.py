@@ -32,8 +32,8 @@ def portable_files(vae: VAE, formats: Sequence[str]) -> dict[str, bytes]:
         The files by name.
 
     Raises:
-        ConfigError: The posterior is no Gaussian, the model sees labels, a library is absent, or torch cannot export a
-            part, or not exactly.
+        ConfigError: The posterior is no Gaussian, the model sees labels, a library is absent, or
+            torch cannot export a part, or not exactly.
     """
     if vae.classes:
         raise ConfigError(
