@@ -267,12 +267,11 @@ def place(tmp_path_factory, made_up_root):
 
 def runs_by_itself(page: Path) -> bool:
     """The pages on parts of one's own run in tests/my_parts.py."""
-    return bool(fenced(page, "python")) and not page.name.startswith("add-")
+    callable_alone = page.name in ("add-callback.md", "add-optimizer.md")
+    return bool(fenced(page, "python")) and (callable_alone or not page.name.startswith("add-"))
 
 
-@pytest.mark.parametrize(
-    "page", [p for p in GUIDES if runs_by_itself(p) or p.name == "add-callback.md"], ids=relative
-)
+@pytest.mark.parametrize("page", [p for p in GUIDES if runs_by_itself(p)], ids=relative)
 def test_python_blocks_run(page, place, monkeypatch):
     monkeypatch.chdir(place)
     code = "\n".join(fenced(page, "python"))
