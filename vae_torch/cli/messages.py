@@ -5,6 +5,7 @@ import io
 import os
 import shlex
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -39,9 +40,24 @@ def command(name: str) -> str:
 
 
 def tensorboard(folder: Path) -> str:
-    """How to look at the curves of a folder of runs."""
+    """How to look at the curves of a folder of runs, and where they are then."""
     here = Path(sys.executable).parent / "tensorboard"
-    return f"{shown(here)} --logdir {shlex.quote(str(shown(folder)))}"
+    port = _free_port()
+    ask = "" if port == _PORT else f" --port {port}"
+    logs = shlex.quote(str(shown(folder)))
+    return f"{shown(here)} --logdir {logs}{ask}   then open http://localhost:{port}"
+
+
+_PORT = 6006  # TensorBoard's own
+
+
+def _free_port() -> int:
+    """TensorBoard's port, or the next one that nobody listens at."""
+    for port in range(_PORT, _PORT + 20):
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("localhost", port))
+            return port
+    return _PORT
 
 
 def refuse(message: str) -> NoReturn:

@@ -234,7 +234,7 @@ def tell_what_next(run_dir: Path, result: str, plugins: Sequence[str]) -> None:
         "  pictures      %s\n"
         "  evaluate      %s %s\n"
         "  explore       %s %s --open\n"
-        "  curves        %s   then open http://localhost:6006",
+        "  curves        %s",
         result,
         shown(run_dir),
         shown(run_dir / "figures"),

@@ -5,7 +5,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from vae_torch import data
+from vae_torch.callbacks import callbacks as named
 from vae_torch.checkpoint import Checkpoints
 from vae_torch.config import Config, ConfigError, check
 from vae_torch.files import remove_scratch, write_atomically
@@ -102,7 +103,11 @@ def run(
             log.info("finished already: %s", run_dir)
             return finished_summary(run_dir, config)
         remove_scratch(run_dir)  # of a process that was killed
-        return _run(config, run_dir, callbacks, judges, signals)
+        with ExitStack() as stack:
+            known = {"config": config, "run_dir": run_dir}
+            own = [named.build(name, {}, context=known) for name in config.train.callbacks]
+            watching = [*callbacks, *map(stack.enter_context, own)]
+            return _run(config, run_dir, watching, judges, signals)
 
 
 def _run(
