@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.command_lines import REPOSITORY, run_script
 from tests.test_life import what_training_made
-from vae_torch import VAE, ConfigError, compose, load_run, train
+from vae_torch import VAE, ConfigError, compose, load_run, save_run, train
 from vae_torch.checkpoint import CheckpointError, Checkpoints
 from vae_torch.images import Batch
 from vae_torch.parts.metrics import Metric, metrics
@@ -370,3 +370,11 @@ def test_a_run_with_a_callback_resumes_to_the_bit_after_a_kill(folder_of_ones_ow
     cut, whole = (what_training_made(folder_of_ones_own / name) for name in ("cut", "whole"))
     assert cut == whole
     assert "test/drawn" in cut["metrics.jsonl"][-1]
+
+
+def test_a_saved_model_names_the_plugins_that_it_needs_and_no_others(tmp_path):
+    load_plugins(["tests.my_parts"])
+    save_run(VAE((20,), 2, 8), tmp_path / "plain")
+    assert load_run(tmp_path / "plain")[1].plugins == []
+    save_run(VAE((20,), 2, 8, prior="wide"), tmp_path / "own")
+    assert load_run(tmp_path / "own", plugins=["tests.my_parts"])[1].plugins == ["tests.my_parts"]
