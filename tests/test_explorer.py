@@ -574,6 +574,27 @@ def test_mixtures_of_logistics_are_drawn_by_their_mean(opened, mixtures):
 
 
 @pytest.mark.browser
+@pytest.mark.parametrize("architecture", ["mlp", "conv"])
+def test_a_conditional_model_decodes_as_the_class_that_is_chosen(opened, images, architecture):
+    from selenium.webdriver import Keys
+    from selenium.webdriver.support.select import Select
+
+    x, labels = images
+    vae = model(architecture, classes=10)
+    browser = opened(explorer_page(vae, x, labels))
+    seen = []
+    for label in (0, 7):
+        Select(by_id(browser, "given")).select_by_visible_text(str(label))
+        assert js(browser, "explorer.given") == str(label)
+        seen.append(torch.tensor(js(browser, "explorer.decode([0.5, -1])")))
+        assert (seen[-1] - expected(vae.given(label), [0.5, -1])).abs().mean() < 0.002
+    assert (seen[0] - seen[1]).abs().mean() > 0.02
+    by_id(browser, "plane").send_keys(Keys.ENTER)  # the image nearest to the cursor
+    nearest = js(browser, "explorer.selected")
+    assert js(browser, "explorer.given") == str(labels[nearest].item())
+
+
+@pytest.mark.browser
 def test_arrow_keys_move_and_enter_shows_an_image(opened, images):
     from selenium.webdriver import Keys
 
