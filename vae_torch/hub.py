@@ -24,7 +24,7 @@ class HubRelease(ModelHubMixin, library_name="vae_torch", tags=["vae", "pytorch"
         shutil.copytree(self.folder, save_directory, dirs_exist_ok=True)
 
     @classmethod
-    def _from_pretrained(
+    def _from_pretrained(  # type: ignore[override] - nothing else is taken
         cls,
         *,
         model_id: str,

@@ -55,7 +55,8 @@ def sample_run(config: SampleConfig) -> Path:
         arrays, tiles = {"x": images, "z": z}, images
     with replaced(path) as part, part.open("wb") as file:
         if path.suffix == ".npz":
-            np.savez_compressed(file, **{key: each.cpu().numpy() for key, each in arrays.items()})
+            found = {key: each.cpu().numpy() for key, each in arrays.items()}
+            np.savez_compressed(file, **found)  # type: ignore[arg-type] - its stubs
             return path
         try:
             grid = image_grid(shrunk(pictures(vae, tiles), 128), columns)
