@@ -1,4 +1,4 @@
-"""Rerun the results table: every row, every seed, evaluated, and the table in README.md rewritten.
+"""Rerun the results table: every row, every seed, evaluated, and the table in docs rewritten.
 
 python scripts/reproduce.py [only=[strong] seeds=[0] threads=1]
 python scripts/reproduce.py verify [default]   the releases in pretrained/ have the figures they say
@@ -62,7 +62,8 @@ def main() -> None:
     line = parser(
         "reproduce",
         "Rerun the results table: every row, every seed, evaluated. All of it takes some 30 hours\n"
-        "of two cores; rows that are there are not run again. Rewrites the table in README.md.\n\n"
+        "of two cores; rows that are there are not run again. Rewrites the table in\n"
+        "docs/results/index.md.\n\n"
         "reproduce.py verify [NAME ...]: measure the releases in pretrained/ again, in minutes.",
         ReproduceConfig,
     )

@@ -211,7 +211,8 @@ def what_training_made(run_dir):
         rows = [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
         made[name] = [{k: v for k, v in row.items() if "second" not in k} for row in rows]
     folder = run_dir / "figures"
-    made["figures"] = {str(p): p.read_bytes() for p in sorted(folder.rglob("*.png"))}
+    drawn = [p for p in sorted(folder.rglob("*.png")) if p.name != "log_px.png"]  # evaluate.py's
+    made["figures"] = {str(p): p.read_bytes() for p in drawn}
     made["figures"] = {p.removeprefix(str(folder)): b for p, b in made["figures"].items()}
     return made
 
@@ -251,13 +252,18 @@ LONGER = ("train.epochs=4",)
     [
         (None, None),
         (("step", 7), None),
-        (None, ("read", 1)),
-        (None, ("half", 1, "last.pt")),
-        (None, ("after", 1, "last.pt")),
-        (None, ("step", 1)),
         (("step", 7, "", signal.SIGTERM), ("step", 9)),
         (None, ("after", 1, "metrics.jsonl")),
-        (None, ("before", 1, "summary.json")),
+        *(
+            pytest.param(None, moment, marks=pytest.mark.slow)
+            for moment in (
+                ("read", 1),
+                ("half", 1, "last.pt"),
+                ("after", 1, "last.pt"),
+                ("step", 1),
+                ("before", 1, "summary.json"),
+            )
+        ),
     ],
     ids=str,
 )
@@ -525,7 +531,13 @@ PATIENT = ("train.patience=2", "train.min_delta=1000", "train.epochs=9", "train.
 
 
 @pytest.mark.parametrize(
-    "killed", [("step", 12), ("after", 3, "last.pt"), ("before", 1, "summary.json")], ids=str
+    "killed",
+    [
+        ("after", 3, "last.pt"),
+        pytest.param(("step", 12), marks=pytest.mark.slow),
+        pytest.param(("before", 1, "summary.json"), marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_a_run_that_stops_early_is_finished(made_up_root, tmp_path, killed):
     """No epoch gains 1000 nats: the first is the reference, and two more are waited for."""

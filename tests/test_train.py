@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -376,6 +377,7 @@ NEEDS_2_14 = pytest.mark.skipif(torch.__version__ < "2.14", reason="compile=true
             id="mixture",
             marks=SLOW,
         ),
+        pytest.param({}, {"name": "adam"}, {"classes": 10}, id="conditional", marks=SLOW),
         pytest.param(
             {"name": "iwae", "num_samples": 3},
             {"name": "sgd", "lr": 1e-5, "weight_decay": 0.1},
@@ -721,3 +723,62 @@ def test_versions_of_torch_are_compared_as_versions(monkeypatch, version, able, 
     monkeypatch.setattr(torch, "__version__", kind(version))
     with nullcontext() if able else pytest.raises(ConfigError, match=r"needs torch 2\.14"):
         check_can_compile()
+
+
+def momentum(parameters):
+    return torch.optim.RMSprop(parameters, 1e-3, momentum=0.9)
+
+
+def test_an_optimizer_of_ones_own_takes_the_steps_that_torch_takes(made_up_root):
+    (x, _) = next(iter(loaders(made_up_root)[0]))
+    ours, theirs = new_vae(), new_vae()
+    seen = []
+
+    def objective(vae, batch, noise, beta):
+        del beta
+        seen.append(noise.eps)
+        return -vae.likelihood.log_prob(batch.x, vae.decode(vae.encode(batch.x).rsample(noise.eps)))
+
+    def mean_loss(vae, batch, noise, beta):
+        return objective(vae, batch, noise, beta).mean(0)
+
+    history = train(ours, [x], epochs=3, optimizer=momentum, objective=mean_loss)
+    assert history["train/lr"] == [1e-3] * 3
+    opt = momentum(list(theirs.parameters()))
+    for eps in seen:
+        z = theirs.encode(x).mean + (theirs.encode(x).logvar / 2).exp() * eps[0]
+        loss = F.binary_cross_entropy_with_logits(theirs.decode(z), x, reduction="none").sum(1)
+        opt.zero_grad()
+        loss.mean().backward()
+        opt.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_with_an_optimizer_and_a_schedule_of_ones_own_resumes_to_the_bit(
+    made_up_root, tmp_path, config
+):
+    data = loaders(made_up_root)
+    own = {"optimizer": momentum, "schedule": lambda epoch: 1e-3 * 0.5**epoch, "epochs": 3}
+    whole, cut = new_vae(), new_vae()
+    history = train(whole, *data, **own)
+    assert history["train/lr"] == pytest.approx([1e-3 * 0.5 ** (e - 1 / 6) for e in (1, 2, 3)])
+    steps = iter(range(100))
+    with pytest.raises(StoppedError):
+        train(
+            cut, *data, **own, checkpoints=Checkpoints(tmp_path, config),
+            stop=lambda: next(steps) == 8,
+        )  # fmt: skip
+    cut = new_vae()
+    train(cut, *data, **own, checkpoints=Checkpoints(tmp_path, config))
+    for a, b in zip(cut.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_goes_with_no_optimizer_or_schedule_of_ones_own_is_refused(made_up_root):
+    data = loaders(made_up_root)
+    with pytest.raises(ConfigError, match=r"compile=true compiles .* use compile=false"):
+        train(new_vae(), *data, optimizer=momentum, compile=True)
+    cosine = OptimizerConfig(name="adam", lr=1e-3, eps=1e-8, schedule="cosine")
+    with pytest.raises(ConfigError, match=r"beside optimizer.schedule=cosine .* use one of them"):
+        train(new_vae(), *data, optimizer=cosine, schedule=lambda _: 1e-3)

@@ -39,7 +39,11 @@ from vae_torch.config import (
 )
 from vae_torch.files import write_atomically
 from vae_torch.parts.complete import complete
-from vae_torch.parts.registry import load_plugins, loaded_plugins
+from vae_torch.parts.likelihoods import likelihoods
+from vae_torch.parts.networks import networks
+from vae_torch.parts.posteriors import posteriors
+from vae_torch.parts.priors import priors
+from vae_torch.parts.registry import Table, load_plugins, loaded_plugins, plugins_with
 from vae_torch.vae import VAE
 
 _MAGIC = b"VAETORCH"
@@ -110,6 +114,7 @@ class Checkpoints:
         data_sha256: Of the images and labels, by split. A run does not go on with others.
         versions: Of code and libraries; stored inside.
         input_shape: Of the model; stored inside.
+        classes: Of a conditional model; stored inside.
     """
 
     def __init__(
@@ -121,9 +126,10 @@ class Checkpoints:
         data_sha256: dict[str, str] | None = None,
         versions: dict[str, str] | None = None,
         input_shape: Sequence[int] = (784,),
+        classes: int | None = None,
     ) -> None:
         self.versions = versions
-        self.input_shape = list(input_shape)
+        self.input_shape, self.classes = list(input_shape), classes
         self.started_from: dict[str, Any] | None = None  # another run's weights: see runs.origin
         self.stages: list[dict[str, Any]] = []  # of a run that was made longer: see runs.stages
         self.folder = folder
@@ -164,6 +170,8 @@ class Checkpoints:
             "versions": self.versions,
             "input_shape": self.input_shape,
         }
+        if self.classes:
+            about["classes"] = self.classes
         if self.started_from:
             about["started_from"] = self.started_from
         if self.stages:
@@ -347,13 +355,13 @@ def _made_again(stored: "StoredModel") -> VAE:
     """The model that a config describes, with the stored weights."""
     with suppress(NotImplementedError), torch.device("meta"):
         # takes no memory: a config can claim any size
-        vae = VAE.from_config(stored.config, stored.input_shape)
+        vae = VAE.from_config(stored.config, stored.input_shape, stored.classes)
         vae.load_state_dict(stored.weights, assign=True)
         if not any(tensor.is_meta for tensor in (*vae.parameters(), *vae.buffers())):
             return vae
     # a part, such as a flow, computes something where it is made that is no weight
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
-        vae = VAE.from_config(stored.config, stored.input_shape)
+        vae = VAE.from_config(stored.config, stored.input_shape, stored.classes)
     vae.load_state_dict(stored.weights)
     return vae
 
@@ -368,6 +376,7 @@ class StoredModel(NamedTuple):
     epoch: int | None
     sha256: str  # the checkpoint's seal
     own_parts: tuple[str, ...] = ()  # modules that were passed to the model
+    classes: int | None = None  # of a conditional model
 
 
 def stored_model(
@@ -386,6 +395,7 @@ def stored_model(
     state = load_checkpoint(path, device)
     try:
         config, shape = config_from_dict(state["config"]), tuple(_shape_in(state))
+        classes = classes_in(state)
     except (ConfigError, TypeError) as error:
         raise _unfit(path, error) from None
     odd = [name for name, value in state["model"].items() if not isinstance(value, Tensor)]
@@ -401,6 +411,7 @@ def stored_model(
         epoch if type(epoch) is int else None,
         path.read_bytes()[-32:].hex(),
         tuple(map(str, own)) if isinstance(own, list) else (),
+        classes,
     )
 
 
@@ -447,6 +458,11 @@ def save_run(vae: VAE, run_dir: str | Path) -> Path:
         for part in ("encoder", "posterior", "decoder", "likelihood", "prior")
         if made[part] is None
     ]
+    tables: dict[str, Table[Any]] = {
+        "encoder": networks, "decoder": networks, "posterior": posteriors,
+        "likelihood": likelihoods, "prior": priors,
+    }  # fmt: skip
+    parts = [table[made[part]] for part, table in tables.items() if part not in own]
     config = Config(
         seed=0,
         device="auto",
@@ -460,6 +476,7 @@ def save_run(vae: VAE, run_dir: str | Path) -> Path:
             intermediate_dim=vae.intermediate_dim,
             depth=made["depth"],
             activation=made["activation"],
+            conditional=vae.classes is not None,
             options=made["model_options"],
         ),
         # nobody has said what it was trained on, and how
@@ -472,12 +489,13 @@ def save_run(vae: VAE, run_dir: str | Path) -> Path:
         likelihood_options=made["likelihood_options"],
         prior_options=made["prior_options"],
         posterior_options=made["posterior_options"],
-        plugins=list(loaded_plugins()),
+        plugins=plugins_with(parts),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {
         "config": config.to_dict(),
         "input_shape": list(vae.input_shape),
+        "classes": vae.classes,
         "model": vae.state_dict(),
         "own_parts": own,
     }
@@ -497,6 +515,18 @@ def _shape_in(state: dict[str, Any]) -> list[int]:
     if not isinstance(shape, list) or not all(type(n) is int and 0 < n < 2**20 for n in shape):
         raise TypeError(f"its images have shape {shape}")
     return shape
+
+
+def classes_in(state: dict[str, Any]) -> int | None:
+    """Of a conditional model.
+
+    Raises:
+        TypeError: It is no number of classes.
+    """
+    classes = state.get("classes")
+    if classes is None or (type(classes) is int and 0 < classes < 2**20):
+        return classes
+    raise TypeError(f"it has {classes} classes")
 
 
 def _what_matters(config: dict[str, Any]) -> dict[str, Any]:

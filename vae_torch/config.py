@@ -141,11 +141,13 @@ Names = Annotated[
     list[Name], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 ]
 Plugins = Annotated[Names, about("modules with parts of your own: [my_parts]")]
-Device = Annotated[str, AfterValidator(check_device), about("auto, cpu, cuda, cuda:N")]
+Device = Annotated[
+    str, AfterValidator(check_device), about("where to compute: auto, cpu, cuda, cuda:N")
+]
 RunFolder = Annotated[Folder, about("the run's folder")]
 DataRoot = Annotated[Folder | None, about("where the images are; null: where the run had them")]
 Checkpoint = Annotated[Which, about("last, or best: the highest test elbo")]
-NoiseSeed = Annotated[Seed, about("of all noise")]
+NoiseSeed = Annotated[Seed, about("random seed of all noise")]
 
 
 @dataclass
@@ -160,13 +162,16 @@ class ModelConfig(Group):
         Field(strict=True, ge=1, le=1000),
         about("hidden layers of the mlp, blocks of the residual network"),
     ] = 1
-    activation: Annotated[Literal["relu", "tanh", "silu", "gelu"], about("between the layers")] = (
-        "relu"
-    )
+    activation: Annotated[
+        Literal["relu", "tanh", "silu", "gelu"], about("activation between the layers")
+    ] = "relu"
     mean_bias: Annotated[
         Switch, about("start the output bias at the mean training image (mlp, residual; bernoulli)")
     ] = False
-    options: Annotated[Options, about("of a network of your own")] = field(default_factory=dict)
+    conditional: Annotated[Switch, about("encoder and decoder see the label: p(x|y)")] = False
+    options: Annotated[Options, about("options of a network of your own")] = field(
+        default_factory=dict
+    )
 
 
 @dataclass
@@ -226,7 +231,9 @@ class DataConfig(Group):
 class ObjectiveConfig(Group):
     """What is minimised. The logged `elbo` stays the plain bound, whatever stands here."""
 
-    name: Annotated[Name, about("what is minimised")] = "elbo"
+    name: Annotated[
+        Name, about("what is minimised: elbo, iwae, keras, tcvae, or one of your own")
+    ] = "elbo"
     beta: Annotated[Number, about("weight of the KL")] = 1.0
     beta_warmup_epochs: Annotated[
         Number, about("the weight grows linearly from 0 to beta over this many epochs")
@@ -238,25 +245,28 @@ class ObjectiveConfig(Group):
     early_samples: Annotated[
         Size | None, about("iwae: samples in the first epochs, where fewer do")
     ] = None
-    early_epochs: Annotated[CountOrZero, about("how many epochs these are")] = 0
+    early_epochs: Annotated[CountOrZero, about("iwae: how many epochs take early_samples")] = 0
     estimator: Annotated[
         Literal["standard", "dreg"], about("iwae: gradients, standard or doubly reparameterised")
     ] = "standard"
     resample: Annotated[
         Switch, about("iwae: the gradient goes through one sample, chosen by its weight")
     ] = False
-    options: Annotated[Options, about("of an objective of your own")] = field(default_factory=dict)
+    options: Annotated[Options, about("options of an objective of your own")] = field(
+        default_factory=dict
+    )
 
 
 @dataclass
 class OptimizerConfig(Group):
     """The optimiser and its learning-rate schedule."""
 
-    name: Annotated[Literal["adam", "adamw", "sgd"], about("the optimiser")]
-    lr: Annotated[Positive, about("learning rate")]
+    name: Annotated[Literal["adam", "adamw", "sgd"], about("the optimiser: adam, adamw, sgd")]
+    lr: Annotated[Positive, about("the learning rate, at its highest")]
     eps: Annotated[Positive, about("added to Adam's denominator")]
     schedule: Annotated[
-        Literal["constant", "cosine", "step", "one_cycle", "plateau"], about("of the learning rate")
+        Literal["constant", "cosine", "step", "one_cycle", "plateau"],
+        about("how the learning rate changes"),
     ]
     weight_decay: Annotated[Number, about("decay of the weights a step, times lr")] = 0.0
     betas: Annotated[
@@ -265,7 +275,7 @@ class OptimizerConfig(Group):
         Must("two numbers from 0 to below 1, [0.9,0.999]"),
         about("adam, adamw: decays of the two averages"),
     ] = field(default_factory=lambda: [0.9, 0.999])
-    momentum: Annotated[Decay, about("sgd: of the gradient")] = 0.0
+    momentum: Annotated[Decay, about("sgd: momentum of the gradient")] = 0.0
     clip_norm: Annotated[
         Positive | None, about("largest norm of the gradient; a longer one is scaled down to it")
     ] = None
@@ -278,7 +288,7 @@ class OptimizerConfig(Group):
     ] = None
     step_factor: Annotated[
         Annotated[float, Field(strict=True, gt=0, lt=1)],
-        about("schedule=step, plateau: what a fall multiplies it by"),
+        about("schedule=step, plateau: each fall multiplies the learning rate by this"),
     ] = 0.1
 
 
@@ -319,7 +329,9 @@ class TrainConfig(Group):
         BeforeValidator(_source),
         about("DIR: start from the weights of the run or release in DIR"),
     ] = None
-    init_checkpoint: Annotated[Which, about("of init_from: last, or best")] = "last"
+    init_checkpoint: Annotated[Which, about("which checkpoint of init_from: last, or best")] = (
+        "last"
+    )
     callbacks: Annotated[
         Names, about("what watches the run: wandb, mlflow, or one of your own")
     ] = field(default_factory=list)
@@ -329,25 +341,38 @@ class TrainConfig(Group):
 class Config(Group):
     """A whole run: what `scripts/train.py` composes from `conf/` and a checkpoint remembers."""
 
-    seed: Annotated[Seed, about("of weights, order and noise")]
+    seed: Annotated[Seed, about("random seed of weights, order and noise")]
     device: Device
     precision: Annotated[
         Literal["fp32", "medium", "bf16"],
-        about("fp32; medium: fp32 tensors, quicker products; bf16: autocast"),
+        about("fp32; medium: fp32 tensors, faster multiplications (TF32 on CUDA); bf16: autocast"),
     ]
     compile: Annotated[Switch, about("torch.compile the training step")]
-    likelihood: Annotated[Name, about("p(x|z) of a pixel")]
-    prior: Annotated[Name, about("p(z)")]
+    likelihood: Annotated[
+        Name,
+        about(
+            "p(x|z): bernoulli, continuous_bernoulli, gaussian, discretized_logistic, or your own"
+        ),
+    ]
+    prior: Annotated[
+        Name, about("the prior p(z): standard, mixture, vamp, flow, two_layer, or one of your own")
+    ]
     model: ModelConfig
     data: DataConfig
     objective: ObjectiveConfig
     optimizer: OptimizerConfig
     train: TrainConfig
-    prior_components: Annotated[Size, about("of the mixture and the VampPrior")] = 500
-    posterior: Annotated[Name, about("q(z|x)")] = "gaussian"
-    likelihood_options: Annotated[Options, about("of the likelihood")] = field(default_factory=dict)
-    prior_options: Annotated[Options, about("of the prior")] = field(default_factory=dict)
-    posterior_options: Annotated[Options, about("of the posterior")] = field(default_factory=dict)
+    prior_components: Annotated[Size, about("components of the mixture and vamp priors")] = 500
+    posterior: Annotated[
+        Name, about("the posterior q(z|x): gaussian, flow, two_layer, or one of your own")
+    ] = "gaussian"
+    likelihood_options: Annotated[Options, about("options of the likelihood")] = field(
+        default_factory=dict
+    )
+    prior_options: Annotated[Options, about("options of the prior")] = field(default_factory=dict)
+    posterior_options: Annotated[Options, about("options of the posterior")] = field(
+        default_factory=dict
+    )
     plugins: Plugins = field(default_factory=list)
     threads: Annotated[
         int | None, Field(strict=True, ge=1, le=1024), about("CPU threads; null: torch's choice")
@@ -444,6 +469,7 @@ class SampleConfig(Group):
         Literal["mean", "draw"], about("mean: expected pixels; draw: samples of p(x|z)")
     ]
     seed: NoiseSeed
+    y: Annotated[CountOrZero | None, about("the class, for a conditional model")] = None
     reconstruct: Annotated[
         Switch, about("the first n test images beside their reconstructions, in place of samples")
     ] = False
@@ -596,7 +622,8 @@ def _range(parts: list[Any], value: Any) -> str:
         return f"a whole number, {low} or more"
     if float in parts:
         if below is not None:
-            return f"at least {low} (off) and below {below}"
+            least = f"at least {low} (off)" if above is None else f"above {above}"
+            return f"{least} and below {below}"
         return f"a number above {above}" if above is not None else f"a number, {low} or more"
     if bool in parts:
         return "true or false"

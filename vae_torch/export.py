@@ -75,6 +75,7 @@ def export_run(
         "library": "vae_torch",
         "config": _without_folders(stored.config),
         "input_shape": list(stored.input_shape),
+        "classes": stored.classes,
         "checkpoint": checkpoint,
         "epoch": stored.epoch,
         "source_sha256": stored.sha256,
@@ -161,6 +162,12 @@ def _model_card(
             f"\nIt has parts that are not in `vae_torch`: it loads only where {listed} can be "
             "imported.\n"
         )
+    given = ""
+    if settings["classes"]:
+        given = ", y=0"
+        plugins += (
+            f"\nIt is conditional: it sees the label of an image, 0 to {settings['classes'] - 1}.\n"
+        )
     figures = "It has not been evaluated: `scripts/evaluate.py` measures it.\n"
     if card:
         rows = "".join(
@@ -202,7 +209,7 @@ shape {shape}: likelihood `{config.likelihood}`, prior `{config.prior}`, posteri
 from vae_torch import load_run
 
 vae, config = load_run({arguments})
-images = vae.sample(16)
+images = vae.sample(16{given})
 ```
 {portable}"""
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vae_torch.checkpoint import CheckpointError, StoredModel
+from vae_torch.checkpoint import CheckpointError, StoredModel, classes_in
 from vae_torch.config import ConfigError, config_from_dict
 
 WEIGHTS, SETTINGS, SUMS = "model.safetensors", "config.json", "SHA256SUMS"
@@ -36,6 +36,7 @@ def stored_release(folder: Path, device: torch.device | str = "cpu") -> StoredMo
         config = config_from_dict(settings["config"])
         shape, epoch = settings["input_shape"], settings["epoch"]
         own = tuple(map(str, settings.get("own_parts", ())))
+        classes = classes_in(settings)
         if not all(type(n) is int and 0 < n < 2**20 for n in shape):
             raise TypeError(f"its images have shape {shape}")
     except (ValueError, KeyError, TypeError) as error:
@@ -59,6 +60,7 @@ def stored_release(folder: Path, device: torch.device | str = "cpu") -> StoredMo
         epoch if type(epoch) is int else None,
         sha256_of(contents[WEIGHTS]),
         own,
+        classes,
     )
 
 

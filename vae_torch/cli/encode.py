@@ -84,6 +84,11 @@ def encode_run(config: EncodeConfig, write: Writer) -> str:
         source = Source(image_dataset(own[config.split]), None)
     else:
         source = other_images(config, run_config, vae, device)
+    if vae.classes and source.images.labels is None:
+        raise ConfigError(
+            f"images={config.images}: have no labels, and the run's model sees them "
+            "(model.conditional=true); put them into a folder for each class"
+        )
     batches = encoded_batches(
         vae,
         image_loader(source.images, _BATCH),

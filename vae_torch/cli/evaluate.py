@@ -27,6 +27,7 @@ _MEANINGS = {
     "elbo": "lower bound on log p(x)",
     "reconstruction": "E log p(x|z), z from q(z|x)",
     "kl": "KL(q(z|x) || p(z))",
+    "residual": "rms of x - E[x|z], best sigma",
     "active_units": "latents that vary with the image",
     "train_elbo": "elbo of the training images",
     "entropy_floor": "highest possible reconstruction",
@@ -101,7 +102,8 @@ def evaluate_run(config: EvaluateConfig) -> None:
     integrates = vae.latent_dim <= 2 and config.eval.exact is not False
     instead = refuse_smaller(config, len(test_set), integrates)
     few = min(max(8, chunk // config.eval.num_samples), 256)
-    tell_duration(vae, test_set.first(few)[0], len(test_set), config, chunk)
+    one_class = vae.given(0) if vae.classes else vae
+    tell_duration(one_class, test_set.first(few)[0], len(test_set), config, chunk)
     card, per_image = evaluate_images(
         vae,
         test_loader,
@@ -134,8 +136,8 @@ def evaluate_run(config: EvaluateConfig) -> None:
     write_atomically(written, (json.dumps(card, indent=2) + "\n").encode())
     picture = None
     if vae.latent_dim == 2 and "log_px_exact" in per_image:
-        x, _ = test_set.first(2000)
-        picture = log_px_map(vae, x, per_image["log_px_exact"][: len(x)])
+        x, labels = test_set.first(2000)
+        picture = log_px_map(vae, x, per_image["log_px_exact"][: len(x)], labels)
     add_evaluation(run_dir, card, epoch, picture)
     print(f"\nwritten to {shown(written.resolve())}{instead}")
 

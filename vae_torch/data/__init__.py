@@ -19,6 +19,7 @@ from vae_torch.data.idx import DataError, idx_bytes, read_idx
 from vae_torch.data.loaders import (
     array_loaders,
     binarize_images,
+    classes_of,
     data_hash,
     folder_loaders,
     image_dataset,
@@ -32,7 +33,8 @@ from vae_torch.seeds import mix_seed, seeded_generator
 __all__ = [
     "Data", "DataError", "EpochBatches", "ImageDataset", "Images", "Loader", "Splits",
     "array_loaders", "arrays", "as_batch", "as_loader", "batches_in", "benchmarks",
-    "binarize_images", "data_hash", "data_sources", "folder", "folder_loaders", "idx_bytes",
+    "binarize_images", "classes_of", "data_hash", "data_sources", "folder", "folder_loaders",
+    "idx_bytes",
     "image_dataset", "image_loader", "images_of", "labels_of", "load_images", "loaders_of",
     "mix_seed", "mnist_loaders", "read_idx", "seeded_generator", "shape_of", "sources",
     "torchvision_sets",

@@ -14,6 +14,7 @@ from torch import Tensor
 from vae_torch.config import Config, DataConfig, validated
 from vae_torch.data.batches import Loader, image_loader
 from vae_torch.data.dataset import ImageDataset
+from vae_torch.data.idx import DataError
 from vae_torch.data.pixels import in_parts
 from vae_torch.data.splits import Part, divide
 from vae_torch.data.table import Splits, as_tensors, load_source
@@ -244,6 +245,22 @@ def data_hash(loader: Loader) -> str:
 def shape_of(loader: Loader) -> tuple[int, ...]:
     """The shape of an image in a loader's batches, for the model: (784,), (3, 64, 64)."""
     return image_dataset(loader).shape
+
+
+def classes_of(*loaders: Loader) -> int:
+    """How many classes a conditional model sees: those that have names, or up to the highest label.
+
+    Raises:
+        DataError: Images without labels.
+    """
+    sets = [image_dataset(loader) for loader in loaders]
+    if any(each.labels is None for each in sets):
+        raise DataError(
+            "model.conditional=true: the images have no labels; name a source that has some, or "
+            "leave it out"
+        )
+    highest = max(int(each.labels.max()) for each in sets if each.labels is not None)
+    return max(highest + 1, *(len(each.classes or ()) for each in sets))
 
 
 def image_dataset(loader: Loader) -> ImageDataset:

@@ -163,6 +163,7 @@ def bound(vae: VAE, batch: Batch, eps: Tensor, *, gradients: bool = True) -> Bou
             would cost every training step.
     """
     x = as_images(batch.x, vae.input_shape)
+    vae = vae.of(batch)
     q = vae.encode(x)
     with nullcontext() if gradients else torch.no_grad():
         draws = _draw(vae, x, q, eps)
@@ -261,7 +262,7 @@ def loss_and_metrics(
     Raises:
         ValueError: They are of other shapes.
     """
-    found = objective(vae, batch, noise, beta)
+    found = objective(vae.of(batch), batch, noise, beta)  # which need not know of labels
     loss, metrics = (found, {}) if isinstance(found, Tensor) else found
     if loss.shape not in ((), (len(batch.x),)):
         raise ValueError(

@@ -121,7 +121,8 @@ def _run(
     train_loader, test_loader = data.loaders_of(config, device)
     train_set, test_set = (data.image_dataset(loader) for loader in (train_loader, test_loader))
     hashes = {"train": data.data_hash(train_loader), "test": data.data_hash(test_loader)}
-    vae = VAE.from_config(config, data.shape_of(train_loader)).to(device)
+    classes = data.classes_of(train_loader, test_loader) if config.model.conditional else None
+    vae = VAE.from_config(config, data.shape_of(train_loader), classes).to(device)
     _warn_of_colour(config, vae.input_shape)
     if config.model.mean_bias:
         vae.init_output_bias(train_set.mean())
@@ -133,6 +134,7 @@ def _run(
         data_sha256=hashes,
         versions=versions(),
         input_shape=vae.input_shape,
+        classes=classes,
     )
     state = load_stage(checkpoints, config) if config.train.resume else None
     if state:
@@ -173,7 +175,7 @@ def _run(
             if last or (every and epoch % every == 0):
                 records.figures(epoch, model, x, labels)
             if last or growth_is_due(config, epoch):
-                records.growth(epoch, model, x[:10])
+                records.growth(epoch, model, x, labels)
         for judge in judges:
             judge(metrics, model)
 
@@ -204,7 +206,7 @@ def _run(
             facts["stopped_early"] = early
             with signals.at_once("drawing the figures"):  # no epoch knew that it was the last
                 records.figures(early["after_epoch"], vae, x, labels)
-                records.growth(early["after_epoch"], vae, x[:10])
+                records.growth(early["after_epoch"], vae, x, labels)
         records.projector(vae, x[:2000], None if labels is None else labels[:2000])
         if checkpoints.started_from:
             facts["started_from"] = checkpoints.started_from
