@@ -566,3 +566,29 @@ def test_a_model_with_modules_of_its_own_needs_one_to_load_into(tmp_path):
     assert all(torch.equal(weights[name], w) for name, w in again.state_dict().items())
     with pytest.raises(CheckpointError, match=r"encoder\.1\.weight \(8, 64\) \(into: \(9, 64\)\)"):
         load_run(tmp_path, into=own(9))
+
+
+def test_the_hubs_conventions_are_kept(release, tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+    from vae_torch.hub import HubRelease
+
+    here = HubRelease.from_pretrained(str(release))
+    here.save_pretrained(tmp_path / "saved")
+    pushed = tmp_path / "hub"
+
+    def create_repo(_, repo_id, **__):
+        return hub.RepoUrl(f"https://huggingface.co/{repo_id}")
+
+    def upload_folder(_, *, repo_id, folder_path, **__):
+        shutil.copytree(folder_path, pushed / repo_id)
+
+    monkeypatch.setattr(hub.HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(hub.HfApi, "upload_folder", upload_folder)
+    here.push_to_hub("me/fashion")
+    ours = load_run(release)[0].state_dict()
+    for folder in (tmp_path / "saved", pushed / "me" / "fashion"):
+        assert {p.name: p.read_bytes() for p in folder.iterdir()} == {
+            p.name: p.read_bytes() for p in release.iterdir()
+        }
+        theirs = load_run(HubRelease.from_pretrained(folder).folder)[0].state_dict()
+        assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
