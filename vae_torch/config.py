@@ -310,10 +310,9 @@ class TrainConfig:
         Switch, about("resume a run, and count one as finished, that other code has made")
     ] = False
     monitor: Annotated[
-        str,
-        Field(min_length=1),
-        about("the metric by which the best epoch, and the best run of a sweep, are chosen"),
-    ] = "test/elbo"
+        Annotated[str, Field(min_length=1)] | None,
+        about("the metric that chooses the best epoch and the best run; null: the bound trained"),
+    ] = None
     ema: Annotated[Decay, about("decay of averaged weights a step; 0: keep none")] = 0.0
     prune_after: Annotated[
         CountOrZero, about("epochs until a sweep's run that is behind stops; 0: none does")
@@ -380,7 +379,7 @@ class EvalConfig:
         about("decoder rows at once: bounds memory, changes no figure; null: 1024, on CUDA 65536"),
     ]
     seed: Annotated[Seed, about("of all noise")]
-    checkpoint: Annotated[Which, about("last, or best: the highest test elbo")]
+    checkpoint: Annotated[Which, about("last, or best: see train.monitor")]
     limit: Annotated[Count | None, about("only the first N test images")] = None
     fit_samples: Annotated[
         Count, about("importance samples per image from its fitted proposal, of log_px")
@@ -420,7 +419,7 @@ class ExploreConfig:
     run: Annotated[Folder, about("the run's folder")]
     device: Annotated[Device, about("auto, cpu, cuda, cuda:N")]
     data_root: Annotated[Folder | None, about("where the images are; null: where the run had them")]
-    checkpoint: Annotated[Which, about("last, or best: the highest test elbo")]
+    checkpoint: Annotated[Which, about("last, or best: see train.monitor")]
     points: Annotated[Count, about("images shown as points, at most")]
     plugins: Plugins = field(default_factory=list)
 
@@ -435,7 +434,7 @@ class EncodeConfig:
     out: Annotated[Folder | None, about("the file to write: FILE.npz, .csv or .parquet")]
     device: Annotated[Device, about("auto, cpu, cuda, cuda:N")]
     data_root: Annotated[Folder | None, about("where the images are; null: where the run had them")]
-    checkpoint: Annotated[Which, about("last, or best: the highest test elbo")]
+    checkpoint: Annotated[Which, about("last, or best: see train.monitor")]
     split: Annotated[Literal["train", "test"], about("which images, where there are both")]
     num_samples: Annotated[Count, about("importance samples per image, of log p(x)")]
     chunk: Annotated[Count, about("decoder rows at once: bounds memory, changes no figure")]
@@ -459,7 +458,7 @@ class SampleConfig:
 
     run: Annotated[Folder, about("the run's folder, or a release")]
     device: Annotated[Device, about("auto, cpu, cuda, cuda:N")]
-    checkpoint: Annotated[Which, about("last, or best: the highest test elbo")]
+    checkpoint: Annotated[Which, about("last, or best: see train.monitor")]
     n: Annotated[Count, about("how many images")]
     out: Annotated[Folder, about("the file: .png for a grid, .npz for arrays")]
     temperature: Annotated[Number, about("standard deviations of the prior times this")]
@@ -480,7 +479,7 @@ class ExportConfig:
 
     run: Annotated[Folder, about("the run's folder")]
     out: Annotated[Folder, about("the release's folder, which is made")]
-    checkpoint: Annotated[Which, about("last, or best: the highest test elbo")]
+    checkpoint: Annotated[Which, about("last, or best: see train.monitor")]
 
 
 # Keys that say where and how a run is made, not what it is: it may be resumed with others, and they

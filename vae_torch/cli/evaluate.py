@@ -21,6 +21,7 @@ _WIDTH = 100  # columns of the printed card
 _LABEL = 24  # of them for the names
 
 PER_IMAGE = "evaluation.npz"  # beside the card: the values behind its means
+PARTIAL = "evaluation.npz.part"  # while an evaluation is under way: the images that are done
 
 # What each figure is, in a few words; the card has the whole definitions.
 _MEANINGS = {
@@ -44,6 +45,9 @@ _MEANINGS = {
     "log_px_ais": "log p(x) by annealing",
     "ais_difference": "log_px_ais - log_px",
     "effective_samples": "of {samples:,} per image",
+    "interval_coverage": "z inside the encoder's 95%",
+    "sample_auc": "samples told from test images",
+    "nearest_train_image": "distance of samples to it",
     "fitted_gap": "gap of images drawn at random",
     "approximation_gap": "its part due to Gaussian q(z|x)",
     "amortisation_gap": "its part due to the encoder",
@@ -81,9 +85,11 @@ def evaluate_run(config: EvaluateConfig) -> None:
     )
     from vae_torch.data import data_hash, image_dataset, loaders_of
     from vae_torch.evaluate import evaluate_images
+    from vae_torch.evaluation.partial import Partial
     from vae_torch.figures import log_px_map
     from vae_torch.files import write_atomically
     from vae_torch.machine import resolve_device, set_products, tune_cpu
+    from vae_torch.runs.identity import versions
     from vae_torch.runs.records import add_evaluation
 
     tune_cpu(None)
@@ -121,6 +127,11 @@ def evaluate_run(config: EvaluateConfig) -> None:
     replaced = refuse_smaller(config, len(test_set), integrates)
     few = min(max(8, chunk // config.eval.num_samples), 256)
     tell_duration(vae, test_set.first(few)[0], len(test_set), config, chunk)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    samples = (config.eval.num_samples, config.eval.fit_samples, config.eval.seed)
+    partial = Partial(run_dir / PARTIAL, repr((sha256, hashes, samples, versions())))
+    if partial.images():
+        print(f"resuming: {partial.images():,} images are known from an evaluation that stopped")
     card, per_image = evaluate_images(
         vae,
         test_loader,
@@ -133,6 +144,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
         exact=config.eval.exact,
         seed=config.eval.seed,
         progress=True,
+        partial=partial,
     )
     card["data"] = {
         "name": run_config.data.name,
@@ -144,11 +156,12 @@ def evaluate_run(config: EvaluateConfig) -> None:
     card["checkpoint"] = {
         "name": config.eval.checkpoint,
         "epoch": epoch,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "sha256": sha256,
     }
     print_card(card)
     write_atomically(run_dir / PER_IMAGE, packed(per_image))
     write_atomically(written, (json.dumps(card, indent=2) + "\n").encode())
+    partial.remove()
     picture = None
     if vae.latent_dim == 2 and "log_px_exact" in per_image:
         x, _ = test_set.first(2000)

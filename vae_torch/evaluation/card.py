@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from vae_torch.data import Data, as_loader, images_of
-from vae_torch.evaluation.ais import annealed_log_px
+from vae_torch.evaluation.ais import annealed_log_px, check_gradient
 from vae_torch.evaluation.bounds import bounds_of, elbo_of, posterior_elbo
 from vae_torch.evaluation.figures import Figures, standard_error_of, whole_set
 from vae_torch.evaluation.importance import fit_posterior, importance_log_px
 from vae_torch.evaluation.latents import put_latents
+from vae_torch.evaluation.partial import Partial
 from vae_torch.evaluation.proposals import fitted_log_px
+from vae_torch.evaluation.simulated import put_simulated
 from vae_torch.evaluation.verdict import verdict
 from vae_torch.parts.likelihoods import Bernoulli
 from vae_torch.parts.objectives import ACTIVE_UNIT_VARIANCE
@@ -104,10 +106,12 @@ def evaluate_images(
     exact: bool | None = None,
     seed: int = 0,
     progress: bool = False,
+    partial: Partial | None = None,
 ) -> Evaluation:
     """`evaluate_model`, with the values of each image beside the card.
 
-    Args and errors are those of `evaluate_model`.
+    Args and errors are those of `evaluate_model`; `partial` keeps what is done of log_px and of
+    log_px_encoder, so that an evaluation that was killed resumes.
 
     Returns:
         The card, and by name the values of each image of `loader`, in its order.
@@ -118,6 +122,8 @@ def evaluate_images(
             raise ValueError(f"{name}={given}: must be 1 or more")
     if exact:
         check_few_latents(vae)
+    if ais is not None:
+        check_gradient(vae)
     if train_loader is not None:
         train_loader = as_loader(train_loader, vae.input_shape)
     x, labels = whole_set(vae, loader)
@@ -137,6 +143,7 @@ def evaluate_images(
             0,
         )
     put_latents(card, vae, x, labels, train_loader)
+    put_simulated(card, vae, x, train_loader)
 
     said = []
     if exact or (exact is None and vae.latent_dim <= 2):
@@ -155,9 +162,15 @@ def evaluate_images(
                 0,
                 more={"residual": grid.residual},
             )
-    _put_log_px(card, vae, x, fit_samples, chunk, progress)
+    _put_log_px(card, vae, x, fit_samples, chunk, progress, partial)
     estimate = importance_log_px(
-        vae, x, num_samples=num_samples, seed=seed, chunk=chunk, progress=progress
+        vae,
+        x,
+        num_samples=num_samples,
+        seed=seed,
+        chunk=chunk,
+        progress=progress,
+        partial=partial,
     )
     card.put(
         "log_px_encoder",
@@ -174,10 +187,13 @@ def evaluate_images(
         unit="samples",
         more={"share_below_10": (estimate.effective_samples < 10).double().mean().item()},
     )
+    card.compare("log_px", "log_px_encoder")
+    if "log_px_exact" in card.per_image:
+        card.compare("log_px", "log_px_exact")
     if ais is not None:
         _put_annealed(card, vae, x, ais, progress)
     if train is not None:
-        _put_train_log_px(card, vae, train, fit_samples, chunk, progress)
+        _put_train_log_px(card, vae, train, fit_samples, chunk, progress, partial)
     _put_gap(card, vae, x, fit_images, progress)
     said += verdict(card.figures, num_samples)
     if "entropy_floor" in card.figures:
@@ -219,10 +235,22 @@ def _chosen(images: int, count: int, seed: int) -> Tensor:
 
 
 def _put_log_px(
-    card: Figures, vae: VAE, x: Tensor, num_samples: int, chunk: int, progress: bool
+    card: Figures,
+    vae: VAE,
+    x: Tensor,
+    num_samples: int,
+    chunk: int,
+    progress: bool,
+    partial: Partial | None,
 ) -> None:
     found = fitted_log_px(
-        vae, x, num_samples=num_samples, seed=card.seed, chunk=chunk, progress=progress
+        vae,
+        x,
+        num_samples=num_samples,
+        seed=card.seed,
+        chunk=chunk,
+        progress=progress,
+        partial=partial,
     )
     card.put(
         "log_px",
@@ -256,7 +284,13 @@ def _put_annealed(card: Figures, vae: VAE, x: Tensor, images: int, progress: boo
 
 
 def _put_train_log_px(
-    card: Figures, vae: VAE, train: _Train, num_samples: int, chunk: int, progress: bool
+    card: Figures,
+    vae: VAE,
+    train: _Train,
+    num_samples: int,
+    chunk: int,
+    progress: bool,
+    partial: Partial | None,
 ) -> None:
     """Put log p(x) and the gap of training images, by the method of the evaluated ones."""
     log_px, how, samples = None, "by integration", 0
@@ -266,7 +300,14 @@ def _put_train_log_px(
     if log_px is None:
         how, samples = "as log_px", num_samples
         log_px = fitted_log_px(
-            vae, train.x, num_samples=samples, seed=card.seed, chunk=chunk, progress=progress
+            vae,
+            train.x,
+            num_samples=samples,
+            seed=card.seed,
+            chunk=chunk,
+            progress=progress,
+            partial=partial,
+            name="fitted_train",
         ).log_px
     log_px = log_px.double()
     whose = f"{len(log_px):,} training images, drawn at random"
@@ -354,3 +395,5 @@ def _put_gap(card: Figures, vae: VAE, x: Tensor, fit_images: int, progress: bool
         1000,
         of=chosen,
     )
+    card.compare("approximation_gap", "amortisation_gap")
+    card.bound("gap", "fitted_gap", "approximation_gap", "amortisation_gap")

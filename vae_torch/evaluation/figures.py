@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,11 +31,13 @@ class Figures:
         of: Tensor | None = None,
         standard_error: Any = None,
         num_images: int | None = None,
+        stored: bool = True,
         more: dict[str, Any] | None = None,
     ) -> None:
         """Add a figure: a tensor is averaged, with its standard error; other values stand.
 
-        A tensor has one value per image, or per image that `of` numbers.
+        A tensor has one value per image, or per image that `of` numbers; or, where it is not
+        `stored`, per image of another kind.
         """
         images = self.images if num_images is None else num_images
         if isinstance(value, Tensor):
@@ -44,7 +47,8 @@ class Figures:
             if of is not None:
                 each = value.new_full((self.images,), math.nan)
                 each[of] = value
-            self.per_image[name] = each
+            if stored:
+                self.per_image[name] = each
             value = value.mean().item()
         self.figures[name] = {
             "value": value,
@@ -56,6 +60,36 @@ class Figures:
             "seed": self.seed,
             **(more or {}),
         }
+
+    def compare(self, name: str, other: str) -> None:
+        """Note on a figure how far it is above another, image by image, with the paired error."""
+        both = self.per_image[name] - self.per_image[other]
+        both = both[both.isfinite()]
+        above = self.figures[name].setdefault("above", {})
+        above[other] = [both.mean().item(), standard_error_of(both)]
+
+    def bound(self, *names: str) -> None:
+        """Note on figures the 95% interval of their mean over images."""
+        for name in names:
+            values = self.per_image[name]
+            values = values[values.isfinite()].cpu().numpy()
+            self.figures[name]["interval_95"] = bootstrap_interval(values, self.seed)
+
+
+def bootstrap_interval(values: np.ndarray, seed: int, *, level: float = 0.95) -> list[float] | None:
+    """Bootstrap-t interval of a mean, which allows for a skewed tail; None below ten values.
+
+    Efron and Tibshirani, *An Introduction to the Bootstrap* (1993), section 12.5.
+    """
+    n, random = len(values), np.random.default_rng(seed)
+    if n < 10 or values.std() == 0:
+        return None
+    found = []
+    for _ in range(1000):
+        some = values[random.integers(n, size=n)]
+        found.append((some.mean() - values.mean()) / max(some.std(ddof=1), 1e-300))
+    high, low = np.quantile(found, [(1 - level) / 2, (1 + level) / 2]) * values.std(ddof=1)
+    return [float(values.mean() - low), float(values.mean() - high)]
 
 
 def whole_set(vae: VAE, loader: Data) -> tuple[Tensor, Tensor | None]:
