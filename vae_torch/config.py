@@ -310,9 +310,10 @@ class TrainConfig:
         Switch, about("resume a run, and count one as finished, that other code has made")
     ] = False
     monitor: Annotated[
-        Annotated[str, Field(min_length=1)] | None,
-        about("the metric that chooses the best epoch and the best run; null: the bound trained"),
-    ] = None
+        str,
+        Field(min_length=1),
+        about("the metric that chooses the best epoch and the best run; auto: the bound trained"),
+    ] = "auto"
     ema: Annotated[Decay, about("decay of averaged weights a step; 0: keep none")] = 0.0
     prune_after: Annotated[
         CountOrZero, about("epochs until a sweep's run that is behind stops; 0: none does")

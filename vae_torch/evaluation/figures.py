@@ -72,8 +72,8 @@ class Figures:
         """Note on figures the 95% interval of their mean over images."""
         for name in names:
             values = self.per_image[name]
-            values = values[values.isfinite()].cpu().numpy()
-            self.figures[name]["interval_95"] = bootstrap_interval(values, self.seed)
+            finite = values[values.isfinite()].cpu().numpy()
+            self.figures[name]["interval_95"] = bootstrap_interval(finite, self.seed)
 
 
 def bootstrap_interval(values: np.ndarray, seed: int, *, level: float = 0.95) -> list[float] | None:

@@ -5,6 +5,7 @@ import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ class Partial:
 
     def __init__(self, path: Path, protocol: str) -> None:
         self.path, self.protocol = path, protocol
-        self._rows: dict[str, np.ndarray] = {}
+        self._rows: dict[str, Any] = {}
         with suppress(OSError, ValueError, LookupError, zipfile.BadZipFile):
             file = np.load(io.BytesIO(path.read_bytes()))
             if str(file["protocol"]) == protocol:
@@ -45,7 +46,8 @@ class Partial:
         """Write the file."""
         self._rows[name] = rows.cpu().numpy()
         file = io.BytesIO()
-        np.savez(file, protocol=np.array(self.protocol), **self._rows)
+        arrays: dict[str, Any] = {"protocol": np.array(self.protocol), **self._rows}
+        np.savez(file, **arrays)
         write_atomically(self.path, file.getvalue())
 
     def remove(self) -> None:

@@ -22,7 +22,9 @@ def complete(config: Config) -> Config:
         ConfigError: A part is not known, or has no such option, or a value is of another type.
     """
     model, objective = config.model, config.objective
-    monitor = config.train.monitor or monitor_of(objectives[objective.name])
+    monitor = config.train.monitor
+    if monitor == "auto":
+        monitor = monitor_of(objectives[objective.name])
     metric_of(monitor)
     return replace(
         config,

@@ -53,7 +53,7 @@ def train(
     precision: str = "fp32",
     compile: bool = False,
     seed: int = 0,
-    monitor: str | None = None,
+    monitor: str = "auto",
     callbacks: Sequence[Callback] = (),
     patience: int | None = None,
     min_delta: float = 0.0,
@@ -84,8 +84,8 @@ def train(
             for it, as `scripts/train.py` does.
         compile: Loss, gradient and optimiser as one graph (torch.compile; on CUDA a CUDA graph).
         seed: Of the noise, and of the order of images that come as one tensor or array.
-        monitor: The metric by which `checkpoints` keep the best epoch: see `parts.metrics`. None is
-            the bound that is trained.
+        monitor: The metric by which `checkpoints` keep the best epoch: see `parts.metrics`. `auto`
+            is the bound that is trained.
         callbacks: Each is called after every epoch with its metrics and the model they belong to.
             What it returns is added to the metrics, under names such as `test/mse`. It may raise
             `EndRun`: the run ends, and is complete.
@@ -130,7 +130,7 @@ def train(
     opt = make_optimizer(vae, settings)
     averaged = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema else None
     evaluated: VAE = averaged.module if averaged else vae  # type: ignore[assignment]
-    monitor = monitor or monitor_of(minimise)
+    monitor = monitor_of(minimise) if monitor == "auto" else monitor
     run = Progress(vae, averaged, opt, batches, seed, monitor=monitor)
     if checkpoints:
         run.resume(checkpoints)
