@@ -10,7 +10,7 @@ SETTINGS = $(filter-out PYTHON=% VENV=% ARGS=% RUN=% MATRIX=%,$(MAKEOVERRIDES)) 
 # The run to look at: the newest finished one, or RUN=DIR.
 RUN = $(patsubst %/summary.json,%,$(firstword $(shell ls -t outputs/*/*/summary.json 2>/dev/null)))
 
-.PHONY: help install train evaluate explore test test-all test-matrix lint format clean
+.PHONY: help install train evaluate explore test test-all test-matrix lint format docs docs-serve clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -62,5 +62,12 @@ format: $(READY) ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# MkDocs tells of its successor, which is not used here.
+docs: $(READY)   ## the documentation, into site/: open site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+docs-serve: $(READY) ## the documentation at http://localhost:8000, built anew as you write
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
+
 clean:           ## remove the environment and caches, keep data/ and outputs/
-	rm -rf $(VENV) .matrix build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .matrix build site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

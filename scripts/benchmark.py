@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -133,22 +133,25 @@ def training_contestants(
             print(f"left out: {error}", file=sys.stderr)
         else:
             rows |= {f"ours, {p}, compiled": with_products(p, ours(p, True)) for p in precisions}
-    n = len(images)
     rows |= {
         "torchvision loop": lambda: scale * tutorial_loop(images),
         "numpy loop": lambda: scale * numpy_loop(images),
-        "a step by hand, fp32": with_products("fp32", lambda: scale * by_hand(images)),
-        "Adam": lambda: scale * adam_alone(n),
-        "products, fp32, torch's default": lambda: scale * products(n, torch.float32),
-        "products, fp32": with_products("fp32", lambda: scale * products(n, torch.float32)),
-        "products and Adam in turns, fp32": with_products(
-            "fp32", lambda: scale * in_turns(n, torch.float32)
-        ),
+    }
+
+    def bound(dtype: torch.dtype, multiplies: bool, adam: bool) -> Run:
+        return lambda: scale * limit(len(images), dtype, multiplies=multiplies, adam=adam)
+
+    fp32, bf16 = torch.float32, torch.bfloat16
+    rows |= {
+        "Adam": bound(fp32, False, True),
+        "products, fp32, torch's default": bound(fp32, True, False),
+        "products, fp32": with_products("fp32", bound(fp32, True, False)),
+        "products and Adam in turns, fp32": with_products("fp32", bound(fp32, True, True)),
     }
     if "bf16" in precisions:
         rows |= {
-            "products, bf16": lambda: scale * products(n, torch.bfloat16),
-            "products and Adam in turns, bf16": lambda: scale * in_turns(n, torch.bfloat16),
+            "products, bf16": bound(bf16, True, False),
+            "products and Adam in turns, bf16": bound(bf16, True, True),
         }
     return rows
 
@@ -213,16 +216,20 @@ class TutorialVAE(nn.Module):
         return torch.sigmoid(self.out(F.relu(self.up(z)))), mean, logvar
 
 
-def tutorial_step(vae: TutorialVAE, optimizer: torch.optim.Optimizer, x: Tensor) -> float:
-    """A step as tutorials write it."""
-    optimizer.zero_grad()
-    reconstruction, mean, logvar = vae(x)
-    bce = F.binary_cross_entropy(reconstruction, x, reduction="sum")
-    kl = -0.5 * torch.sum(1 + logvar - mean.pow(2) - logvar.exp())
-    loss = bce + kl
-    loss.backward()
-    optimizer.step()
-    return loss.item()
+def tutorial_epoch(batches: Iterable[Tensor]) -> float:
+    """Seconds of steps as tutorials write them, with `.item()` at every one."""
+    vae = TutorialVAE()
+    optimizer = torch.optim.Adam(vae.parameters(), lr=1e-3)
+    began, total = time.perf_counter(), 0.0
+    for x in batches:
+        optimizer.zero_grad()
+        reconstruction, mean, logvar = vae(x)
+        bce = F.binary_cross_entropy(reconstruction, x, reduction="sum")
+        loss = bce - 0.5 * torch.sum(1 + logvar - mean.pow(2) - logvar.exp())
+        loss.backward()
+        optimizer.step()
+        total += loss.item()
+    return time.perf_counter() - began
 
 
 class PILDigits(Dataset[tuple[Tensor, int]]):
@@ -240,134 +247,43 @@ class PILDigits(Dataset[tuple[Tensor, int]]):
 
 
 def tutorial_loop(images: Tensor) -> float:
-    """A torchvision DataLoader with ToTensor, `.item()` at every step."""
-    vae = TutorialVAE()
-    optimizer = torch.optim.Adam(vae.parameters(), lr=1e-3)
+    """A torchvision DataLoader with ToTensor."""
     loader = DataLoader(PILDigits(images), batch_size=BATCH, shuffle=True)
-    began = time.perf_counter()
-    total = 0.0
-    for x, _ in loader:
-        total += tutorial_step(vae, optimizer, x.view(-1, PIXELS))
-    return time.perf_counter() - began
+    return tutorial_epoch(x.view(-1, PIXELS) for x, _ in loader)
 
 
 def numpy_loop(images: Tensor) -> float:
     """The whole set as one float array, indexed batch by batch."""
-    vae = TutorialVAE()
-    optimizer = torch.optim.Adam(vae.parameters(), lr=1e-3)
     x = images.numpy().reshape(-1, PIXELS).astype("float32") / 255
-    began = time.perf_counter()
     order = torch.randperm(len(x)).numpy()
-    total = 0.0
-    for start in range(0, len(x), BATCH):
-        batch = torch.from_numpy(x[order[start : start + BATCH]])
-        total += tutorial_step(vae, optimizer, batch)
-    return time.perf_counter() - began
+    starts = range(0, len(x), BATCH)
+    return tutorial_epoch(torch.from_numpy(x[order[at : at + BATCH]]) for at in starts)
 
 
-class StepByHand:
-    """The default model's step without autograd: what an eager one could reach.
+def limit(images: int, dtype: torch.dtype, *, multiplies: bool, adam: bool) -> float:
+    """The step's five large matrix products, fused Adam on their weights, or both in turns.
 
-    Large results have their place in memory from the start; what only the loss needs is left out.
+    In turns, as a step must, each finds the cache full. Products go into memory that is there; in
+    bf16 the weights and gradients are converted on the way, as autocast does.
     """
-
-    def __init__(self, vae: VAE) -> None:
-        self.layers = [layer for layer in vae.modules() if isinstance(layer, nn.Linear)]
-        for parameter in vae.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        self.optimizer = torch.optim.Adam(vae.parameters(), fused=True)
-        self.units, self.hidden, self.grad_units, self.grad_hidden = torch.empty(4, BATCH, HIDDEN)
-        self.logits = torch.empty(BATCH, PIXELS)
-
-    @torch.no_grad()
-    def __call__(self, x: Tensor, eps: Tensor) -> None:
-        """Of x (BATCH, PIXELS), with the noise eps (BATCH, LATENT)."""
-        into_units, to_mean, to_logvar, into_hidden, out = self.layers
-        units = torch.addmm(into_units.bias, x, into_units.weight.T, out=self.units).relu_()
-        mean, logvar = to_mean(units), to_logvar(units)
-        noise = torch.exp(0.5 * logvar) * eps
-        z = mean + noise
-        hidden = torch.addmm(into_hidden.bias, z, into_hidden.weight.T, out=self.hidden).relu_()
-        logits = torch.addmm(out.bias, hidden, out.weight.T, out=self.logits)
-
-        grad = logits.sigmoid_().sub_(x).div_(BATCH)
-        grad_hidden = torch.mm(grad, out.weight, out=self.grad_hidden).mul_(hidden > 0)
-        gradient(out, grad, hidden)
-        gradient(into_hidden, grad_hidden, z)
-        grad_z = grad_hidden @ into_hidden.weight
-        grad_mean = grad_z + mean / BATCH
-        grad_logvar = 0.5 * (grad_z * noise + torch.expm1(logvar) / BATCH)
-        gradient(to_mean, grad_mean, units)
-        gradient(to_logvar, grad_logvar, units)
-        grad_units = torch.mm(grad_mean, to_mean.weight, out=self.grad_units)
-        grad_units.addmm_(grad_logvar, to_logvar.weight).mul_(units > 0)
-        gradient(into_units, grad_units, x)
-        self.optimizer.step()
-
-
-def gradient(layer: nn.Linear, grad: Tensor, inputs: Tensor) -> None:
-    """Of a layer's weight and bias, from that of its outputs."""
-    torch.mm(grad.T, inputs, out=layer.weight.grad)
-    torch.sum(grad, 0, out=layer.bias.grad)
-
-
-def by_hand(images: Tensor) -> float:
-    """Our batches and noise, with `StepByHand`."""
-    step = StepByHand(VAE((PIXELS,), LATENT, HIDDEN))
-    loader = image_loader(ImageDataset(images, torch.zeros(len(images))), BATCH, shuffle=True)
-    began = time.perf_counter()
-    for x, _ in loader:
-        step(x, torch.randn(len(x), LATENT))
-    return time.perf_counter() - began
-
-
-def products(images: int, dtype: torch.dtype) -> float:
-    """The step's five large matrix products and nothing else, into memory that is there."""
     x, h, logits = (torch.rand(BATCH, n).to(dtype) for n in (PIXELS, HIDDEN, PIXELS))
-    up, down = torch.rand(PIXELS, HIDDEN).to(dtype), torch.rand(HIDDEN, PIXELS).to(dtype)
-    grad_up, grad_down = torch.empty_like(up), torch.empty_like(down)
+    weights = [nn.Parameter(torch.rand(PIXELS, HIDDEN)), nn.Parameter(torch.rand(HIDDEN, PIXELS))]
+    grads = [torch.full_like(weight, 1e-3, dtype=dtype) for weight in weights]
     hidden, out = torch.empty_like(h), torch.empty_like(x)
+    optimizer = torch.optim.Adam(weights, fused=True)
     began = time.perf_counter()
     for _ in range(math.ceil(images / BATCH)):
-        torch.mm(x, up, out=hidden)  # encoder
-        torch.mm(h, down, out=out)  # decoder
-        torch.mm(h.T, logits, out=grad_down)
-        torch.mm(logits, down.T, out=hidden)
-        torch.mm(x.T, h, out=grad_up)
-    return time.perf_counter() - began
-
-
-def adam_alone(images: int) -> float:
-    """Fused Adam on the model's parameters with gradients that stay."""
-    vae = VAE((PIXELS,), LATENT, HIDDEN)
-    for parameter in vae.parameters():
-        parameter.grad = torch.full_like(parameter, 1e-3)
-    optimizer = torch.optim.Adam(vae.parameters(), fused=True)
-    began = time.perf_counter()
-    for _ in range(math.ceil(images / BATCH)):
-        optimizer.step()
-    return time.perf_counter() - began
-
-
-def in_turns(images: int, dtype: torch.dtype) -> float:
-    """The products, then Adam on their gradients, as a step must: each finds the cache full.
-
-    In bf16 the weights and gradients are converted on the way, as autocast does.
-    """
-    x, h, logits = (torch.rand(BATCH, n).to(dtype) for n in (PIXELS, HIDDEN, PIXELS))
-    up = nn.Parameter(torch.rand(PIXELS, HIDDEN))
-    down = nn.Parameter(torch.rand(HIDDEN, PIXELS))
-    optimizer = torch.optim.Adam([up, down], fused=True)
-    began = time.perf_counter()
-    for _ in range(math.ceil(images / BATCH)):
-        with torch.no_grad():
-            up_now, down_now = up.to(dtype), down.to(dtype)
-            torch.mm(x, up_now)
-            torch.mm(h, down_now)
-            down.grad = torch.mm(h.T, logits).float()
-            torch.mm(logits, down_now.T)
-            up.grad = torch.mm(x.T, h).float()
-        optimizer.step()
+        if multiplies:
+            up, down = (weight.detach().to(dtype) for weight in weights)
+            torch.mm(x, up, out=hidden)  # encoder
+            torch.mm(h, down, out=out)  # decoder
+            torch.mm(h.T, logits, out=grads[1])
+            torch.mm(logits, down.T, out=hidden)
+            torch.mm(x.T, h, out=grads[0])
+        if adam:
+            for weight, grad in zip(weights, grads, strict=True):
+                weight.grad = grad.float()
+            optimizer.step()
     return time.perf_counter() - began
 
 
@@ -406,15 +322,9 @@ def scaling() -> list[dict[str, float]]:
         test_loader = image_loader(ImageDataset(images[:1], labels[:1]), BATCH)
         history = train(VAE((PIXELS,), LATENT, HIDDEN), loader, test_loader, epochs=1)
         rate = float(history["train/images_per_second"][0])
-        megabytes = images.numel() / 2**20
-        found.append(
-            {
-                "images": n,
-                "images_per_second": rate,
-                "images_mib": round(megabytes),
-                "peak_memory_mib": peak_memory_mib(),
-            }
-        )
+        size = round(images.numel() / 2**20)
+        found.append({"images": n, "images_per_second": rate, "images_mib": size})
+        found[-1]["peak_memory_mib"] = peak_memory_mib()
     return found
 
 
@@ -427,22 +337,19 @@ def ratios(seconds: dict[str, list[float]], run: Any) -> dict[str, float]:
     """Medians over medians."""
     median = {name: statistics.median(times) for name, times in seconds.items()}
     best = min(value for name, value in median.items() if name.startswith("ours"))
-    fp32 = median["ours, fp32"]
-    adam = median["Adam"]
+    fp32, adam, log_px = (median[name] for name in ("ours, fp32", "Adam", "log p(x)"))
+    torchs, ours = median["products, fp32, torch's default"], median["products, fp32"]
     found = {
-        "fp32 / (torch's products + Adam)": fp32
-        / (median["products, fp32, torch's default"] + adam),
-        "fp32 / (its products + Adam)": fp32 / (median["products, fp32"] + adam),
-        "fp32 / a step by hand": fp32 / median["a step by hand, fp32"],
+        "fp32 / (torch's products + Adam)": fp32 / (torchs + adam),
+        "fp32 / (its products + Adam)": fp32 / (ours + adam),
         "fp32 / products and Adam in turns": fp32 / median["products and Adam in turns, fp32"],
         "fp32 / torchvision loop": fp32 / median["torchvision loop"],
         "fp32 / numpy loop": fp32 / median["numpy loop"],
         "best / torchvision loop": best / median["torchvision loop"],
         "best / fp32": best / fp32,
         "best / fp32 with torch's products": best / median["ours, fp32, torch's default"],
-        "log p(x) / torch's products": median["log p(x)"]
-        / median["log p(x), products, torch's default"],
-        "log p(x) / its products": median["log p(x)"] / median["log p(x), products"],
+        "log p(x) / torch's products": log_px / median["log p(x), products, torch's default"],
+        "log p(x) / its products": log_px / median["log p(x), products"],
     }
     if run:
         found["default run, end to end / its steps"] = run["seconds"] / run["steps_seconds"]
@@ -484,7 +391,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
         [rows[n]["median"] - rows[n]["low"] for n in names],
         [rows[n]["high"] - rows[n]["median"] for n in names],
     ]
-    limits = dict.fromkeys(("prod", "Adam", "a st"), "#999999")
+    limits = dict.fromkeys(("prod", "Adam"), "#999999")
     colours = {"ours": "#0072b2", **limits}
     figure, axes = plt.subplots(figsize=(7, 0.45 * len(names) + 1.2), layout="constrained")
     axes.barh(names, medians, xerr=spread, color=[colours.get(n[:4], "#e69f00") for n in names])

@@ -1,13 +1,16 @@
-"""Rerun the results table: every row, every seed, evaluated, and the table in README.md rewritten.
+"""Rerun the results table: every row, every seed, evaluated, and the table in docs rewritten.
 
 python scripts/reproduce.py [only=[strong] seeds=[0] threads=1]
+python scripts/reproduce.py verify [default]   the releases in pretrained/ have the figures they say
 """
 
 import hashlib
 import json
+import math
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -50,6 +53,7 @@ class ReproduceConfig:
     limit_test: Annotated[int | None, about("the first N test images: for a trial")]
     overrides: Annotated[list[str], about("more settings for every run: for a trial")]
     rows: Annotated[dict[str, Row], about("what the table compares")]
+    pretrained: Annotated[str, about("verify: the folder of the releases")] = "pretrained"
 
 
 def main() -> None:
@@ -58,10 +62,20 @@ def main() -> None:
     line = parser(
         "reproduce",
         "Rerun the results table: every row, every seed, evaluated. All of it takes some 30 hours\n"
-        "of two cores; rows that are there are not run again. Rewrites the table in README.md.",
+        "of two cores; rows that are there are not run again. Rewrites the table in\n"
+        "docs/results/index.md.\n\n"
+        "reproduce.py verify [NAME ...]: measure the releases in pretrained/ again, in minutes.",
         ReproduceConfig,
     )
-    config = settings_of(line.parse_args(), ReproduceConfig)
+    options = line.parse_args()
+    words = [word for word in options.settings if "=" not in word]
+    options.settings = [word for word in options.settings if "=" in word]
+    config = settings_of(options, ReproduceConfig)
+    if words:
+        if words[0] != "verify":
+            refuse(f"{words[0]}: must be verify, or a setting, key=value")
+        verify(config, words[1:])
+        return
     try:
         refuse_bad_numbers(config)
         chosen = config.only or list(config.rows)
@@ -85,6 +99,83 @@ def main() -> None:
     if end and not is_trial(config):
         write_atomically(readme, f"{before}{begin}\n{table}\n{end}{after}".encode())
     print(table)
+
+
+def verify(config: ReproduceConfig, names: list[str]) -> None:
+    """Print the figures that releases say and that they have; exit with 1 where they differ."""
+    from vae_torch.checkpoint import CheckpointError
+    from vae_torch.data import DataError
+    from vae_torch.machine import tune_cpu
+
+    tune_cpu(config.threads)
+    folder = Path(config.pretrained)
+    releases = [folder / n for n in names] or sorted(p.parent for p in folder.glob("*/SHA256SUMS"))
+    if not releases:
+        refuse(f"pretrained={folder}: holds no release; name the folder where they are")
+    print(f"{'release':16} {'figure':24} recorded   measured  difference    allowed  ok")
+    failed = False
+    try:
+        for release in releases:
+            for name, recorded, measured, allowed in figures_of(release, config.data_root):
+                off = abs(measured - recorded)
+                ok = off <= allowed  # not where one of them is NaN
+                failed |= not ok
+                numbers = f"{recorded:10.4f} {measured:10.4f} {off:11.5f} {allowed:10.5f}"
+                print(f"{release.name:16} {name:22} {numbers}  {'yes' if ok else 'NO'}", flush=True)
+    except (CheckpointError, ConfigError, DataError) as error:
+        refuse(str(error))
+    print(
+        "\nRecorded: evaluation.json and config.json of the release. Measured: on the whole test\n"
+        "set; log_px_exact on its first images. Allowed: the Monte Carlo error of a difference\n"
+        "(4 standard deviations), at least half of the last digit that is reported."
+    )
+    if failed:
+        raise SystemExit(1)
+
+
+def figures_of(release: Path, data_root: str) -> Iterator[tuple[str, float, float, float]]:
+    """Of each figure: its name, recorded, measured, and by how much they may differ.
+
+    Raises:
+        CheckpointError: The release is damaged, not evaluated, or of other images.
+    """
+    from vae_torch.checkpoint import CheckpointError, load_run, refuse_other_data
+    from vae_torch.data import data_hash, image_dataset, loaders_of
+    from vae_torch.evaluation.bounds import bound_metrics
+    from vae_torch.quadrature import exact_log_px
+    from vae_torch.release import CARD, SETTINGS, checked_files
+
+    vae, config = load_run(release)
+    files = checked_files(release, SETTINGS, CARD)
+    settings, card = (json.loads(files[name]) for name in (SETTINGS, CARD))
+    config.data.root = data_root
+    _, loader = loaders_of(config, "cpu")  # whose noise is that of the cards
+    refuse_other_data(release / SETTINGS, settings, {"test": data_hash(loader)}, data_root)
+    try:
+        recorded = {name: float(card[name]["value"]) for name in ("elbo", "reconstruction", "kl")}
+        seed = int(card["elbo"]["seed"])
+        exact = card.get("log_px_exact", {}).get("first")
+        if config.objective.name != "elbo" and settings["test_loss"] is not None:
+            recorded = {"loss": float(settings["test_loss"]), **recorded}
+        first = (int(exact["num_images"]), float(exact["value"])) if exact else None
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{release / CARD}: no card of an evaluation ({error!r}); export the run again"
+        ) from None
+    goal, weight = config.objective, config.objective.beta
+    times = [bound_metrics(vae, loader, goal, beta=weight, seed=seed + i) for i in range(5)]
+    for name, value in recorded.items():
+        error_of_difference = math.sqrt(2) * statistics.stdev(found[name] for found in times)
+        digit = 1e-4 if name == "loss" else 1e-2
+        yield name, value, times[0][name], max(4 * error_of_difference, digit / 2)
+    if first:
+        x, _ = image_dataset(loader).first(first[0])
+        yield (
+            f"log_px_exact of {first[0]}",
+            first[1],
+            exact_log_px(vae, x, progress=True).log_px.mean().item(),
+            0.005,
+        )
 
 
 def refuse_bad_numbers(config: ReproduceConfig) -> None:

@@ -71,6 +71,13 @@ def made_up_root(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(autouse=True)
+def small_floats_stay():
+    """The command lines flush denormal floats to zero, a setting of the whole process."""
+    yield
+    torch.set_flush_denormal(False)
+
+
 @pytest.fixture
 def small_vae() -> VAE:
     torch.manual_seed(0)

@@ -1,9 +1,10 @@
-"""The parts of docs/extending.md, as a plug-in for the tests."""
+"""The parts of the how-to pages on parts of one's own, as a plug-in for the tests."""
 
 import re
 
 from tests.conftest import REPOSITORY
 
-_page = (REPOSITORY / "docs" / "extending.md").read_text("utf-8")
-_blocks = re.findall(r"```python\n(.*?)```", _page, re.DOTALL)
-exec(compile("\n".join(_blocks), "extending.md", "exec"))
+for _kind in ("network", "posterior", "prior", "likelihood", "objective", "metric", "data-source"):
+    _page = REPOSITORY / "docs" / "how-to" / f"add-{_kind}.md"
+    for _block in re.findall(r"```python\n(.*?)```", _page.read_text("utf-8"), re.DOTALL):
+        exec(compile(_block, _page.name, "exec"))

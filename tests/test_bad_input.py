@@ -317,8 +317,8 @@ def test_pixels_outside_0_and_1_are_refused(small_vae, value):
         (lambda _: elbo(torch.rand(3, 7), torch.rand(3, 8), *torch.rand(2, 3, 2)), r"\(3, 8\)"),
         (lambda _: iwae_bound(torch.rand(3)), r"\(3,\)"),
         (lambda _: iwae_bound(torch.rand(0, 3)), r"\(0, 3\)"),
-        (lambda _: mnist_loaders("nowhere", batch_size=0), "batch_size is 0"),
-        (lambda _: mnist_loaders("nowhere", batch_size=2.5), "batch_size is 2.5"),
+        (lambda _: mnist_loaders("nowhere", batch_size=0), "batch_size=0: must be"),
+        (lambda _: mnist_loaders("nowhere", batch_size=2.5), "batch_size=2.5: must be"),
     ],
 )
 def test_a_caller_learns_value_and_shape(small_vae, call, words):

@@ -146,7 +146,7 @@ def test_dict_round_trip(config):
         ("model.name=transformer", "residual"),
         ("model.activation=selu", "silu"),
         ("data.binarize=true", "dynamic"),
-        ("optimizer.schedule=plateau", "cosine"),
+        ("optimizer.schedule=linear", "cosine"),
     ],
 )
 def test_values_out_of_range_name_key_value_and_allowed(composed, override, allowed):

@@ -64,7 +64,7 @@ def test_a_reader_sees_a_consistent_state_of_a_run_that_is_written(made_up_root,
     with start_script("train.py", *endless(made_up_root, run_dir)) as process:
         process.wait_for("epoch   3/")
         last, reads = 0, 0
-        while reads < 40 or last < 20:
+        while reads < 15 or last < 10:
             vae, config = load_run(run_dir)
             assert config.model.intermediate_dim == vae.intermediate_dim
             epochs = [m["epoch"] for m in read_metrics(run_dir)]

@@ -36,6 +36,7 @@ KINDS = [
     pytest.param({}, {"likelihood": "gaussian"}, id="gaussian"),
     pytest.param({}, {"likelihood": "discretized_logistic"}, id="logistic"),
     pytest.param({}, {"posterior": "flow", "prior": "flow"}, id="flow"),
+    pytest.param({}, {"classes": 10}, id="conditional"),
     pytest.param({"name": "iwae", "num_samples": 5, "estimator": "dreg"}, {}, id="dreg"),
     pytest.param({"name": "iwae", "num_samples": 5, "resample": True}, {}, id="resample"),
 ]
@@ -68,13 +69,14 @@ def can_compile() -> bool:
 
 @pytest.mark.parametrize(("objective", "kind"), KINDS)
 def test_a_gradient_is_that_of_the_cpu(made_up_root, objective, kind):
-    x = next(iter(loaders(made_up_root)[0]))[0]
+    x, y = next(iter(loaders(made_up_root)[0]))
     settings = ObjectiveConfig(**objective)
     eps = torch.randn(settings.num_samples, len(x), 2)
     choice = torch.rand(len(x)) if settings.resample else None
     found = []
     for device in ("cpu", "cuda"):
         vae = new_vae(**kind).to(device)
+        vae = vae.of(Batch(x, y))
         there = None if choice is None else choice.to(device)
         objective_terms(vae, x.to(device), eps.to(device), settings, 0.5, there).loss.backward()
         found.append([parameter.grad.cpu() for parameter in vae.parameters()])
@@ -213,10 +215,10 @@ def test_a_captured_step_has_the_bits_of_the_eager_one(made_up_root, objective, 
         step = make(vae, optimizer, minimise, precision)
         noise = torch.Generator("cuda").manual_seed(0)
         terms = []
-        for number, (x, _) in enumerate(loaders(made_up_root, limit_train=850)[0]):  # 9 batches
+        for number, (x, y) in enumerate(loaders(made_up_root, limit_train=850)[0]):  # 9 batches
             drawn = draw_noise(minimise, settings.num_samples, len(x), 2, noise)
             beta = torch.tensor(min(1.0, number / 5), device="cuda")
-            terms.append(step(Batch(x), drawn, beta, 1e-2 / (1 + number))[1].clone())
+            terms.append(step(Batch(x, y), drawn, beta, 1e-2 / (1 + number))[1].clone())
         found.append((torch.stack(terms), vae.state_dict()))
     (eager, weights), (captured, others) = found
     assert torch.equal(eager, captured)

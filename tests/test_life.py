@@ -20,7 +20,7 @@ from vae_torch.runs.folders import read_runs
 from vae_torch.runs.run import run
 from vae_torch.training.errors import StoppedError
 from vae_torch.training.patience import epochs_without_gain, has_stalled
-from vae_torch.training.schedules import learning_rate
+from vae_torch.training.schedules import falls_of, learning_rate
 from vae_torch.training.step import eager_step, make_optimizer
 
 
@@ -251,13 +251,18 @@ LONGER = ("train.epochs=4",)
     [
         (None, None),
         (("step", 7), None),
-        (None, ("read", 1)),
-        (None, ("half", 1, "last.pt")),
-        (None, ("after", 1, "last.pt")),
-        (None, ("step", 1)),
         (("step", 7, "", signal.SIGTERM), ("step", 9)),
         (None, ("after", 1, "metrics.jsonl")),
-        (None, ("before", 1, "summary.json")),
+        *(
+            pytest.param(None, moment, marks=pytest.mark.slow)
+            for moment in (
+                ("read", 1),
+                ("half", 1, "last.pt"),
+                ("after", 1, "last.pt"),
+                ("step", 1),
+                ("before", 1, "summary.json"),
+            )
+        ),
     ],
     ids=str,
 )
@@ -373,6 +378,22 @@ def test_schedules_are_torchs():
     assert place("constant", 4, 3, warmup_steps=7) == pytest.approx(warm)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_plateaus_are_torchs(seed):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(40, generator=generator, dtype=torch.float64).cumsum(0).tolist()
+    for wait, min_delta in ((1, 0.0), (2, 0.5), (5, 2.0)):
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer, "max", 0.5, wait - 1, min_delta, "abs", eps=0.0
+        )
+        for done, score in enumerate(scores, 1):
+            scheduler.step(score)
+            falls = falls_of(scores[:done], wait, min_delta)
+            assert 0.5**falls == optimizer.param_groups[0]["lr"]
+        assert falls > 1
+
+
 def test_a_new_stages_schedule_begins_where_the_run_is():
     settings = OptimizerConfig("adam", 0.5, 1e-8, "cosine", warmup_steps=2)
     found = [
@@ -432,11 +453,16 @@ def test_a_step_clips_and_averages_as_the_papers_say(options):
         assert torch.allclose(ours, expected, rtol=1e-5, atol=1e-8)
 
 
-def test_a_clipped_run_with_a_schedule_resumes_with_the_same_bits(made_up_root, tmp_path):
-    more = [
-        *("optimizer=sgd", "optimizer.schedule=one_cycle", "train.epochs=3"),
-        "optimizer.clip_norm=20",
-    ]
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        ["optimizer.schedule=one_cycle"],
+        ["optimizer.schedule=plateau", "optimizer.step_epochs=1", "train.min_delta=1000"],
+    ],
+    ids=["one_cycle", "plateau"],
+)
+def test_a_clipped_run_with_a_schedule_resumes_with_the_same_bits(made_up_root, tmp_path, schedule):
+    more = ["optimizer=sgd", "train.epochs=3", "optimizer.clip_norm=20", *schedule]
     whole = order(made_up_root, tmp_path / "whole", *more)
     assert run_script("train.py", *whole).returncode == 0
     cut = order(made_up_root, tmp_path / "cut", *more)
@@ -445,6 +471,23 @@ def test_a_clipped_run_with_a_schedule_resumes_with_the_same_bits(made_up_root, 
     resumed = run_script("train.py", f"train.resume={tmp_path / 'cut'}")
     assert resumed.returncode == 0, resumed.stderr
     assert what_training_made(tmp_path / "cut") == what_training_made(tmp_path / "whole")
+    rows = [json.loads(r) for r in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
+    if "optimizer.step_epochs=1" in schedule:  # the first epoch always gains
+        lr = rows[0]["train/lr"]
+        assert [row["train/lr"] for row in rows] == pytest.approx([lr, lr, lr / 10])
+
+
+def test_a_plateau_goes_on_in_a_longer_run(settings, tmp_path):
+    plateau = ["optimizer.schedule=plateau", "optimizer.step_epochs=1", "train.min_delta=1000"]
+    run(settings(*plateau, "train.epochs=4"), tmp_path / "whole")
+    run(settings(*plateau), tmp_path / "longer")
+    run(
+        settings(*plateau, "train.epochs=4", f"train.resume={tmp_path / 'longer'}"),
+        tmp_path / "longer",
+    )
+    assert what_training_made(tmp_path / "longer") == what_training_made(tmp_path / "whole")
+    with pytest.raises(ConfigError, match="plateau without a test_loader: it needs images"):
+        train(VAE((6,), 2, 4), torch.rand(10, 6), optimizer=settings(*plateau).optimizer)
 
 
 @pytest.mark.parametrize(
@@ -456,9 +499,13 @@ def test_a_clipped_run_with_a_schedule_resumes_with_the_same_bits(made_up_root, 
         ("optimizer.betas=[0.9,1.0]", "must be two numbers from 0 to below 1"),
         ("optimizer.momentum=0.9", "the first of optimizer.betas is Adam's"),
         ("optimizer.warmup_steps=-1", "optimizer.warmup_steps=-1: must be a whole number"),
-        ("optimizer.schedule=step", "set optimizer.schedule=step and optimizer.step_epochs=N"),
-        ("optimizer.step_epochs=3", "set optimizer.schedule=step and optimizer.step_epochs=N"),
-        ("optimizer.step_factor=0.5", "it is of optimizer.schedule=step"),
+        ("optimizer.schedule=step", "set optimizer.schedule=step (or plateau) and"),
+        ("optimizer.step_epochs=3", "set optimizer.schedule=step (or plateau) and"),
+        ("optimizer.step_factor=0.5", "it is of optimizer.schedule=step and plateau"),
+        (
+            "optimizer.schedule=plateau",
+            "optimizer.step_epochs=null with optimizer.schedule=plateau",
+        ),
     ],
 )
 def test_optimizer_settings_that_mean_nothing_are_one_line(settings, asked, line):
@@ -483,7 +530,13 @@ PATIENT = ("train.patience=2", "train.min_delta=1000", "train.epochs=9", "train.
 
 
 @pytest.mark.parametrize(
-    "killed", [("step", 12), ("after", 3, "last.pt"), ("before", 1, "summary.json")], ids=str
+    "killed",
+    [
+        ("after", 3, "last.pt"),
+        pytest.param(("step", 12), marks=pytest.mark.slow),
+        pytest.param(("before", 1, "summary.json"), marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_a_run_that_stops_early_is_finished(made_up_root, tmp_path, killed):
     """No epoch gains 1000 nats: the first is the reference, and two more are waited for."""

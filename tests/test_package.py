@@ -1,14 +1,11 @@
-"""What holds for the package as a whole: what it imports, and what its README claims."""
+"""What holds for the package as a whole: what it imports, what it installs."""
 
-import re
 import subprocess
 import sys
 import tomllib
 
-import pytest
-
-from tests.command_lines import run_script
 from tests.conftest import REPOSITORY
+from vae_torch import save_run
 
 MODULES = sorted(
     ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
@@ -25,6 +22,17 @@ def test_no_module_brings_hydra_or_heavy_libraries():
         "    importlib.import_module(name)\n"
         f"    if loaded := [m for m in {HEAVY} if m in sys.modules]:\n"
         "        sys.exit(f'{name} imports {loaded}')\n"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, check=True)
+
+
+def test_a_loaded_model_needs_no_compiler(small_vae, tmp_path):
+    save_run(small_vae, tmp_path / "run")
+    script = (
+        "import sys, vae_torch\n"
+        "before = 'torch._dynamo' in sys.modules\n"
+        f"vae_torch.load_run({str(tmp_path / 'run')!r})\n"
+        "sys.exit(not before and 'torch._dynamo' in sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, check=True)
 
@@ -48,24 +56,3 @@ def test_every_package_is_installed():
         for path in (REPOSITORY / "vae_torch").rglob("__init__.py")
     }
     assert set(settings["tool"]["setuptools"]["packages"]) == {*packages, "vae_torch.conf"}
-
-
-@pytest.mark.network
-def test_readme_python_blocks_run(tmp_path):
-    readme = (REPOSITORY / "README.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    assert blocks
-    run_dir = tmp_path / "run"
-    few = ("train.epochs=1", "data.limit_train=1000", "data.limit_test=1000")
-    assert run_script("train.py", *few, f"hydra.run.dir={run_dir}").returncode == 0
-    script = "\n".join(blocks)
-    for shown, tried in (
-        ('"outputs/my-run"', repr(str(run_dir))),
-        ('"outputs/from-python"', repr(str(tmp_path / "from-python"))),
-        ("batch_size=128", "limit_train=1000, limit_test=1000"),
-        ("epochs=50)", "epochs=1)"),
-        ('"train.epochs=50"', ", ".join(map(repr, few))),
-    ):
-        assert shown in script
-        script = script.replace(shown, tried)
-    subprocess.run([sys.executable, "-W", "error", "-c", script], cwd=REPOSITORY, check=True)

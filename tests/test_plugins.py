@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 import sys
 from copy import deepcopy
 
@@ -7,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.command_lines import run_script
+from tests.command_lines import REPOSITORY, run_script
+from tests.test_life import what_training_made
 from vae_torch import VAE, ConfigError, compose, load_run, train
 from vae_torch.checkpoint import CheckpointError, Checkpoints
 from vae_torch.images import Batch
@@ -283,3 +285,93 @@ def test_a_whole_run_takes_callbacks(tmp_path):
     config = compose([*OWN, "train.epochs=1"])
     summary = run(config, tmp_path / "run", callbacks=[lambda *_: {"test/extra": 1.5}])
     assert summary["final"]["test/extra"] == 1.5
+
+
+def test_parts_of_ones_own_resume_to_the_bit_after_a_kill(own_run, tmp_path):
+    order = (*OWN, "train.monitor=test/mse", f"hydra.run.dir={tmp_path / 'run'}")
+    assert run_script("train.py", *order, killed=("step", 6)).returncode == -9
+    done = run_script("train.py", *order, "train.resume=auto")
+    assert done.returncode == 0, done.stderr
+    assert what_training_made(tmp_path / "run") == what_training_made(own_run[0])
+
+
+# What chooses a part of each kind, and what is swept.
+LIVES = {
+    "network": (["model=mine"], "model.options.width=4,8"),
+    "posterior": (["model.intermediate_dim=8"], "posterior=gaussian,round"),
+    "prior": (["model.intermediate_dim=8", "prior=wide"], "prior_options.scale=1.0,2.0"),
+    "likelihood": (["model.intermediate_dim=8"], "likelihood=gaussian,laplace"),
+    "objective": (
+        ["model.intermediate_dim=8", "objective=weighted"],
+        "objective.options.strength=1.0,2.0",
+    ),
+    "metric": (
+        ["model.intermediate_dim=8", "objective=weighted", "train.monitor=test/mse"],
+        "seed=0,1",
+    ),
+    "data source": (["model.intermediate_dim=8"], "data.options.count=100,120"),
+}
+STRIPES = ("data=stripes", "data.batch_size=50", "train.figure_every=0", "train.epochs=2",
+           "threads=1")  # fmt: skip
+
+
+@pytest.fixture
+def folder_of_ones_own(tmp_path):
+    """With the how-to pages' parts in it, and nothing of the package."""
+    shutil.copy(REPOSITORY / "tests" / "my_parts.py", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", LIVES)
+def test_a_part_of_every_kind_is_swept_killed_resumed_summarised_and_judged(
+    folder_of_ones_own, kind
+):
+    settings, swept = LIVES[kind]
+    mine = ("plugins=[my_parts]",)
+
+    def done(script, *arguments, killed=None):
+        ended = run_script(script, *arguments, cwd=folder_of_ones_own, killed=killed)
+        assert ended.returncode == (-9 if killed else 0), ended.stderr
+        return ended.stdout
+
+    def sweep(name, killed=None):
+        order = ("-m", *mine, *STRIPES, *settings, swept, f"sweep.dir={name}")
+        done("train.py", *order, killed=killed)
+
+    sweep("whole")
+    sweep("cut", killed=("step", 3))
+    sweep("cut")
+    jobs = sorted(found.parent for found in folder_of_ones_own.glob("whole/*/summary.json"))
+    assert len(jobs) == 2
+    for job in jobs:
+        cut = folder_of_ones_own / "cut" / job.name
+        assert what_training_made(cut) == what_training_made(job)
+    table = done("summarize.py", "whole")
+    assert "2 runs" in table
+    assert swept.partition("=")[0] in table
+    few = ("eval.num_samples=20", "eval.fit_samples=20", "eval.fit_images=2", "eval.limit=10")
+    done("evaluate.py", f"run={jobs[1]}", *mine, *few)
+    card = json.loads((jobs[1] / "evaluation.json").read_text())
+    error = card["log_px"]["standard_error"]
+    assert abs(card["log_px_exact"]["value"] - card["log_px"]["value"]) < 5 * error
+    done("explore.py", f"run={jobs[1]}", *mine)  # two latents: at least a grid of its images
+
+
+@pytest.mark.slow
+def test_a_run_with_a_callback_resumes_to_the_bit_after_a_kill(folder_of_ones_own):
+    script = folder_of_ones_own / "train_mine.py"
+    script.write_text(
+        "import sys\n"
+        "from vae_torch import compose, run\n"
+        "settings = ['plugins=[my_parts]', 'train.resume=auto', *sys.argv[2:]]\n"
+        "count = lambda metrics, vae: {'test/drawn': float(vae.sample(4).mean())}\n"
+        "run(compose(settings), sys.argv[1], callbacks=[count])\n"
+    )
+    for folder, killed, status in (("whole", None, 0), ("cut", ("step", 6), -9), ("cut", None, 0)):
+        order = (folder, *STRIPES, "model=mine", "model.options.dropout=0.5")
+        ended = run_script(script, *order, cwd=folder_of_ones_own, killed=killed)
+        assert ended.returncode == status, ended.stderr
+    cut, whole = (what_training_made(folder_of_ones_own / name) for name in ("cut", "whole"))
+    assert cut == whole
+    assert "test/drawn" in cut["metrics.jsonl"][-1]

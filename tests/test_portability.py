@@ -82,12 +82,15 @@ def test_a_run_and_its_card_need_nothing_that_only_linux_has(elsewhere, small, t
     assert done.returncode == 0, done.stderr
     (run,) = read_runs(tmp_path)
     assert run.state == "finished"
-    done = elsewhere("evaluate.py", run_dir, "eval.num_samples=5", "eval.fit_images=2")
+    done = elsewhere(
+        "evaluate.py", run_dir, "eval.num_samples=5", "eval.limit=20", "eval.fit_images=2"
+    )
     assert done.returncode == 0, done.stderr
     card = json.loads((run_dir / "evaluation.json").read_text("utf-8"))
-    assert card["elbo"]["value"] == pytest.approx(run.metrics["test/elbo"], abs=5)
+    assert card["elbo"]["value"] == pytest.approx(run.metrics["test/elbo"], abs=20)
 
 
+@pytest.mark.slow
 def test_a_sweep_of_two_needs_no_fork(elsewhere, small, tmp_path):
     done = elsewhere("train.py", "-m", *small, "seed=0,1", "where=cores", f"sweep.dir={tmp_path}")
     assert done.returncode == 0, (done.stdout, done.stderr)

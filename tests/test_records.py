@@ -87,9 +87,10 @@ def test_the_command_of_a_run_without_hydras_notes_is_what_was_typed(config, tmp
         assert text_of(tmp_path, "command").strip() == "python mine.py 'a b'"
 
 
-@pytest.mark.parametrize("latent_dim", [1, 2, 40])
-@pytest.mark.parametrize(("count", "classes"), [(1, 1), (3, 1), (100, 47)])
-@pytest.mark.parametrize("gain", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("latent_dim", "count", "classes", "gain"),
+    [(1, 1, 1, 1.0), (1, 100, 47, 0.0), (2, 3, 1, 1.0), (2, 100, 47, 0.0), (40, 100, 47, 1.0)],
+)
 def test_pictures_of_few_images_one_class_many_classes_and_a_collapsed_model(
     config, tmp_path, latent_dim, count, classes, gain
 ):

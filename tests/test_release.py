@@ -1,20 +1,25 @@
 """Samples, releases, and models that no command line has made."""
 
 import hashlib
+import io
 import json
 import math
 import shutil
 import struct
+import sys
+import warnings
 
 import numpy as np
 import pytest
 import torch
 
 from tests.command_lines import run_script
+from tests.conftest import REPOSITORY
 from vae_torch import VAE, draw_samples, load_run, save_run, train
 from vae_torch.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from vae_torch.cli.compose import compose
 from vae_torch.config import ConfigError
+from vae_torch.deploy import portable_files
 from vae_torch.runs.run import run
 
 
@@ -42,11 +47,11 @@ def release(source, tmp_path_factory):
     return export_run(source, tmp_path_factory.mktemp("release") / "fashion")
 
 
-def seal_again(folder):
+def seal_again(folder, *more):
     """As somebody would who wants it to be believed."""
     lines = (
         f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n"
-        for name in ("model.safetensors", "config.json")
+        for name in ("model.safetensors", "config.json", *more)
     )
     (folder / "SHA256SUMS").write_text("".join(lines))
 
@@ -130,6 +135,179 @@ def test_a_release_is_the_runs_model_without_its_optimiser(source, release):
     from safetensors.torch import load_file
 
     assert load_file(release / "model.safetensors").keys() == ours.state_dict().keys()
+
+
+def test_half_floats_halve_a_release(source, release, tmp_path):
+    from vae_torch import export_run
+
+    made = export_run(source, tmp_path / "half", half=True)
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (made, release)]
+    assert sizes[0] < 0.55 * sizes[1]
+    ours, theirs = (load_run(folder)[0].state_dict() for folder in (source, made))
+    for name, weight in ours.items():
+        assert theirs[name].dtype == torch.float32
+        assert torch.equal(theirs[name], weight.half().float())
+    state = load_checkpoint(source / "checkpoints" / "last.pt")
+    state["model"]["decoder.out.bias"] = torch.full((784,), 1e5)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    save_checkpoint(state, tmp_path / "run" / "checkpoints" / "last.pt")
+    with pytest.raises(ConfigError, match=r"half=true: decoder\.out\.bias has weights above 65504"):
+        export_run(tmp_path / "run", tmp_path / "large", half=True)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {},
+        {"architecture": "conv", "likelihood": "discretized_logistic"},
+        {"architecture": "residual", "likelihood": "continuous_bernoulli"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("form", ["torchscript", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_other_programs_encode_and_decode_as_torch_does(kind, form):
+    torch.manual_seed(1)
+    vae = VAE((1, 12, 12), 3, 8, **kind).eval()
+    x, z = torch.rand(7, 1, 12, 12), 2 * torch.randn(7, 3)
+    files = portable_files(vae, [form])
+    for part, given, expected in (
+        ("encoder", x, list(vae.encode(x))),
+        ("decoder", z, [vae.likelihood.mean(vae.decode(z))]),
+    ):
+        if form == "onnx":
+            runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+            session = runtime.InferenceSession(files[f"{part}.onnx"])
+            found = session.run(None, {session.get_inputs()[0].name: given.numpy()})
+            found = list(map(torch.from_numpy, found))
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                found = torch.jit.load(io.BytesIO(files[f"{part}.pt"]))(given)
+            found = [found] if isinstance(found, torch.Tensor) else list(found)
+        for ours, theirs in zip(expected, found, strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_what_no_other_program_can_do_is_refused(monkeypatch):
+    with pytest.raises(ConfigError, match=r"formats=\[torchscript\] needs a Gaussian q\(z\|x\)"):
+        portable_files(VAE((8,), 2, 4, posterior="flow"), ["torchscript"])
+
+    class Loud(torch.nn.Linear):
+        def forward(self, z):
+            return super().forward(z) * (2.0 if len(z) == 2 else 1.0)  # of two rows, as traced
+
+    vae = VAE((8,), 2, 4, encoder=torch.nn.Linear(8, 4), decoder=Loud(2, 8))
+    with pytest.raises(ConfigError, match="the decoder differs from PyTorch by"):
+        portable_files(vae, ["torchscript"])
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ConfigError, match=r"needs onnxruntime, .* pip install -e '\.\[onnx\]'"):
+        portable_files(VAE((8,), 2, 4), ["onnx"])
+
+
+def test_a_release_takes_other_formats_and_the_page_along(source, tmp_path):
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    copy = shutil.copytree(source, tmp_path / "run")
+    asked = [f"run={copy}", f"out={tmp_path / 'release'}", "explorer=true"]
+    refused = run_script("export.py", *asked)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("export.py: explorer=true: ")
+    assert refused.stderr.count("\n") == 1
+    (copy / "explorer.html").write_text("the page")
+    done = run_script("export.py", *asked, "formats=[torchscript]")
+    assert done.returncode == 0, done.stderr
+    made = tmp_path / "release"
+    assert (made / "explorer.html").read_text() == "the page"
+    assert "`decoder.pt` turns z (B, 2)" in " ".join((made / "README.md").read_text().split())
+    assert len((made / "SHA256SUMS").read_text().splitlines()) == 5
+    assert load_run(made)[1].model.latent_dim == 2
+
+
+@pytest.fixture(scope="module")
+def evaluated(made_up_root, tmp_path_factory):
+    """A folder with one release, of the notebook's objective, and its card."""
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    from vae_torch import export_run
+
+    folder = tmp_path_factory.mktemp("evaluated")
+    overrides = ["data=fashion_mnist", f"data.root={made_up_root}", "model.intermediate_dim=8"]
+    overrides += ["objective=keras", "train.epochs=1", "train.figure_every=0", "threads=1"]
+    overrides += ["data.limit_train=100", "data.limit_test=30"]
+    run(compose(overrides), folder / "run")
+    fast = ("eval.num_samples=2", "eval.fit_samples=2", "eval.fit_images=1")
+    done = run_script("evaluate.py", f"run={folder / 'run'}", *fast)
+    assert done.returncode == 0, done.stderr
+    export_run(folder / "run", folder / "pretrained" / "tiny", half=True)
+    return folder / "pretrained"
+
+
+def rows_of(verified):
+    lines = [line.split() for line in verified.stdout.splitlines() if line.startswith("tiny")]
+    return {words[1]: ([float(word) for word in words[-5:-1]], words[-1]) for words in lines}
+
+
+def test_a_release_is_verified(made_up_root, evaluated, tmp_path):
+    where = f"data_root={made_up_root}"
+    good = run_script("reproduce.py", "verify", "tiny", f"pretrained={evaluated}", where)
+    assert good.returncode == 0, good.stdout + good.stderr
+    rows = rows_of(good)
+    assert list(rows) == ["loss", "elbo", "reconstruction", "kl", "log_px_exact"]
+    card = json.loads((evaluated / "tiny" / "evaluation.json").read_text())
+    for name in ("elbo", "reconstruction", "kl", "log_px_exact"):
+        assert rows[name][0][0] == pytest.approx(card[name]["value"], abs=1e-4)
+    summary = json.loads((evaluated.parent / "run" / "summary.json").read_text())
+    assert rows["loss"][0][0] == pytest.approx(summary["final"]["test/loss"], abs=1e-4)
+    assert all(row[-1] == "yes" and row[0][2] < 0.01 for row in rows.values())
+
+    wrong = shutil.copytree(evaluated, tmp_path / "wrong")
+    card["kl"]["value"] += 0.5
+    text = json.dumps(card)
+    (wrong / "tiny" / "evaluation.json").write_text(text)
+    refused = run_script("reproduce.py", "verify", f"pretrained={wrong}", where)
+    assert refused.returncode == 2
+    assert "evaluation.json: damaged" in refused.stderr
+    seal_again(wrong / "tiny", "evaluation.json")
+    bad = run_script("reproduce.py", "verify", f"pretrained={wrong}", where)
+    assert bad.returncode == 1
+    assert [name for name, row in rows_of(bad).items() if row[-1] == "NO"] == ["kl"]
+
+
+def test_what_cannot_be_verified_is_one_line(made_up_root, evaluated, release, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(release, other / "bare")
+    shutil.copytree(evaluated / "tiny", other / "foreign")
+    settings = json.loads((other / "foreign" / "config.json").read_text())
+    settings["data_sha256"]["test"] = "0" * 64
+    (other / "foreign" / "config.json").write_text(json.dumps(settings))
+    seal_again(other / "foreign", "evaluation.json")
+    for asked, folder, line in (
+        (["verify", "bare"], other, "evaluation.json: No such file"),
+        (["verify", "foreign"], other, "its run had other images or labels than lie under"),
+        (["verify", "nothing"], other, "nothing: no such folder"),
+        (["verify"], tmp_path / "none", "holds no release"),
+        (["check"], other, "check: must be verify, or a setting"),
+    ):
+        where = (f"pretrained={folder}", f"data_root={made_up_root}")
+        refused = run_script("reproduce.py", *asked, *where)
+        assert refused.returncode == 2, asked
+        assert line in refused.stderr
+        assert refused.stderr.count("\n") == 1
+
+
+def test_the_pretrained_releases_are_whole():
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    folders = [path.parent for path in sorted((REPOSITORY / "pretrained").glob("*/SHA256SUMS"))]
+    assert "default" in [folder.name for folder in folders]
+    for folder in folders:
+        lines = (folder / "SHA256SUMS").read_text().splitlines()
+        sums = {name: digest for digest, name in map(str.split, lines)}
+        assert {"model.safetensors", "config.json", "evaluation.json"} <= sums.keys()
+        for name, digest in sums.items():
+            assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+        vae, config = load_run(folder)
+        assert vae.sample(2).shape == (2, 784)
+        assert config.data.name == "mnist"
+    files = [path for folder in folders for path in folder.iterdir()]
+    assert sum(path.stat().st_size for path in files) < 15_000_000
 
 
 def test_a_run_starts_from_a_release(made_up_root, release, tmp_path):

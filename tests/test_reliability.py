@@ -401,6 +401,32 @@ CAMPAIGN = {
             ("after", 1, "reconstructions.png"),
         ],
     ),
+    "conditional, dynamic, averaged weights": (
+        ["model.conditional=true", "data.binarize=dynamic", "train.ema=0.9"],
+        [
+            ("half", 1, "last.pt"),
+            ("step", 130),
+            ("evaluation", 2),
+            ("after", 1, "metrics.jsonl"),
+            ("half", 1, "samples.png"),
+            ("half", 1, "000003.png"),
+            ("before", 1, "summary.json"),
+        ],
+    ),
+    "flow posterior and prior, grey": (
+        [
+            *("posterior=flow", "posterior_options.transforms=1", "posterior_options.width=8"),
+            *("prior=flow", "prior_options.transforms=1", "prior_options.width=8"),
+        ],
+        [
+            ("step", 70),
+            ("half", 1, "best.pt"),
+            ("evaluation", 3),
+            ("before", 2, "last.pt"),
+            ("after", 1, "latent.png"),
+            ("before", 1, "summary.json"),
+        ],
+    ),
     "elbo, standard prior, grey, 100 latents": (
         ["model.latent_dim=100", "train.ema=0.9"],
         [

@@ -170,5 +170,4 @@ def as_before():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-    torch.set_flush_denormal(False)
     torch.set_float32_matmul_precision("highest")

@@ -10,12 +10,13 @@ from tests.test_evaluate import PIXELS, linear_gaussian
 from vae_torch import VAE
 from vae_torch.evaluation.figures import Figures, bootstrap_interval
 from vae_torch.evaluation.simulated import auc, put_simulated
+from vae_torch.images import Batch
 from vae_torch.parts.likelihoods import likelihoods
 
 
 def figures_of(vae, x, train=None, seed=0):
     card = Figures(len(x), seed)
-    put_simulated(card, vae, x, train)
+    put_simulated(card, vae, Batch(x), train)
     return card.figures
 
 

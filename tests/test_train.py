@@ -378,6 +378,7 @@ NEEDS_2_14 = pytest.mark.skipif(torch.__version__ < "2.14", reason="compile=true
             id="mixture",
             marks=SLOW,
         ),
+        pytest.param({}, {"name": "adam"}, {"classes": 10}, id="conditional", marks=SLOW),
         pytest.param(
             {"name": "iwae", "num_samples": 3},
             {"name": "sgd", "lr": 1e-5, "weight_decay": 0.1},

@@ -20,65 +20,32 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Where each name lives. It is imported when it is asked for: a command that only answers a
+# Where the names live. They are imported when they are asked for: a command that only answers a
 # question need not wait for torch.
-_HOME = {
-    "VAE": "vae",
-    "Config": "config",
-    "ConfigError": "config",
-    "Decoder": "vae",
-    "Encoder": "vae",
-    "ObjectiveConfig": "config",
-    "OptimizerConfig": "config",
-    "array_loaders": "data",
-    "compose": "cli.compose",
-    "elbo": "parts.objectives",
-    "draw_samples": "samples",
-    "encode_images": "encode",
-    "encoded_batches": "encode",
-    "evaluate_model": "evaluate",
-    "export_run": "export",
-    "folder_loaders": "data",
-    "iwae_bound": "parts.objectives",
-    "keras_loss": "parts.objectives",
-    "kl_standard_normal": "parts.objectives",
-    "load_images": "data",
-    "load_run": "checkpoint",
-    "mnist_loaders": "data",
-    "reparameterize": "parts.posteriors",
-    "run": "runs.run",
-    "save_run": "checkpoint",
-    "train": "training.loop",
+_HOMES = {
+    "checkpoint": ("load_run", "save_run"),
+    "cli.compose": ("compose",),
+    "config": ("Config", "ConfigError", "ObjectiveConfig", "OptimizerConfig"),
+    "data": ("array_loaders", "folder_loaders", "load_images", "mnist_loaders"),
+    "encode": ("encode_images", "encoded_batches"),
+    "evaluate": ("evaluate_model",),
+    "export": ("export_run",),
+    "parts.objectives": ("elbo", "iwae_bound", "keras_loss", "kl_standard_normal"),
+    "parts.posteriors": ("reparameterize",),
+    "runs.run": ("run",),
+    "samples": ("draw_samples",),
+    "training.loop": ("train",),
+    "vae": ("VAE", "Decoder", "Encoder"),
 }
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "VAE",
-    "Config",
-    "ConfigError",
-    "Decoder",
-    "Encoder",
-    "ObjectiveConfig",
-    "OptimizerConfig",
-    "array_loaders",
-    "compose",
-    "draw_samples",
-    "elbo",
-    "encode_images",
-    "encoded_batches",
-    "evaluate_model",
-    "export_run",
-    "folder_loaders",
-    "iwae_bound",
-    "keras_loss",
-    "kl_standard_normal",
-    "load_images",
-    "load_run",
-    "mnist_loaders",
-    "reparameterize",
-    "run",
-    "save_run",
-    "train",
-]
+    "VAE", "Config", "ConfigError", "Decoder", "Encoder", "ObjectiveConfig", "OptimizerConfig",
+    "array_loaders", "compose", "draw_samples", "elbo", "encode_images", "encoded_batches",
+    "evaluate_model", "export_run", "folder_loaders", "iwae_bound", "keras_loss",
+    "kl_standard_normal", "load_images", "load_run", "mnist_loaders", "reparameterize", "run",
+    "save_run", "train",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -12,13 +12,15 @@ import io
 import json
 import os
 import pickle
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+from torch import Tensor
 
 from vae_torch.config import (
     INCIDENTAL,
@@ -29,9 +31,11 @@ from vae_torch.config import (
     ObjectiveConfig,
     OptimizerConfig,
     TrainConfig,
+    UserError,
     checkpoint_interval,
     config_from_dict,
     flatten,
+    in_short,
 )
 from vae_torch.files import write_atomically
 from vae_torch.parts.complete import complete
@@ -42,12 +46,8 @@ _MAGIC = b"VAETORCH"
 _SEAL = len(_MAGIC) + 32
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint is absent, damaged, or of another model: one line that names the file."""
-
-    def __init__(self, line: str, *, at_folder: bool = False) -> None:
-        super().__init__(line)
-        self.at_folder = at_folder  # it begins with the run's folder, not with a file in it
 
 
 def save_checkpoint(state: dict[str, Any], *paths: Path) -> None:
@@ -79,10 +79,10 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
         state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: refused, it holds more than tensors and plain values ({_line(error)})"
+            f"{path}: refused, it holds more than tensors and plain values ({in_short(error, 200)})"
         ) from None
     except Exception as error:  # bytes that somebody made and sealed can raise anything
-        raise CheckpointError(f"{path}: torch cannot read it ({_line(error)})") from None
+        raise CheckpointError(f"{path}: torch cannot read it ({in_short(error, 200)})") from None
     parts = [state.get(key) for key in ("config", "model")] if isinstance(state, dict) else [None]
     if not all(isinstance(part, dict) for part in parts):
         raise CheckpointError(f"{path}: holds no model with its config")
@@ -94,13 +94,8 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
 
 def _renamed(weights: dict[str, Any]) -> dict[str, Any]:
     """Weights by the names of this version: the posterior's heads were the encoder's once."""
-    old, new = ("encoder.mean.", "encoder.logvar."), ("posterior.mean.", "posterior.logvar.")
-    found = {}
-    for name, value in weights.items():
-        for was, now in zip(old, new, strict=True):
-            name = now + name.removeprefix(was) if str(name).startswith(was) else name
-        found[name] = value
-    return found
+    head = re.compile(r"^encoder\.(?=(mean|logvar)\.)")
+    return {head.sub("posterior.", str(name)): value for name, value in weights.items()}
 
 
 class Checkpoints:
@@ -115,6 +110,7 @@ class Checkpoints:
         data_sha256: Of the images and labels, by split. A run does not go on with others.
         versions: Of code and libraries; stored inside.
         input_shape: Of the model; stored inside.
+        classes: Of a conditional model; stored inside.
     """
 
     def __init__(
@@ -126,9 +122,10 @@ class Checkpoints:
         data_sha256: dict[str, str] | None = None,
         versions: dict[str, str] | None = None,
         input_shape: Sequence[int] = (784,),
+        classes: int | None = None,
     ) -> None:
         self.versions = versions
-        self.input_shape = list(input_shape)
+        self.input_shape, self.classes = list(input_shape), classes
         self.started_from: dict[str, Any] | None = None  # another run's weights: see runs.origin
         self.stages: list[dict[str, Any]] = []  # of a run that was made longer: see runs.stages
         self.folder = folder
@@ -169,6 +166,8 @@ class Checkpoints:
             "versions": self.versions,
             "input_shape": self.input_shape,
         }
+        if self.classes:
+            about["classes"] = self.classes
         if self.started_from:
             about["started_from"] = self.started_from
         if self.stages:
@@ -245,11 +244,7 @@ class _History:
         return {"size": self._size, "sha256": self._sum.hexdigest()}
 
     def read(self, size: int, sha256: str) -> dict[str, list[Any]]:
-        """One list per metric, and the place where `write` goes on.
-
-        Raises:
-            CheckpointError: These are not the bytes that were sealed.
-        """
+        """One list per metric, of the bytes that were sealed; `write` goes on after them."""
         try:
             with self.path.open("rb") as file:
                 content = file.read(size)
@@ -271,14 +266,8 @@ class _History:
 def refuse_other_data(path: Path, state: dict[str, Any], now: dict[str, str], root: str) -> None:
     """A run goes on with, and is evaluated on, the images and labels that it was started with.
 
-    Args:
-        path: Of the checkpoint.
-        state: What it holds.
-        now: SHA-256 by split.
-        root: Where these data are.
-
-    Raises:
-        CheckpointError: They are others.
+    `now` are the SHA-256 by split of those under `root`; `state` is what the checkpoint at `path`
+    holds.
     """
     had = state.get("data_sha256")
     if isinstance(had, dict) and any(str(had.get(split)) != now[split] for split in now):
@@ -329,10 +318,15 @@ def load_run(
     try:
         stored = stored_model(run_dir, checkpoint, device)
     except CheckpointError as error:
-        raise CheckpointError(f"run={error}" if error.at_folder else str(error)) from None
+        of_folder = str(error).startswith(f"{run_dir}: ")  # and of no file in it
+        raise CheckpointError(f"run={error}" if of_folder else str(error)) from None
     config = stored.config
     if into is not None:
-        _give(into, stored)
+        if misfits := other_shapes(into.state_dict(), stored.weights, "into"):
+            raise CheckpointError(
+                f"{stored.path}: its weights do not fit into the model: {listed(misfits)}"
+            )
+        into.load_state_dict(stored.weights)
         return into.to(device), config
     if own := stored.own_parts:
         raise CheckpointError(
@@ -342,10 +336,10 @@ def load_run(
         )
     try:
         if absent := [name for name in config.plugins if name not in loaded_plugins()]:
-            listed = ", ".join(f'"{name}"' for name in absent)
+            names = ", ".join(f'"{name}"' for name in absent)
             raise CheckpointError(
                 f"{run_dir}: its run has parts of your own; add plugins=[{','.join(absent)}], in "
-                f"Python load_run(..., plugins=[{listed}])"
+                f"Python load_run(..., plugins=[{names}])"
             )
         vae = _made_again(stored)
     except (ConfigError, RuntimeError, TypeError) as error:
@@ -357,13 +351,13 @@ def _made_again(stored: "StoredModel") -> VAE:
     """The model that a config describes, with the stored weights."""
     with suppress(NotImplementedError), torch.device("meta"):
         # takes no memory: a config can claim any size
-        vae = VAE.from_config(stored.config, stored.input_shape)
+        vae = VAE.from_config(stored.config, stored.input_shape, stored.classes)
         vae.load_state_dict(stored.weights, assign=True)
         if not any(tensor.is_meta for tensor in (*vae.parameters(), *vae.buffers())):
             return vae
     # a part, such as a flow, computes something where it is made that is no weight
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
-        vae = VAE.from_config(stored.config, stored.input_shape)
+        vae = VAE.from_config(stored.config, stored.input_shape, stored.classes)
     vae.load_state_dict(stored.weights)
     return vae
 
@@ -378,33 +372,29 @@ class StoredModel(NamedTuple):
     epoch: int | None
     sha256: str  # the checkpoint's seal
     own_parts: tuple[str, ...] = ()  # modules that were passed to the model
+    classes: int | None = None  # of a conditional model
 
 
 def stored_model(
     run_dir: Path, checkpoint: str = "last", device: torch.device | str = "cpu"
 ) -> StoredModel:
-    """A run's weights, without the model that they are of.
-
-    Raises:
-        CheckpointError: Not a run folder, no checkpoint in it, or a damaged one.
-    """
+    """A run's or release's weights, without the model that they are of."""
     if not run_dir.is_dir():
-        raise CheckpointError(f"{run_dir}: no such folder", at_folder=True)
+        raise CheckpointError(f"{run_dir}: no such folder")
     from vae_torch import release  # which writes what is read here
 
     if release.is_release(run_dir):
         return release.stored_release(run_dir, device)
     path = run_dir / "checkpoints" / f"{checkpoint}.pt"
     if not path.exists():
-        raise CheckpointError(
-            f"{run_dir}: has no checkpoints/{checkpoint}.pt; did it train?", at_folder=True
-        )
+        raise CheckpointError(f"{run_dir}: has no checkpoints/{checkpoint}.pt; did it train?")
     state = load_checkpoint(path, device)
     try:
         config, shape = config_from_dict(state["config"]), tuple(_shape_in(state))
+        classes = classes_in(state)
     except (ConfigError, TypeError) as error:
         raise _unfit(path, error) from None
-    odd = [name for name, value in state["model"].items() if not isinstance(value, torch.Tensor)]
+    odd = [name for name, value in state["model"].items() if not isinstance(value, Tensor)]
     if odd:
         raise _unfit(path, TypeError(f"{odd[0]} is no tensor"))
     epoch = state.get("epoch")
@@ -417,32 +407,24 @@ def stored_model(
         epoch if type(epoch) is int else None,
         path.read_bytes()[-32:].hex(),
         tuple(map(str, own)) if isinstance(own, list) else (),
+        classes,
     )
 
 
-def _give(vae: VAE, stored: StoredModel) -> None:
-    """Give a model the weights of another that has the same parts.
+def other_shapes(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], here: str) -> list[str]:
+    """Weights that one of two models lacks, or has in another shape."""
 
-    Raises:
-        CheckpointError: Weights do not fit: lists those that do not.
-    """
-    ours = vae.state_dict()
-    misfits = [
-        f"{name} {shape_of(stored.weights.get(name))} (into: {shape_of(ours.get(name))})"
-        for name in dict.fromkeys([*stored.weights, *ours])
-        if shape_of(stored.weights.get(name)) != shape_of(ours.get(name))
-    ]
-    if misfits:
-        more = f" and {len(misfits) - 6} more" if len(misfits) > 6 else ""
-        raise CheckpointError(
-            f"{stored.path}: its weights do not fit into the model: {', '.join(misfits[:6])}{more}"
-        )
-    vae.load_state_dict(stored.weights)
+    def shape(weights: Mapping[str, Tensor], name: str) -> str:
+        return str(tuple(weights[name].shape)) if name in weights else "absent"
+
+    shapes = {name: (shape(theirs, name), shape(ours, name)) for name in {**theirs, **ours}}
+    return [f"{name} {a} ({here}: {b})" for name, (a, b) in shapes.items() if a != b]
 
 
-def shape_of(weight: torch.Tensor | None) -> str:
-    """Of a weight, in a message."""
-    return "absent" if weight is None else str(tuple(weight.shape))
+def listed(misfits: Sequence[str]) -> str:
+    """The first six in words, and how many more there are."""
+    more = f" and {len(misfits) - 6} more" if len(misfits) > 6 else ""
+    return f"{', '.join(misfits[:6])}{more}"
 
 
 def save_run(vae: VAE, run_dir: str | Path) -> Path:
@@ -485,6 +467,7 @@ def save_run(vae: VAE, run_dir: str | Path) -> Path:
             intermediate_dim=vae.intermediate_dim,
             depth=made["depth"],
             activation=made["activation"],
+            conditional=vae.classes is not None,
             options=made["model_options"],
         ),
         # nobody has said what it was trained on, and how
@@ -503,6 +486,7 @@ def save_run(vae: VAE, run_dir: str | Path) -> Path:
     state = {
         "config": config.to_dict(),
         "input_shape": list(vae.input_shape),
+        "classes": vae.classes,
         "model": vae.state_dict(),
         "own_parts": own,
     }
@@ -512,24 +496,28 @@ def save_run(vae: VAE, run_dir: str | Path) -> Path:
 
 def _unfit(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"{path}: does not fit its own config ({_line(error)}); name another run"
+        f"{path}: does not fit its own config ({in_short(error, 200)}); name another run"
     )
 
 
 def _shape_in(state: dict[str, Any]) -> list[int]:
-    """Of the model's images; older checkpoints are all of 784 grey pixels.
-
-    Raises:
-        TypeError: It is none.
-    """
+    """Of the model's images; older checkpoints are all of 784 grey pixels."""
     shape = state.get("input_shape", [784])
     if not isinstance(shape, list) or not all(type(n) is int and 0 < n < 2**20 for n in shape):
         raise TypeError(f"its images have shape {shape}")
     return shape
 
 
-def _line(error: Exception) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:200]
+def classes_in(state: dict[str, Any]) -> int | None:
+    """Of a conditional model.
+
+    Raises:
+        TypeError: It is no number of classes.
+    """
+    classes = state.get("classes")
+    if classes is None or (type(classes) is int and 0 < classes < 2**20):
+        return classes
+    raise TypeError(f"it has {classes} classes")
 
 
 def _what_matters(config: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
 from difflib import get_close_matches
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -26,16 +28,34 @@ from pydantic.fields import FieldInfo
 Settings = TypeVar("Settings")
 
 
-class ConfigError(ValueError):
-    """A user's mistake in a run's settings: one line that names key, value and remedy."""
+class UserError(ValueError):
+    """A user's mistake: one line that says what is wrong and what to do."""
+
+
+def in_short(error: Exception, most: int = 120) -> str:
+    """What an error says, on one line."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:most]
+
+
+class ConfigError(UserError):
+    """A mistake in a run's settings: names key, value and remedy."""
+
+
+class Group:
+    """Settings that belong together; an unknown key among them is refused."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class Must:
+    """What a setting must be, in words, where its type does not say it well."""
+
+    words: str
 
 
 def check_device(device: str) -> str:
-    """Refuse what is no device, on any machine.
-
-    Raises:
-        ConfigError: One line with the key, its value and what is allowed.
-    """
+    """Refuse what is no device, on any machine."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
         raise ConfigError(f"device={device}: must be auto, cpu, cuda or cuda:N")
     return device
@@ -87,15 +107,6 @@ def _held_out(value: Any) -> Any:
     )
 
 
-def _image_size(value: Any) -> Any:
-    """One side of a square, or [height, width]."""
-    sides = value if isinstance(value, list | tuple) else [value, value]
-    whole = all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
-    if value is None or (len(sides) == 2 and whole and all(1 <= n <= 4096 for n in sides)):
-        return list(value) if isinstance(value, tuple) else value
-    raise ConfigError(f"data.size={value}: must be N or [HEIGHT,WIDTH], each 1 to 4096")
-
-
 def _channels(value: Any) -> Any:
     if value is None or (value in (1, 3) and not isinstance(value, bool)):
         return value
@@ -112,36 +123,13 @@ Decay = Annotated[float, Field(strict=True, ge=0, lt=1)]
 Seed = Annotated[int, Field(strict=True, ge=0, le=2**32 - 1)]
 Switch = Annotated[bool, Field(strict=True)]
 Folder = Annotated[str, BeforeValidator(_folder), Field(min_length=1)]
-Device = Annotated[str, AfterValidator(check_device)]
-Interval = Annotated[int | str, AfterValidator(_interval)]
+Side = Annotated[int, Field(strict=True, ge=1, le=4096)]
 Which = Literal["last", "best"]
 Name = Annotated[str, Field(strict=True, min_length=1)]  # of a part: its table knows which
 
 
-def _options(value: Any) -> Any:
-    """Options of a part, checked by the part; a None is an empty group in YAML."""
-    return {} if value is None else value
-
-
-def _listed(value: Any) -> Any:
-    """One name, or several."""
-    return [value] if isinstance(value, str) else value
-
-
-def _betas(value: Any) -> Any:
-    """Adam's two decays; a tuple in Python, a list in YAML."""
-    pair = list(value) if isinstance(value, list | tuple) else None
-    numbers = pair is not None and all(
-        isinstance(beta, int | float) and not isinstance(beta, bool) for beta in pair
-    )
-    if pair is None or len(pair) != 2 or not numbers or not all(0 <= beta < 1 for beta in pair):
-        raise ConfigError(
-            f"optimizer.betas={value}: must be two numbers from 0 to below 1, [0.9,0.999]"
-        )
-    return pair
-
-
-Options = Annotated[dict[str, Any], BeforeValidator(_options)]
+# Options of a part, checked by the part; a None is an empty group in YAML.
+Options = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
 
 
 def about(text: str) -> Any:
@@ -150,15 +138,22 @@ def about(text: str) -> Any:
 
 
 Plugins = Annotated[
-    list[Name], BeforeValidator(_listed), about("modules with parts of your own: [my_parts]")
+    list[Name],
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    about("modules with parts of your own: [my_parts]"),
 ]
+Device = Annotated[
+    str, AfterValidator(check_device), about("where to compute: auto, cpu, cuda, cuda:N")
+]
+RunFolder = Annotated[Folder, about("the run's folder")]
+DataRoot = Annotated[Folder | None, about("where the images are; null: where the run had them")]
+Checkpoint = Annotated[Which, about("last, or best: by train.monitor")]
+NoiseSeed = Annotated[Seed, about("random seed of all noise")]
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Group):
     """The encoder and decoder, which mirror each other."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
 
     name: Annotated[Name, about("the network: mlp, residual, conv, or one of your own")]
     latent_dim: Annotated[Size, about("dimensions of z")]
@@ -168,20 +163,21 @@ class ModelConfig:
         Field(strict=True, ge=1, le=1000),
         about("hidden layers of the mlp, blocks of the residual network"),
     ] = 1
-    activation: Annotated[Literal["relu", "tanh", "silu", "gelu"], about("between the layers")] = (
-        "relu"
-    )
+    activation: Annotated[
+        Literal["relu", "tanh", "silu", "gelu"], about("activation between the layers")
+    ] = "relu"
     mean_bias: Annotated[
         Switch, about("start the output bias at the mean training image (mlp, residual; bernoulli)")
     ] = False
-    options: Annotated[Options, about("of a network of your own")] = field(default_factory=dict)
+    conditional: Annotated[Switch, about("encoder and decoder see the label: p(x|y)")] = False
+    options: Annotated[Options, about("options of a network of your own")] = field(
+        default_factory=dict
+    )
 
 
 @dataclass
-class DataConfig:
+class DataConfig(Group):
     """Which images, how many, in what form. What is null or none is left to the source."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
 
     name: Annotated[
         str,
@@ -215,16 +211,15 @@ class DataConfig:
         about("training images moved by up to an eighth of a side, or mirrored, anew every epoch"),
     ] = "none"
     size: Annotated[
-        int | list[int] | None,
-        BeforeValidator(_image_size),
+        Side | Annotated[list[Side], Field(min_length=2, max_length=2)] | None,
+        Must("N or [HEIGHT,WIDTH], each 1 to 4096"),
         about("folder, torchvision: N or [height, width]; resize and crop the images to this size"),
     ] = None
     channels: Annotated[
         int | None, BeforeValidator(_channels), about("folder, torchvision: 1 (grey), 3 (colour)")
     ] = None
     background: Annotated[
-        str | None,
-        about("folder, torchvision: the colour behind transparent pixels"),
+        str | None, about("folder, torchvision: the colour behind transparent pixels")
     ] = None
     split: Annotated[str | None, about("emnist, torchvision: the part of the images")] = None
     dataset: Annotated[str | None, about("torchvision: the class, CIFAR10")] = None
@@ -234,12 +229,12 @@ class DataConfig:
 
 
 @dataclass
-class ObjectiveConfig:
+class ObjectiveConfig(Group):
     """What is minimised. The logged `elbo` stays the plain bound, whatever stands here."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-    name: Annotated[Name, about("what is minimised")] = "elbo"
+    name: Annotated[
+        Name, about("what is minimised: elbo, iwae, keras, tcvae, or one of your own")
+    ] = "elbo"
     beta: Annotated[Number, about("weight of the KL")] = 1.0
     beta_warmup_epochs: Annotated[
         Number, about("the weight grows linearly from 0 to beta over this many epochs")
@@ -251,33 +246,37 @@ class ObjectiveConfig:
     early_samples: Annotated[
         Size | None, about("iwae: samples in the first epochs, where fewer do")
     ] = None
-    early_epochs: Annotated[CountOrZero, about("how many epochs these are")] = 0
+    early_epochs: Annotated[CountOrZero, about("iwae: how many epochs take early_samples")] = 0
     estimator: Annotated[
         Literal["standard", "dreg"], about("iwae: gradients, standard or doubly reparameterised")
     ] = "standard"
     resample: Annotated[
         Switch, about("iwae: the gradient goes through one sample, chosen by its weight")
     ] = False
-    options: Annotated[Options, about("of an objective of your own")] = field(default_factory=dict)
+    options: Annotated[Options, about("options of an objective of your own")] = field(
+        default_factory=dict
+    )
 
 
 @dataclass
-class OptimizerConfig:
+class OptimizerConfig(Group):
     """The optimiser and its learning-rate schedule."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-    name: Annotated[Literal["adam", "adamw", "sgd"], about("the optimiser")]
-    lr: Annotated[Positive, about("learning rate")]
+    name: Annotated[Literal["adam", "adamw", "sgd"], about("the optimiser: adam, adamw, sgd")]
+    lr: Annotated[Positive, about("the learning rate, at its highest")]
     eps: Annotated[Positive, about("added to Adam's denominator")]
     schedule: Annotated[
-        Literal["constant", "cosine", "step", "one_cycle"], about("of the learning rate")
+        Literal["constant", "cosine", "step", "one_cycle", "plateau"],
+        about("how the learning rate changes"),
     ]
     weight_decay: Annotated[Number, about("decay of the weights a step, times lr")] = 0.0
     betas: Annotated[
-        list[float], BeforeValidator(_betas), about("adam, adamw: decays of the two averages")
+        list[Decay],
+        Field(min_length=2, max_length=2),
+        Must("two numbers from 0 to below 1, [0.9,0.999]"),
+        about("adam, adamw: decays of the two averages"),
     ] = field(default_factory=lambda: [0.9, 0.999])
-    momentum: Annotated[Decay, about("sgd: of the gradient")] = 0.0
+    momentum: Annotated[Decay, about("sgd: momentum of the gradient")] = 0.0
     clip_norm: Annotated[
         Positive | None, about("largest norm of the gradient; a longer one is scaled down to it")
     ] = None
@@ -285,22 +284,24 @@ class OptimizerConfig:
         CountOrZero, about("the learning rate grows linearly over the first N steps")
     ] = 0
     step_epochs: Annotated[
-        Count | None, about("schedule=step: epochs after which the learning rate falls")
+        Count | None,
+        about("the learning rate falls after N epochs; schedule=plateau: after N without a gain"),
     ] = None
     step_factor: Annotated[
-        Annotated[float, Field(strict=True, gt=0, lt=1)], about("schedule=step: what it falls to")
+        Annotated[float, Field(strict=True, gt=0, lt=1)],
+        about("schedule=step, plateau: each fall multiplies the learning rate by this"),
     ] = 0.1
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(Group):
     """The loop."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
 
     epochs: Annotated[Count, about("passes over the training images")]
     figure_every: Annotated[CountOrZero, about("epochs between figures; 0: only at the end")]
-    checkpoint_every: Annotated[Interval, about("epochs, or minutes: 10min")]
+    checkpoint_every: Annotated[
+        int | str, AfterValidator(_interval), about("epochs, or minutes: 10min")
+    ]
     resume: Annotated[
         str | None,
         BeforeValidator(_folder),
@@ -322,41 +323,59 @@ class TrainConfig:
         Count | None, about("stop after N epochs without a better test elbo; null: never")
     ] = None
     min_delta: Annotated[
-        Number, about("with patience: what an epoch must be better by, in nats")
+        Number, about("with patience or plateau: what an epoch must be better by, in nats")
     ] = 0.0
     init_from: Annotated[
         Annotated[str, Field(min_length=1)] | None,
         BeforeValidator(_source),
         about("DIR: start from the weights of the run or release in DIR"),
     ] = None
-    init_checkpoint: Annotated[Which, about("of init_from: last, or best")] = "last"
+    init_checkpoint: Annotated[Which, about("which checkpoint of init_from: last, or best")] = (
+        "last"
+    )
+    callbacks: Annotated[
+        list[Name],
+        BeforeValidator(_listed),
+        about("what watches the run: wandb, mlflow, or one of your own"),
+    ] = field(default_factory=list)
 
 
 @dataclass
-class Config:
+class Config(Group):
     """A whole run: what `scripts/train.py` composes from `conf/` and a checkpoint remembers."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-    seed: Annotated[Seed, about("of weights, order and noise")]
-    device: Annotated[Device, about("auto, cpu, cuda, cuda:N")]
+    seed: Annotated[Seed, about("random seed of weights, order and noise")]
+    device: Device
     precision: Annotated[
         Literal["fp32", "medium", "bf16"],
-        about("fp32; medium: fp32 tensors, quicker products; bf16: autocast"),
+        about("fp32; medium: fp32 tensors, faster multiplications (TF32 on CUDA); bf16: autocast"),
     ]
     compile: Annotated[Switch, about("torch.compile the training step")]
-    likelihood: Annotated[Name, about("p(x|z) of a pixel")]
-    prior: Annotated[Name, about("p(z)")]
+    likelihood: Annotated[
+        Name,
+        about(
+            "p(x|z): bernoulli, continuous_bernoulli, gaussian, discretized_logistic, or your own"
+        ),
+    ]
+    prior: Annotated[
+        Name, about("the prior p(z): standard, mixture, vamp, flow, two_layer, or one of your own")
+    ]
     model: ModelConfig
     data: DataConfig
     objective: ObjectiveConfig
     optimizer: OptimizerConfig
     train: TrainConfig
-    prior_components: Annotated[Size, about("of the mixture and the VampPrior")] = 500
-    posterior: Annotated[Name, about("q(z|x)")] = "gaussian"
-    likelihood_options: Annotated[Options, about("of the likelihood")] = field(default_factory=dict)
-    prior_options: Annotated[Options, about("of the prior")] = field(default_factory=dict)
-    posterior_options: Annotated[Options, about("of the posterior")] = field(default_factory=dict)
+    prior_components: Annotated[Size, about("components of the mixture and vamp priors")] = 500
+    posterior: Annotated[
+        Name, about("the posterior q(z|x): gaussian, flow, two_layer, or one of your own")
+    ] = "gaussian"
+    likelihood_options: Annotated[Options, about("options of the likelihood")] = field(
+        default_factory=dict
+    )
+    prior_options: Annotated[Options, about("options of the prior")] = field(default_factory=dict)
+    posterior_options: Annotated[Options, about("options of the posterior")] = field(
+        default_factory=dict
+    )
     plugins: Plugins = field(default_factory=list)
     threads: Annotated[
         int | None, Field(strict=True, ge=1, le=1024), about("CPU threads; null: torch's choice")
@@ -368,10 +387,8 @@ class Config:
 
 
 @dataclass
-class EvalConfig:
+class EvalConfig(Group):
     """How `scripts/evaluate.py` estimates."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
 
     num_samples: Annotated[Count, about("importance samples per image, of log_px_encoder")]
     fit_images: Annotated[Count, about("images that get a posterior of their own")]
@@ -379,8 +396,8 @@ class EvalConfig:
         Count | None,
         about("decoder rows at once: bounds memory, changes no figure; null: 1024, on CUDA 65536"),
     ]
-    seed: Annotated[Seed, about("of all noise")]
-    checkpoint: Annotated[Which, about("last, or best: see train.monitor")]
+    seed: NoiseSeed
+    checkpoint: Checkpoint
     limit: Annotated[Count | None, about("only the first N test images")] = None
     fit_samples: Annotated[
         Count, about("importance samples per image from its fitted proposal, of log_px")
@@ -399,88 +416,79 @@ class EvalConfig:
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(Group):
     """What `scripts/evaluate.py` composes from `conf/evaluate.yaml`."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-    run: Annotated[Folder, about("the run's folder")]
-    device: Annotated[Device, about("auto, cpu, cuda, cuda:N")]
-    data_root: Annotated[Folder | None, about("where the images are; null: where the run had them")]
+    run: RunFolder
+    device: Device
+    data_root: DataRoot
     eval: EvalConfig
     plugins: Plugins = field(default_factory=list)
 
 
 @dataclass
-class ExploreConfig:
+class ExploreConfig(Group):
     """What `scripts/explore.py` composes from `conf/explore.yaml`."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-    run: Annotated[Folder, about("the run's folder")]
-    device: Annotated[Device, about("auto, cpu, cuda, cuda:N")]
-    data_root: Annotated[Folder | None, about("where the images are; null: where the run had them")]
-    checkpoint: Annotated[Which, about("last, or best: see train.monitor")]
+    run: RunFolder
+    device: Device
+    data_root: DataRoot
+    checkpoint: Checkpoint
     points: Annotated[Count, about("images shown as points, at most")]
     plugins: Plugins = field(default_factory=list)
 
 
 @dataclass
-class EncodeConfig:
+class EncodeConfig(Group):
     """What `scripts/encode.py` composes from `conf/encode.yaml`."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-    run: Annotated[Folder, about("the run's folder")]
+    run: RunFolder
     out: Annotated[Folder | None, about("the file to write: FILE.npz, .csv or .parquet")]
-    device: Annotated[Device, about("auto, cpu, cuda, cuda:N")]
-    data_root: Annotated[Folder | None, about("where the images are; null: where the run had them")]
-    checkpoint: Annotated[Which, about("last, or best: see train.monitor")]
+    device: Device
+    data_root: DataRoot
+    checkpoint: Checkpoint
     split: Annotated[Literal["train", "test"], about("which images, where there are both")]
     num_samples: Annotated[Count, about("importance samples per image, of log p(x)")]
     chunk: Annotated[Count, about("decoder rows at once: bounds memory, changes no figure")]
-    seed: Annotated[Seed, about("of all noise")]
+    seed: NoiseSeed
     images: Annotated[
         Folder | None, about("a folder, .npz or .npy of images; null: the run's own")
     ] = None
     reconstructions: Annotated[Switch, about("write the reconstructed images too (.npz)")] = False
-    plugins: Annotated[
-        list[Name],
-        BeforeValidator(_listed),
-        about("modules with parts of your own that the run has: [my_parts]"),
-    ] = field(default_factory=list)
+    plugins: Plugins = field(default_factory=list)
 
 
 @dataclass
-class SampleConfig:
+class SampleConfig(Group):
     """What `scripts/sample.py` composes from `conf/sample.yaml`."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
     run: Annotated[Folder, about("the run's folder, or a release")]
-    device: Annotated[Device, about("auto, cpu, cuda, cuda:N")]
-    checkpoint: Annotated[Which, about("last, or best: see train.monitor")]
+    device: Device
+    checkpoint: Checkpoint
     n: Annotated[Count, about("how many images")]
     out: Annotated[Folder, about("the file: .png for a grid, .npz for arrays")]
     temperature: Annotated[Number, about("standard deviations of the prior times this")]
     pixels: Annotated[
         Literal["mean", "draw"], about("mean: expected pixels; draw: samples of p(x|z)")
     ]
-    seed: Annotated[Seed, about("of all noise")]
-    plugins: Annotated[
-        list[Name], BeforeValidator(_listed), about("modules with parts of your own: [my_parts]")
-    ] = field(default_factory=list)
+    seed: NoiseSeed
+    y: Annotated[CountOrZero | None, about("the class, for a conditional model")] = None
+    plugins: Plugins = field(default_factory=list)
 
 
 @dataclass
-class ExportConfig:
+class ExportConfig(Group):
     """What `scripts/export.py` composes from `conf/export.yaml`."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-    run: Annotated[Folder, about("the run's folder")]
+    run: RunFolder
     out: Annotated[Folder, about("the release's folder, which is made")]
-    checkpoint: Annotated[Which, about("last, or best: see train.monitor")]
+    checkpoint: Checkpoint
+    half: Annotated[Switch, about("weights as 16-bit floats: half the size")] = False
+    formats: Annotated[
+        list[Literal["onnx", "torchscript"]], about("encoder and decoder in these formats too")
+    ] = field(default_factory=list)
+    explorer: Annotated[Switch, about("the page that scripts/explore.py has written too")] = False
+    plugins: Plugins = field(default_factory=list)
 
 
 # Keys that say where and how a run is made, not what it is: it may be resumed with others, and they
@@ -495,6 +503,7 @@ INCIDENTAL = (
     "train.figure_every",
     "train.checkpoint_every",
     "train.prune_after",
+    "train.callbacks",  # their code is a plug-in's, and part of the run's
 )
 
 
@@ -512,17 +521,6 @@ STAGE_KEYS = (
 )
 
 
-# Keys of options that a part's own signature names.
-OPTIONS = (
-    "data.options",
-    "model.options",
-    "objective.options",
-    "posterior_options",
-    "likelihood_options",
-    "prior_options",
-)
-
-
 def keys_of(schema: type[Any], prefix: str = "") -> dict[str, Any]:
     """Every setting of a schema by its dotted key, with its annotated type."""
     found: dict[str, Any] = {}
@@ -533,6 +531,9 @@ def keys_of(schema: type[Any], prefix: str = "") -> dict[str, Any]:
             found[f"{prefix}{name}"] = kind
     return found
 
+
+# Keys of options that a part's own signature names.
+OPTIONS = tuple(key for key in keys_of(Config) if key.endswith("options"))
 
 # The allowed words of every key of a run that takes one of a few.
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -554,10 +555,10 @@ def validated(schema: type[Settings], values: Mapping[str, Any]) -> Settings:
     except ValidationError as error:
         # an unknown key first: what seems to be missing may be it, misspelt
         errors = sorted(error.errors(), key=lambda e: e["type"] != "unexpected_keyword_argument")
-        raise ConfigError(_line(schema, errors[0])) from None
+        raise ConfigError(_line(schema, values, errors[0])) from None
 
 
-def _line(schema: type[Any], error: Any) -> str:
+def _line(schema: type[Any], values: Any, error: Any) -> str:
     """One of pydantic's errors in this project's words."""
     if isinstance(own := error.get("ctx", {}).get("error"), ConfigError):
         return str(own)
@@ -565,15 +566,15 @@ def _line(schema: type[Any], error: Any) -> str:
     dotted = ".".join(str(part) for part in error["loc"])
     if error["type"] == "unexpected_keyword_argument":
         return no_such_key(dotted, known)
-    key = max((k for k in known if dotted == k or dotted.startswith(f"{k}.")), key=len, default="")
     if error["type"] == "missing":
         return f"{dotted} is missing: give it a value"
+    key = max((k for k in known if dotted == k or dotted.startswith(f"{k}.")), key=len, default="")
     if not key:
         return f"{dotted}={error['input']!r}: must be a group of settings"
-    value = error["input"]
+    value = reduce(getitem, key.split("."), values)  # an error inside of a list is about all of it
     if float in _kinds(known[key]) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    return f"{key}={'null' if value is None else value}: must be {allowed(known[key], value)}"
+    return f"{key}={_null(value)}: must be {allowed(known[key], value)}"
 
 
 def no_such_key(key: str, known: Mapping[str, Any]) -> str:
@@ -598,33 +599,36 @@ def _kinds(kind: Any) -> Iterator[Any]:
 def allowed(kind: Any, value: Any = None) -> str:
     """What a setting of this annotated type may be, in words; `value` is what it was given."""
     parts = list(_kinds(kind))
-    literals = [part for part in parts if get_origin(part) is Literal]
-    words = [word for literal in literals for word in get_args(literal)]
+    if said := [part.words for part in parts if isinstance(part, Must)]:
+        return said[0]
+    text = _range(parts, value)
+    return f"{text}, or null" if type(None) in parts else text
+
+
+def _range(parts: list[Any], value: Any) -> str:
+    words = [word for part in parts if get_origin(part) is Literal for word in get_args(part)]
     low, above, high, below = (
         next((getattr(part, name) for part in parts if hasattr(part, name)), None)
         for name in ("ge", "gt", "le", "lt")
     )
     if words:
-        text = "one of " + ", ".join(dict.fromkeys(words))
-    elif int in parts and high is not None:
-        exceeded = isinstance(value, int) and value > high
+        return "one of " + ", ".join(dict.fromkeys(words))
+    if int in parts and high is not None:
         if high > _MANY:
-            text = f"between {low} and {high}"
-        elif high < _MANY or exceeded:
-            text = f"a whole number, {low} or more and at most {high}"
-        else:
-            text = f"a whole number, {low} or more"
-    elif float in parts:
-        text = f"a number above {above}" if above is not None else f"a number, {low} or more"
+            return f"between {low} and {high}"
+        if high < _MANY or (isinstance(value, int) and value > high):
+            return f"a whole number, {low} or more and at most {high}"
+        return f"a whole number, {low} or more"
+    if float in parts:
         if below is not None:
-            text = f"at least {low} (off) and below {below}"
-    elif bool in parts:
-        text = "true or false"
-    elif int in parts:
-        text = "a whole number"
-    else:
-        text = "the name of a folder" if any(hasattr(p, "min_length") for p in parts) else "text"
-    return f"{text}, or null" if type(None) in parts else text
+            least = f"at least {low} (off)" if above is None else f"above {above}"
+            return f"{least} and below {below}"
+        return f"a number above {above}" if above is not None else f"a number, {low} or more"
+    if bool in parts:
+        return "true or false"
+    if int in parts:
+        return "a whole number"
+    return "the name of a folder" if any(hasattr(p, "min_length") for p in parts) else "text"
 
 
 def config_from_dict(values: Any) -> Config:
@@ -641,11 +645,7 @@ def config_from_dict(values: Any) -> Config:
 
 
 def check(config: Config) -> None:
-    """Refuse what no run can use.
-
-    Raises:
-        ConfigError: One line with the key, its value and what is allowed.
-    """
+    """Refuse what no run can use."""
     config_from_dict(config.to_dict())
 
 
@@ -661,11 +661,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_objective(objective: ObjectiveConfig) -> None:
-    """Refuse options that the chosen objective would ignore.
-
-    Raises:
-        ConfigError: One line with the key, its value and what is allowed.
-    """
+    """Refuse options that the chosen objective would ignore."""
     _check_part("objective", objective)
     if objective.estimator == "dreg" and objective.name != "iwae":
         raise ConfigError(
@@ -710,11 +706,7 @@ def check_objective(objective: ObjectiveConfig) -> None:
 
 
 def check_optimizer(optimizer: OptimizerConfig) -> None:
-    """Refuse settings that mean nothing.
-
-    Raises:
-        ConfigError: One line with the key, its value and what is allowed.
-    """
+    """Refuse settings that mean nothing."""
     _check_part("optimizer", optimizer)
     name, schedule = optimizer.name, optimizer.schedule
     if name == "sgd" and list(optimizer.betas) != [0.9, 0.999]:
@@ -727,16 +719,17 @@ def check_optimizer(optimizer: OptimizerConfig) -> None:
             f"optimizer.momentum={optimizer.momentum} with optimizer.name={name}: it is of sgd; "
             "the first of optimizer.betas is Adam's"
         )
-    if (schedule == "step") != (optimizer.step_epochs is not None):
+    falls = schedule in ("step", "plateau")
+    if falls != (optimizer.step_epochs is not None):
         raise ConfigError(
             f"optimizer.step_epochs={_null(optimizer.step_epochs)} with optimizer.schedule="
-            f"{schedule}: one says nothing without the other; set optimizer.schedule=step and "
-            "optimizer.step_epochs=N, or neither"
+            f"{schedule}: one says nothing without the other; set optimizer.schedule=step (or "
+            "plateau) and optimizer.step_epochs=N, or neither"
         )
-    if schedule != "step" and optimizer.step_factor != 0.1:
+    if not falls and optimizer.step_factor != 0.1:
         raise ConfigError(
             f"optimizer.step_factor={optimizer.step_factor} with optimizer.schedule={schedule}: it "
-            "is of optimizer.schedule=step"
+            "is of optimizer.schedule=step and plateau"
         )
     if schedule == "one_cycle" and optimizer.warmup_steps:
         raise ConfigError(
@@ -767,7 +760,8 @@ def check_combinations(config: Config) -> None:
         )
     check_objective(objective)
     check_optimizer(config.optimizer)
-    if config.train.min_delta and config.train.patience is None:
+    waits = config.train.patience is not None or config.optimizer.schedule == "plateau"
+    if config.train.min_delta and not waits:
         raise ConfigError(
             f"train.min_delta={config.train.min_delta} without train.patience: say after how many "
             "epochs without such a gain the run stops, train.patience=N"

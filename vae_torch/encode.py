@@ -145,18 +145,18 @@ def _encoded_batch(
     seed: int,
     reconstructions: bool,
 ) -> Encoded:
-    x, y = vae.check(batch.x), batch.y
+    whole = Batch(vae.check(batch.x), batch.y)
+    x, y = whole
     together = max(1, chunk // num_samples)  # images
     parts = []
     for start in range(0, len(x), together):
-        part = slice(start, start + together)
-        some = Batch(x[part], None if y is None else y[part])
+        some = whole.rows(slice(start, start + together))
         parts.append(_estimated(vae, some, first + start, num_samples, chunk, seed))
     mean, elbo, log_px = (
         torch.cat(values).cpu() for values in zip(*(part[:3] for part in parts), strict=True)
     )
     logvars = [part[3] for part in parts if part[3] is not None]
-    shown = vae.reconstruct(x).cpu() if reconstructions else None
+    shown = vae.of(whole).reconstruct(x).cpu() if reconstructions else None
     logvar = torch.cat(logvars).cpu() if logvars else None
     return Encoded(mean, logvar, elbo, log_px, None if y is None else y.cpu(), shown)
 

@@ -133,12 +133,14 @@ def _page(
         "active_variance": ACTIVE_UNIT_VARIANCE,
         "noun": "digit" if data_name in ("mnist", "qmnist") else "class",
     }
+    if vae.classes:
+        page["given"] = [_called(label, class_names) for label in range(vae.classes)]
     images = _without_images(vae)
     try:
         decoder = packed_decoder(vae, max_bytes=MAX_BYTES)
         whose = ""
     except ExplorerError as error:
-        if vae.latent_dim > 2:
+        if vae.latent_dim > 2 or vae.classes:  # a grid for each class would be too many images
             raise
         decoder, whose = None, str(error)
     n = 0 if x is None else min(points, len(x))
@@ -198,10 +200,10 @@ def run_notes(run_dir: Path, config: Config) -> tuple[list[str], int | None]:
 
 def run_facts(config: Config, epochs: int | None) -> str:
     """What a run is, in one line."""
-    latents = config.model.latent_dim
+    latents, given = config.model.latent_dim, ", given the class" * config.model.conditional
     parts = [
         config.data.name,
-        f"{config.model.name} decoder",
+        f"{config.model.name} decoder{given}",
         f"{latents} {'latent' if latents == 1 else 'latents'}",
         f"{config.likelihood.replace('_', ' ')} likelihood",
         f"{config.prior} prior",
@@ -275,11 +277,16 @@ def _with_images(
     if labels is not None:
         kinds, index = labels.cpu().unique(return_inverse=True)
         page["classes"] = index.tolist()
-        page["class_names"] = [names[k] if k < len(names) else str(k) for k in kinds.tolist()]
+        page["class_names"] = [_called(label, names) for label in kinds.tolist()]
+        page["labels"] = kinds.tolist()  # which a conditional model decodes a class with
         page["colours"] = [DIGIT_COLOURS[i % len(DIGIT_COLOURS)] for i in range(len(kinds))]
     if vae.latent_dim > 2 and len(x) > 2:
         page["components"] = _principal_components(mean)
     return page
+
+
+def _called(label: int, names: Sequence[str]) -> str:
+    return names[label] if label < len(names) else str(label)
 
 
 def _posterior_and_terms(

@@ -3,8 +3,10 @@
     model.safetensors   the weights, without the optimiser
     config.json         settings, shape of the images, hashes of the data, versions
     README.md           the model card
+    encoder.onnx, ...   encoder and decoder in other formats, on request
+    explorer.html       the page to walk through the latent space, on request
     evaluation.json     the evaluation card, where the run has one of these weights
-    SHA256SUMS          of the weights and config.json; `sha256sum -c` reads it
+    SHA256SUMS          of the files above, but for README.md; `sha256sum -c` reads it
 
 The first two have the names that the Hugging Face Hub expects. Nothing in a release is unpickled.
 """
@@ -12,28 +14,49 @@ The first two have the names that the Hugging Face Hub expects. Nothing in a rel
 import json
 import secrets
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vae_torch.checkpoint import load_checkpoint, stored_model
+import numpy as np
+
+from vae_torch.checkpoint import load_checkpoint, load_run, stored_model
 from vae_torch.config import Config, ConfigError
-from vae_torch.release import SETTINGS, SUMS, WEIGHTS, safetensors_torch, sha256_of
+from vae_torch.deploy import SUFFIXES, portable_files
+from vae_torch.release import CARD, SETTINGS, SUMS, WEIGHTS, safetensors_torch, sha256_of
+
+# The first so many test images, whose exact log p(x) can be checked in seconds.
+FIRST = 500
 
 
-def export_run(run_dir: str | Path, out: str | Path, *, checkpoint: str = "last") -> Path:
+def export_run(
+    run_dir: str | Path,
+    out: str | Path,
+    *,
+    checkpoint: str = "last",
+    half: bool = False,
+    formats: Sequence[str] = (),
+    explorer: bool = False,
+    plugins: Sequence[str] = (),
+) -> Path:
     """Write a run's release. Needs the extra `hub`.
 
     Args:
         run_dir: The run's folder.
         out: The release's folder; made here, so it must be absent or empty.
         checkpoint: `last`, or `best`.
+        half: Store the weights as 16-bit floats; `load_run` makes 32-bit floats of them again.
+        formats: Add encoder and decoder as `onnx` or `torchscript`: see `vae_torch.deploy`.
+        explorer: Add the page that `scripts/explore.py` has written in the run's folder.
+        plugins: With formats: modules with parts of your own that the run has.
 
     Returns:
         The folder.
 
     Raises:
         CheckpointError: Not a run folder, no checkpoint in it, or a damaged one.
-        ConfigError: `out` is not empty, or safetensors is absent.
+        ConfigError: `out` is not empty, a weight is too large for 16 bits, a format cannot be had,
+            there is no page, or safetensors is absent.
         OSError: `out` cannot be written.
     """
     safetensors = safetensors_torch()
@@ -42,28 +65,40 @@ def export_run(run_dir: str | Path, out: str | Path, *, checkpoint: str = "last"
         raise ConfigError(f"out={out}: is not empty; name a new folder")
     stored = stored_model(run_dir, checkpoint)
     state = load_checkpoint(stored.path)
-    weights = safetensors.save(
-        {name: weight.contiguous() for name, weight in stored.weights.items()},
-        metadata={"format": "pt"},
-    )
+    kept = {name: weight.contiguous() for name, weight in stored.weights.items()}
+    if half:
+        kept = {name: w.half() if w.is_floating_point() else w for name, w in kept.items()}
+        if large := [name for name, weight in kept.items() if weight.isinf().any()]:
+            raise ConfigError(f"half=true: {large[0]} has weights above 65504; use half=false")
+    weights = safetensors.save(kept, metadata={"format": "pt"})
     settings = {
         "library": "vae_torch",
         "config": _without_folders(stored.config),
         "input_shape": list(stored.input_shape),
+        "classes": stored.classes,
         "checkpoint": checkpoint,
         "epoch": stored.epoch,
         "source_sha256": stored.sha256,
         "data_sha256": state.get("data_sha256"),
         "versions": state.get("versions"),
         "own_parts": list(stored.own_parts),
+        "test_loss": _test_loss(run_dir) if checkpoint == "last" else None,
     }
     card = _card_of(run_dir, stored.path)
     files = {WEIGHTS: weights, SETTINGS: _json(settings)}
+    if card:
+        files[CARD] = _json(card)
+    if formats:
+        vae, _ = load_run(run_dir, checkpoint=checkpoint, plugins=plugins)
+        files |= portable_files(vae, formats)
+    if explorer:
+        page = run_dir / "explorer.html"
+        if not page.exists():
+            raise ConfigError(f"explorer=true: {page} is absent; write it with scripts/explore.py")
+        files[page.name] = page.read_bytes()
     sums = "".join(f"{sha256_of(content)}  {name}\n" for name, content in files.items())
     files[SUMS] = sums.encode()
-    if card:
-        files["evaluation.json"] = _json(card)
-    files["README.md"] = _model_card(stored.config, settings, card).encode()
+    files["README.md"] = _model_card(stored.config, settings, card, formats).encode()
     scratch = out.with_name(f".{out.name}.{secrets.token_hex(4)}.part")
     scratch.mkdir(parents=True)
     try:
@@ -90,14 +125,30 @@ def _without_folders(config: Config) -> dict[str, Any]:
 def _card_of(run_dir: Path, checkpoint: Path) -> dict[str, Any] | None:
     """The run's evaluation card, where it is of these very weights."""
     try:
-        card = json.loads((run_dir / "evaluation.json").read_text("utf-8"))
-        fits = card["checkpoint"]["sha256"] == sha256_of(checkpoint.read_bytes())
+        card: dict[str, Any] = json.loads((run_dir / CARD).read_text("utf-8"))
+        if card["checkpoint"]["sha256"] != sha256_of(checkpoint.read_bytes()):
+            return None
+        if exact := card.get("log_px_exact"):
+            with np.load(run_dir / "evaluation.npz") as each:
+                first = each["log_px_exact"][:FIRST]
+            exact["first"] = {"num_images": len(first), "value": float(first.mean())}
     except (OSError, ValueError, LookupError, TypeError):
         return None
-    return card if fits else None
+    return card
 
 
-def _model_card(config: Config, settings: dict[str, Any], card: dict[str, Any] | None) -> str:
+def _test_loss(run_dir: Path) -> float | None:
+    """What the run's last epoch had; the objective of a run need not be the card's elbo."""
+    try:
+        summary = json.loads((run_dir / "summary.json").read_text("utf-8"))
+        return float(summary["final"]["test/loss"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _model_card(
+    config: Config, settings: dict[str, Any], card: dict[str, Any] | None, formats: Sequence[str]
+) -> str:
     """Markdown: what it is, its data, its figures, how to load it."""
     shape = " x ".join(map(str, settings["input_shape"]))
     hashes = settings["data_sha256"] or {}
@@ -111,6 +162,12 @@ def _model_card(config: Config, settings: dict[str, Any], card: dict[str, Any] |
             f"\nIt has parts that are not in `vae_torch`: it loads only where {listed} can be "
             "imported.\n"
         )
+    given = ""
+    if settings["classes"]:
+        given = ", y=0"
+        plugins += (
+            f"\nIt is conditional: it sees the label of an image, 0 to {settings['classes'] - 1}.\n"
+        )
     figures = "It has not been evaluated: `scripts/evaluate.py` measures it.\n"
     if card:
         rows = "".join(
@@ -119,6 +176,13 @@ def _model_card(config: Config, settings: dict[str, Any], card: dict[str, Any] |
             if isinstance(entry, dict) and isinstance(entry.get("value"), int | float)
         )
         figures = f"| figure | value | standard error | unit |\n|---|---|---|---|\n{rows}"
+    portable = ""
+    for kind in formats:
+        portable += (
+            f"\nFor {kind}: `encoder{SUFFIXES[kind]}` turns images (B, {shape.replace(' x', ',')}) "
+            f"in [0, 1] into mean and log-variance of q(z|x); `decoder{SUFFIXES[kind]}` turns z "
+            f"(B, {config.model.latent_dim}) into expected pixels.\n"
+        )
     return f"""---
 library_name: vae_torch
 tags: [vae, pytorch]
@@ -145,9 +209,9 @@ shape {shape}: likelihood `{config.likelihood}`, prior `{config.prior}`, posteri
 from vae_torch import load_run
 
 vae, config = load_run({arguments})
-images = vae.sample(16)
+images = vae.sample(16{given})
 ```
-"""
+{portable}"""
 
 
 def _json(values: dict[str, Any]) -> bytes:

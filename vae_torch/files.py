@@ -2,32 +2,37 @@
 
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file: a reader sees the old content or the new, never a part.
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A scratch file beside `path`, to be written and closed, which takes its place at the end.
 
-    Several processes may write the same file at once: each has a scratch file of its own, and the
-    last to finish wins. After an error the old file is still there and the scratch file is gone.
-
-    Args:
-        path: The file. Its folder must exist.
-        content: All of its bytes.
+    A reader sees the old content or the new, never a part. Several processes may write the same
+    file at once: each has a scratch file of its own, and the last to finish wins. After an error
+    the old file is still there and the scratch file is gone.
 
     Raises:
         OSError: The folder is gone or cannot be written, or the disk is full.
     """
     scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        with scratch.open("xb") as file:
-            file.write(content)
-            file.flush()
+        yield scratch
+        with scratch.open("r+b") as file:
             os.fsync(file.fileno())  # the rename must not reach the disk before the bytes do
         scratch.replace(path)
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file in a folder that is there: see `replaced`."""
+    with replaced(path) as scratch:
+        scratch.write_bytes(content)
 
 
 def remove_scratch(folder: Path) -> None:

@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,15 @@ class Batch(NamedTuple):
 
     x: Tensor  # (B, *shape) in [0, 1]
     y: Tensor | None = None  # (B,) int64
+
+    def rows(self, chosen: Tensor | slice) -> "Batch":
+        """Some of them."""
+        return Batch(self.x[chosen], None if self.y is None else self.y[chosen])
+
+    def split(self, size: int) -> "Iterator[Batch]":
+        """The same in smaller batches, of `size` images at most."""
+        for first in range(0, len(self.x), size):
+            yield self.rows(slice(first, first + size))
 
 
 def as_images(x: Tensor, shape: Sequence[int]) -> Tensor:
@@ -106,6 +115,24 @@ def check_pixels(x: Tensor, allowed: tuple[float, float] = UNIT_INTERVAL) -> Non
             f"x of shape {tuple(x.shape)} has values from {low:g} to {high:g}; pixels are floats "
             f"{needed}"
         )
+
+
+def check_labels(y: Tensor, classes: int) -> None:
+    """Refuse labels that are no whole numbers from 0 to `classes` - 1.
+
+    Where values cannot be read, as in `check_pixels`, only their type is checked.
+
+    Raises:
+        ValueError: Shows the type, or the range of y.
+    """
+    allowed = f"labels are whole numbers from 0 to {classes - 1}"
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        raise ValueError(f"y is {y.dtype}; {allowed}")
+    if y.numel() == 0 or not _can_be_read(y):
+        return
+    low, high = torch.stack(y.aminmax()).tolist()
+    if low < 0 or high >= classes:
+        raise ValueError(f"y has values from {low} to {high}; {allowed}")
 
 
 def _check_floats(x: Tensor) -> None:

@@ -67,25 +67,8 @@ def _products_are_fp32() -> bool:
     return bool((a @ b - exact).abs().max() < 1e-4 * exact.abs().max())
 
 
-def check_compiler(device: torch.device) -> None:
-    """Whether `compile=true` can work here.
-
-    Raises:
-        ConfigError: torch is too old, or a C++ compiler is needed and is not there.
-    """
-    from vae_torch.training.step import check_can_compile
-
-    check_can_compile()
-    if device.type == "cpu":
-        cpp_compiler()
-
-
 def cpp_compiler() -> str:
-    """What torch.compile will build its CPU code with.
-
-    Raises:
-        ConfigError: It is not there, or does not run.
-    """
+    """What torch.compile will build its CPU code with; a refusal where it does not run."""
     name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     command = [*shlex.split(name), "--version"]
     try:

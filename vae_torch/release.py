@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from vae_torch.checkpoint import CheckpointError, StoredModel
+from vae_torch.checkpoint import CheckpointError, StoredModel, classes_in
 from vae_torch.config import ConfigError, config_from_dict
 
 WEIGHTS, SETTINGS, SUMS = "model.safetensors", "config.json", "SHA256SUMS"
+CARD = "evaluation.json"  # where the run had one
 
 
 def is_release(folder: Path) -> bool:
@@ -29,20 +30,13 @@ def stored_release(folder: Path, device: torch.device | str = "cpu") -> StoredMo
         ConfigError: Safetensors is absent.
     """
     path = folder / WEIGHTS
-    contents = {name: _read(folder / name) for name in (SUMS, SETTINGS, WEIGHTS)}
-    lines = contents[SUMS].decode("utf-8", "replace").splitlines()
-    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    for name in (SETTINGS, WEIGHTS):
-        if sums.get(name) != sha256_of(contents[name]):
-            raise CheckpointError(
-                f"{folder / name}: damaged, or no release of vae_torch: it is not what {SUMS} "
-                "says; fetch it again"
-            )
+    contents = checked_files(folder, SETTINGS, WEIGHTS)
     try:
         settings = json.loads(contents[SETTINGS])
         config = config_from_dict(settings["config"])
         shape, epoch = settings["input_shape"], settings["epoch"]
         own = tuple(map(str, settings.get("own_parts", ())))
+        classes = classes_in(settings)
         if not all(type(n) is int and 0 < n < 2**20 for n in shape):
             raise TypeError(f"its images have shape {shape}")
     except (ValueError, KeyError, TypeError) as error:
@@ -66,7 +60,26 @@ def stored_release(folder: Path, device: torch.device | str = "cpu") -> StoredMo
         epoch if type(epoch) is int else None,
         sha256_of(contents[WEIGHTS]),
         own,
+        classes,
     )
+
+
+def checked_files(folder: Path, *names: str) -> dict[str, bytes]:
+    """The content of a release's files, whose hashes are right.
+
+    Raises:
+        CheckpointError: One is absent or damaged.
+    """
+    lines = _read(folder / SUMS).decode("utf-8", "replace").splitlines()
+    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    contents = {name: _read(folder / name) for name in names}
+    for name, content in contents.items():
+        if sums.get(name) != sha256_of(content):
+            raise CheckpointError(
+                f"{folder / name}: damaged, or no release of vae_torch: it is not what {SUMS} "
+                "says; fetch it again"
+            )
+    return contents
 
 
 def safetensors_torch() -> Any:

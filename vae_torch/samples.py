@@ -16,6 +16,7 @@ def draw_samples(
     vae: VAE,
     n: int,
     *,
+    y: Tensor | int | None = None,
     temperature: float = 1.0,
     pixels: Literal["mean", "draw"] = "mean",
     seed: int = 0,
@@ -25,6 +26,7 @@ def draw_samples(
     Args:
         vae: The model.
         n: How many.
+        y: Of a conditional model: a class, or (n,) of one for each image.
         temperature: Standard deviations of the prior, or of its mixture's components, times this.
             Below 1 come fewer odd images and less variety; 0 decodes the centres.
         pixels: `mean` for expected pixels given z, `draw` for samples of p(x|z).
@@ -34,7 +36,7 @@ def draw_samples(
         Images (n, *input_shape) in [0, 1], and their latents (n, latent_dim).
 
     Raises:
-        ValueError: n is below 1, or the temperature is negative.
+        ValueError: n is below 1, or the temperature is negative; labels as in `VAE.encode`.
         ConfigError: The prior has no temperature, or the likelihood no way to draw pixels.
     """
     if n < 1 or not 0 <= temperature < float("inf"):
@@ -42,7 +44,7 @@ def draw_samples(
     weight = next(vae.parameters())
     generator = torch.Generator(weight.device).manual_seed(seed)
     z = _latents(vae, n, temperature, generator).to(weight)
-    params = vae.decode(z)
+    params = vae.decode(z, y)
     images = (
         vae.likelihood.mean(params) if pixels == "mean" else draw_pixels(vae, params, generator)
     )

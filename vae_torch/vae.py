@@ -13,23 +13,24 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from vae_torch.config import Config
-from vae_torch.images import UNIT_INTERVAL, as_images, check_pixels
+from vae_torch.config import Config, ConfigError
+from vae_torch.images import UNIT_INTERVAL, Batch, as_images, check_labels, check_pixels
 from vae_torch.parts.likelihoods import likelihoods
-from vae_torch.parts.networks import Network, image_shape, networks
+from vae_torch.parts.networks import Features, Network, image_shape, networks
 from vae_torch.parts.posteriors import DiagonalGaussian, Posterior, posteriors, reparameterize
 from vae_torch.parts.priors import priors
 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Within, the module is in eval mode; then in the mode that it was in."""
-    training = module.training
+    """Within, the module is in eval mode; then each part of it is in the mode that it was in."""
+    modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
         yield
     finally:
-        module.train(training)
+        for part, training in modes:
+            part.training = training
 
 
 P = ParamSpec("P")
@@ -123,6 +124,12 @@ class VAE(nn.Module):
     Kernels start Glorot-uniform and biases at zero, as in Keras; modules that are passed in keep
     the weights that they have.
 
+    With `classes` the model is conditional, p(x|y) = ∫ p(x|z, y) p(z) dz: encoder and decoder see
+    each image's label y as a one-hot vector beside what they see else. Kingma et al.,
+    *Semi-supervised Learning with Deep Generative Models* (2014), section 2 (M2, y observed);
+    Sohn, Lee and Yan, *Learning Structured Output Representation* (2015). Then `encode`, `decode`,
+    `sample`, ... need a y, and `given(y)` is the same model with y set, which takes none.
+
     Args:
         input_shape: Shape of one image: (784,), (1, 28, 28), or (3, 32, 32): channels, height and
             width. A flat image is taken for a square and grey one by networks that need its sides.
@@ -137,9 +144,12 @@ class VAE(nn.Module):
         prior: `standard`, `mixture`, `vamp`, `flow`, one of your own, or a module: see
             `parts.priors`.
         prior_components: Components of the mixture or VampPrior.
-        encoder: A module instead of the architecture's: (B, *shape) -> (B, features).
+        classes: How many classes the labels of a conditional model have; None for a model that sees
+            no labels.
+        encoder: A module instead of the architecture's: (B, *shape) -> (B, features). With classes
+            it gets as many channels more, or numbers where images are flat.
         decoder: The same: (B, latent_dim) -> (B, *shape), or as many numbers more as the likelihood
-            has outputs for a pixel.
+            has outputs for a pixel. With classes it gets (B, latent_dim + classes).
         model_options: Options of an architecture of your own.
         posterior_options: Options of the posterior.
         likelihood_options: Options of the likelihood.
@@ -147,7 +157,7 @@ class VAE(nn.Module):
 
     Raises:
         ValueError: A size below 1, a name that is none of the above, an option that a part has not,
-            or modules that do not fit the shape.
+            modules that do not fit the shape, or classes with a prior that encodes images.
 
     Example:
         >>> vae = VAE(latent_dim=2)
@@ -168,6 +178,7 @@ class VAE(nn.Module):
         likelihood: str | nn.Module = "bernoulli",
         prior: str | nn.Module = "standard",
         prior_components: int = 500,
+        classes: int | None = None,
         encoder: nn.Module | None = None,
         decoder: nn.Module | None = None,
         model_options: Mapping[str, Any] | None = None,
@@ -195,6 +206,8 @@ class VAE(nn.Module):
         self.input_shape = tuple(input_shape)
         self.latent_dim = latent_dim
         self.intermediate_dim = intermediate_dim
+        self.classes = classes
+        self.y: Tensor | None = None  # see `given`
         # modules whose methods their contracts name, which nn.Module does not know
         self.encoder: Any
         self.posterior: Any
@@ -206,6 +219,7 @@ class VAE(nn.Module):
             "intermediate_dim": intermediate_dim,
             "depth": depth,
             "prior_components": prior_components,
+            "classes": 1 if classes is None else classes,
             **{f"input_shape[{i}]": size for i, size in enumerate(self.input_shape)},
         }
         for argument, size in sizes.items():
@@ -220,13 +234,16 @@ class VAE(nn.Module):
         self._shape = _shape_for(network, self.input_shape)
         if encoder:
             self._shape = image_shape(self.input_shape)
-        self.encoder = encoder or network.encoder(self._shape)
+        seen = (self._shape[0] + (classes or 0), *self._shape[1:])
+        self.encoder = encoder or network.encoder(seen)
         if isinstance(posterior, str):
-            context = {"features": _features(self.encoder, self._shape), "latent_dim": latent_dim}
+            context = {"features": _features(self.encoder, seen), "latent_dim": latent_dim}
             posterior = posteriors.build(posterior, posterior_options or {}, context=context)
         self.posterior = posterior
         channels, *sides = _shape_for(network, self.input_shape)
-        self.decoder = decoder or network.decoder(latent_dim, (self.outputs * channels, *sides))
+        self.decoder = decoder or network.decoder(
+            latent_dim + (classes or 0), (self.outputs * channels, *sides)
+        )
         self.likelihood = likelihood
         if isinstance(prior, str):
             prior = priors.build(
@@ -237,13 +254,26 @@ class VAE(nn.Module):
             )
         self.prior = prior
         if see := getattr(self.prior, "see", None):
+            if classes:
+                raise ConfigError(
+                    "model.conditional=true with a prior that encodes images of its own, as "
+                    "prior=vamp does: these have no labels; use prior=mixture or prior=flow"
+                )
             see(self)
         self._start_as_keras(network, own=(encoder is not None, decoder is not None))
         self._check_decoder()
 
     @classmethod
-    def from_config(cls, config: Config, input_shape: Sequence[int] = (784,)) -> "VAE":
-        """The model that a run's config describes, with fresh weights."""
+    def from_config(
+        cls, config: Config, input_shape: Sequence[int] = (784,), classes: int | None = None
+    ) -> "VAE":
+        """The model that a run's config describes, with fresh weights.
+
+        Raises:
+            ConfigError: `model.conditional=true` and nobody says how many classes there are.
+        """
+        if config.model.conditional and classes is None:
+            raise ConfigError("model.conditional=true: the number of classes is missing")
         return cls(
             input_shape,
             config.model.latent_dim,
@@ -255,6 +285,7 @@ class VAE(nn.Module):
             likelihood=config.likelihood,
             prior=config.prior,
             prior_components=config.prior_components,
+            classes=classes if config.model.conditional else None,
             model_options=config.model.options,
             posterior_options=config.posterior_options,
             likelihood_options=config.likelihood_options,
@@ -317,22 +348,75 @@ class VAE(nn.Module):
         logits = torch.logit(mean_image.clamp(0.001, 0.999))
         self.decoder.out.bias.copy_(logits.flatten())
 
-    def encode(self, x: Tensor) -> Any:
+    def given(self, y: Tensor | int) -> "VAE":
+        """The model of images with these labels, p(x|y), which needs no y any more.
+
+        It has the parts and weights of this one. `exact_log_px(vae.given(7), sevens)` and every
+        other function of a model take it for one that knows of no labels.
+
+        Args:
+            y: A class, or (B,) of one for each of the B images that it will see.
+
+        Raises:
+            ValueError: The model sees no labels, or these are no classes of it.
+        """
+        if self.classes is None:
+            raise ValueError("y is given and the model sees no labels; make it with classes=N")
+        y = torch.as_tensor(y, device=next(self.parameters()).device)
+        if y.ndim > 1:
+            raise ValueError(f"y has shape {tuple(y.shape)}; it must be one class, or (B,)")
+        check_labels(y, self.classes)
+        same = object.__new__(type(self))  # not copy.copy, which torch.compile does not trace
+        same.__dict__.update(self.__dict__)
+        same.y = y
+        return same
+
+    def of(self, batch: Batch) -> "VAE":
+        """The model for these images: given their labels where it sees labels, else as it is."""
+        if self.classes is None or self.y is not None or batch.y is None:
+            return self
+        return self.given(batch.y)
+
+    def _labels(self, like: Tensor, count: Sequence[int]) -> Tensor:
+        """One-hot labels (*count, classes) in the type of `like`."""
+        if self.y is None:
+            raise ValueError(
+                f"the model sees labels, and there are none: give y, a class from 0 to "
+                f"{(self.classes or 0) - 1}, or a label for each image; a loader gives (x, y)"
+            )
+        if self.y.ndim and len(self.y) not in (1, *count[-1:]):
+            raise ValueError(
+                f"y holds {len(self.y)} labels for {tuple(count)} images; give one class, or a "
+                "label for each image"
+            )
+        hot = self.y.unsqueeze(-1) == torch.arange(self.classes or 0, device=like.device)
+        return hot.to(like.dtype).expand(*count, -1)
+
+    def encode(self, x: Tensor, y: Tensor | int | None = None) -> Any:
         """q(z|x), by default a Gaussian: `mean, logvar = vae.encode(x)`.
 
         Args:
             x: (B, *input_shape) or (B, pixels) in [0, 1]; (B, *any) with as many pixels where
                 `input_shape` is flat. Every training step comes through here, so the values are not
                 looked at: see `check`.
+            y: Of a conditional model: a class, or (B,) of one for each image.
 
         Returns:
             A `Posterior`; for a Gaussian a pair of mean and logvar, (B, latent_dim) each.
 
         Raises:
-            ValueError: Another shape, or integer pixels.
+            ValueError: Another shape, or integer pixels; labels that are absent, no classes of the
+                model, or given to one that sees none.
         """
+        if y is not None:
+            return self.given(y).encode(x)
         x = as_images(x, self.input_shape)
-        return self.posterior(self.encoder(x.reshape(len(x), *self._shape)))
+        x = x.reshape(len(x), *self._shape)
+        if self.classes:
+            planes = self._labels(x, (len(x),))
+            planes = planes.reshape(*planes.shape, *(1 for _ in self._shape[1:]))
+            x = torch.cat([x, planes.expand(-1, -1, *self._shape[1:])], 1)
+        return self.posterior(self.encoder(x))
 
     def check(self, x: Tensor) -> Tensor:
         """Images from outside in this model's shape and type, after a look at their values.
@@ -352,25 +436,38 @@ class VAE(nn.Module):
         check_pixels(x, getattr(self.likelihood, "pixels", UNIT_INTERVAL))
         return x.to(next(self.parameters()).dtype)
 
-    def decode(self, z: Tensor) -> Tensor:
+    def decode(self, z: Tensor, y: Tensor | int | None = None) -> Tensor:
         """The likelihood's parameters: (..., latent_dim) -> (..., *input_shape).
 
         For Bernoulli pixels these are logits. A likelihood with several outputs for a pixel has
-        (..., *input_shape, outputs).
+        (..., *input_shape, outputs). A conditional model needs y, a class or (B,) for z
+        (..., B, latent_dim).
 
         Raises:
-            ValueError: The last dimension of z is not `latent_dim`, or z holds integers.
+            ValueError: The last dimension of z is not `latent_dim`, or z holds integers; labels as
+                in `encode`.
         """
+        if y is not None:
+            return self.given(y).decode(z)
         if z.ndim < 1 or z.shape[-1] != self.latent_dim:
             raise ValueError(f"z has shape {tuple(z.shape)}; it must end in {self.latent_dim}")
         if not z.is_floating_point():
             raise ValueError(f"z is {z.dtype}; latents are floats")
+        if self.classes:
+            z = torch.cat([z, self._labels(z, z.shape[:-1])], -1)
         return _decoded(self.decoder, z, self.input_shape, self.outputs)
 
     def forward(
-        self, x: Tensor, *, eps: Tensor | None = None, generator: torch.Generator | None = None
+        self,
+        x: Tensor,
+        *,
+        y: Tensor | int | None = None,
+        eps: Tensor | None = None,
+        generator: torch.Generator | None = None,
     ) -> VAEOutput:
         """Encode, draw z, decode. `eps` or `generator` fix the draw; see `reparameterize`."""
+        if y is not None:
+            return self.given(y).forward(x, eps=eps, generator=generator)
         q = self.encode(x)
         if isinstance(q, DiagonalGaussian):
             z = reparameterize(*q, eps=eps, generator=generator)
@@ -394,24 +491,39 @@ class VAE(nn.Module):
 
     @in_eval_mode
     @torch.no_grad()
-    def reconstruct(self, x: Tensor) -> Tensor:
+    def reconstruct(self, x: Tensor, y: Tensor | int | None = None) -> Tensor:
         """Expected pixels at the posterior mean: (B, *shape) -> (B, *input_shape) in [0, 1].
 
         Raises:
-            ValueError: Images of another shape, or pixels outside [0, 1].
+            ValueError: Images of another shape, or pixels outside [0, 1]; labels as in `encode`.
         """
+        if y is not None:
+            return self.given(y).reconstruct(x)
         x = self.check(x)
         check_pixels(x)  # a Gaussian's too: what it draws is held inside [0, 1]
         return self.likelihood.mean(self.decode(self.encode(x).mean))  # type: ignore[no-any-return]
 
     @in_eval_mode
     @torch.no_grad()
-    def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self,
+        n: int,
+        *,
+        y: Tensor | int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         """Expected pixels of n draws from the prior: (n, *input_shape) in [0, 1].
 
+        Args:
+            n: How many.
+            y: Of a conditional model: a class, or (n,) of one for each image.
+            generator: Where the draws come from.
+
         Raises:
-            ValueError: n is below 1.
+            ValueError: n is below 1; labels as in `encode`.
         """
+        if y is not None:
+            return self.given(y).sample(n, generator=generator)
         if n < 1:
             raise ValueError(f"n is {n}; it must be 1 or more")
         weight = next(self.parameters())
@@ -432,9 +544,15 @@ class VAE(nn.Module):
                 part.apply(_keras_init)
 
     def _check_decoder(self) -> None:
-        """Whether it gives as many numbers as the likelihood needs: on one latent, in eval mode."""
+        """Whether it gives as many numbers as the likelihood needs: on one latent, in eval mode.
+
+        Not asked of a model without memory, into which `load_run` puts weights: a pass of torch's
+        meta device imports its compiler, which takes seconds.
+        """
+        if next(self.decoder.parameters(), torch.zeros(())).is_meta:
+            return
         shape = (*((self.outputs,) if self.outputs > 1 else ()), *self.input_shape)
-        made = _one(self.decoder, (self.latent_dim,), "decoder")
+        made = _one(self.decoder, (self.latent_dim + (self.classes or 0),), "decoder")
         if made.numel() != math.prod(shape):
             raise ValueError(
                 f"decoder gives {tuple(made.shape[1:])} for an image; it must give "
@@ -459,11 +577,13 @@ def _shape_for(network: Network, shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _features(encoder: nn.Module, shape: Sequence[int]) -> int:
-    """How many features an encoder gives.
+    """How many features an encoder gives: known of the built-in ones, else seen in one pass.
 
     Raises:
         ValueError: It takes no images of this shape, or gives no (B, features).
     """
+    if isinstance(encoder, Features):
+        return encoder.features
     features = _one(encoder, shape, "encoder")
     if features.ndim != 2:
         raise ValueError(

@@ -35,17 +35,10 @@ class KilledError(Exception):
 
 
 def in_a_child(work: Callable[..., float], *arguments: Any) -> float:
-    """What `work` returns, computed in a child process.
+    """What `work` returns in a child process; KilledError where that was killed.
 
-    The child ends, after a checkpoint, when this process or the one that started it is gone.
-
-    Args:
-        work: A function that can be pickled.
-        arguments: Of `work`; they can be pickled too.
-
-    Raises:
-        KilledError: The child was killed, or ended without a result.
-        SystemExit: Ctrl-C or SIGTERM ended the child.
+    Work and arguments can be pickled. The child ends, after a checkpoint, when this process or the
+    one that started it is gone.
     """
     # joblib's own is unknown to a child
     multiprocessing.set_start_method(start_method(), force=True)
@@ -56,7 +49,8 @@ def in_a_child(work: Callable[..., float], *arguments: Any) -> float:
     child = context.Process(target=_answer, args=(sender, work, arguments))
     child.start()
     # Ctrl-C reaches the child too, which ends after a step: this process waits for it
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if _in_main_thread() else None
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main else None
     sender.close()
     answer = None
     while not wait([receiver, child.sentinel], 0.5):
@@ -87,10 +81,6 @@ def start_method() -> str:
     """How a child is started here: `forkserver`, or `spawn`."""
     can_fork = hasattr(os, "fork") and sys.platform != "darwin"
     return "forkserver" if can_fork else "spawn"
-
-
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
 
 
 def _answer(sender: Connection, work: Callable[..., float], arguments: tuple[Any, ...]) -> None:

@@ -17,11 +17,11 @@ import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
-from vae_torch.cli.help import lines
+from vae_torch.cli.help import TRAIN, lines
 from vae_torch.cli.names import after_time, run_name
 from vae_torch.config import (
     OPTIONS,
@@ -49,22 +49,14 @@ PATHS = (
     "data.root",
 )
 
-# What brings a launcher or sweeper: its plugin's module, and the extra of pyproject.toml.
-EXTRAS = {
-    "joblib": ("hydra_joblib_launcher", "sweep"),
-    "submitit_local": ("hydra_submitit_launcher", "cluster"),
-    "submitit_slurm": ("hydra_submitit_launcher", "cluster"),
-    "ray": ("hydra_ray_launcher", "ray"),
-    "optuna": ("hydra_optuna_sweeper", "search"),
-}
-
-# The launcher or sweeper of our own choices.
-CHOSEN = {
-    "where=cores": "joblib",
-    "where=ray": "ray",
-    "where=slurm": "submitit_slurm",
-    "where=slurm_local": "submitit_local",
-    "experiment=search": "optuna",
+# What brings a launcher or sweeper: our choice of it, its plugin's module, and the extra of
+# pyproject.toml.
+PLUGINS = {
+    "joblib": ("where=cores", "hydra_joblib_launcher", "sweep"),
+    "ray": ("where=ray", "hydra_ray_launcher", "ray"),
+    "submitit_slurm": ("where=slurm", "hydra_submitit_launcher", "cluster"),
+    "submitit_local": ("where=slurm_local", "hydra_submitit_launcher", "cluster"),
+    "optuna": ("experiment=search", "hydra_optuna_sweeper", "search"),
 }
 
 
@@ -82,21 +74,17 @@ def register() -> None:
     for key in OPTIONS:  # which keys a part takes, it knows itself
         OmegaConf.set_struct(OmegaConf.select(skeleton, key), False)
     store.store(name="schema", node=skeleton)
-    for name, resolver in (
-        ("run_name", run_name),
-        ("after_time", after_time),
-        ("python_here", _python_here),
-        ("settings_help", lambda: lines(Config, flatten(compose().to_dict()))),
-    ):
-        OmegaConf.register_new_resolver(name, resolver, replace=True)
+
+    def python_here() -> str:
+        """A shell's command for this Python in this folder: what a Ray worker is to be."""
+        return shlex.join(["env", f"--chdir={Path.cwd()}", sys.executable])
+
+    for resolver in (run_name, after_time, python_here):
+        OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
 
 
 def load_named_plugins(arguments: Sequence[str]) -> None:
-    """Import what `plugins=[...]` names; Hydra learns of its networks and objectives.
-
-    Raises:
-        ConfigError: One cannot be found, or fails on import.
-    """
+    """Import what `plugins=[...]` names; Hydra learns of its networks and objectives."""
     values = [a.partition("=")[2] for a in arguments if a.lstrip("+").startswith("plugins=")]
     if not values:
         return
@@ -125,23 +113,17 @@ def load_named_plugins(arguments: Sequence[str]) -> None:
             ConfigStore.instance().store(group=group, name=name, node=node)
 
 
-def _python_here() -> str:
-    """A shell's command for this Python in this folder: what a Ray worker is to be."""
-    return shlex.join(["env", f"--chdir={Path.cwd()}", sys.executable])
-
-
 def _skeleton(schema: Any) -> dict[str, Any]:
     """Every key of a schema: what is off by default, and `???` for what `conf/` must give."""
-    return {
-        f.name: _skeleton(f.type) if is_dataclass(f.type) else _default(f) for f in fields(schema)
-    }
 
+    def default(setting: Any) -> Any:
+        if is_dataclass(setting.type):
+            return _skeleton(setting.type)
+        if setting.default_factory is not MISSING:
+            return setting.default_factory()
+        return "???" if setting.default is MISSING else setting.default
 
-def _default(setting: Any) -> Any:
-    """Of a dataclass's field; `???` where it has none."""
-    if setting.default_factory is not MISSING:
-        return setting.default_factory()
-    return "???" if setting.default is MISSING else setting.default
+    return {setting.name: default(setting) for setting in fields(schema)}
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:
@@ -186,32 +168,41 @@ def compose_run(overrides: Sequence[str]) -> DictConfig:
 
 
 def run_settings(cfg: DictConfig) -> Config:
-    """Composed settings as a run's `Config`, which knows neither Hydra nor sweeps.
-
-    Raises:
-        ConfigError: A key is unknown, a value is missing or not allowed.
-    """
+    """Composed settings as a run's `Config`, which knows neither Hydra nor sweeps."""
+    config = _checked(cfg)
+    # torch, for which who has mistyped a key need not wait
     from vae_torch.parts.complete import complete
     from vae_torch.parts.registry import load_plugins
 
-    config = typed(cfg, Config, leave_out=("hydra", "sweep"))
-    check(config)
     load_plugins(config.plugins)
     return complete(config)
 
 
-def typed(cfg: DictConfig, schema: type[Settings], *, leave_out: Sequence[str] = ()) -> Settings:
-    """Composed settings as an instance of `schema`.
+def _checked(cfg: DictConfig) -> Config:
+    """A run's settings, but for the options of its parts."""
+    config = typed(cfg, Config, leave_out=("hydra", "sweep"))
+    check(config)
+    return config
 
-    Raises:
-        ConfigError: A key is unknown, a value is missing or not allowed.
-    """
-    rest = cfg.copy()
-    with read_write(rest), open_dict(rest):
-        for key in leave_out:
-            rest.pop(key, None)
+
+def train_help() -> str:
+    """What `train.py --help` says; Hydra's own takes three times as long to list the groups."""
+    groups = []
+    for folder in sorted(path for path in conf_dir().iterdir() if path.is_dir()):
+        files = {path.name for path in folder.glob("*.yaml")}
+        files |= set(ConfigStore.instance().repo.get(folder.name, {}))  # of plug-ins
+        names = sorted(file.removesuffix(".yaml") for file in files)
+        groups.append(f"{folder.name}: {', '.join(names)}")
+    with fresh_hydra():
+        settings = lines(Config, flatten(_checked(compose_run([])).to_dict()))
+    return TRAIN.format(groups="\n".join(groups), settings=settings)
+
+
+def typed(cfg: DictConfig, schema: type[Settings], *, leave_out: Sequence[str] = ()) -> Settings:
+    """Composed settings as an instance of `schema`."""
+    kept = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in leave_out])
     try:
-        values = OmegaConf.to_container(rest, resolve=True, throw_on_missing=True)
+        values = OmegaConf.to_container(kept, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{error.full_key}: {reason}; give it a value of its own") from None
@@ -253,9 +244,9 @@ def in_our_words(error: Exception, arguments: Sequence[str], schema: type[Any] =
         if f"'{key}'" in text and "Could not override" in text:
             return no_such_key(key, known)
     if found := re.search(r"Ambiguous value for argument '(.*?)'", text):
-        for argument in arguments:
-            if missing := _not_installed(argument):
-                return missing
+        for plugin, (choice, module, _) in PLUGINS.items():
+            if choice in arguments and not _is_installed(module):
+                return _not_installed(plugin)
         return f"{found[1]}: several values make a sweep; add -m"
     if found := re.search(r"Could not find '([^']*)'", text):
         given = [a for a in arguments if a.replace("=", "/", 1) == found[1]]
@@ -268,11 +259,7 @@ def in_our_words(error: Exception, arguments: Sequence[str], schema: type[Any] =
 
 
 def refuse_malformed(arguments: Sequence[str]) -> None:
-    """Answer where Hydra would take `model=[mlp,conv]` for a model, or end in a traceback.
-
-    Raises:
-        ConfigError: A group of `conf/` is given no file's name, or a value has no key.
-    """
+    """Answer where Hydra would take `model=[mlp,conv]` for a model, or end in a traceback."""
     for argument in arguments:
         key, given, value = argument.partition("=")
         if given and not key:
@@ -285,30 +272,26 @@ def refuse_malformed(arguments: Sequence[str]) -> None:
 
 def _no_such_choice(group: str, choice: str, text: str) -> str:
     """A file that is not in a group of `conf/`: `model=vgg`."""
-    if group in ("hydra/launcher", "hydra/sweeper") and choice in EXTRAS:
-        chosen = next(key for key, launcher in CHOSEN.items() if launcher == choice)
-        return f"{chosen}: not installed; pip install -e '.[{EXTRAS[choice][1]}]'"
+    if group in ("hydra/launcher", "hydra/sweeper") and choice in PLUGINS:
+        return _not_installed(choice)
     options = sorted(re.findall(r"^\t(\S+)$", text, re.MULTILINE))
     near = get_close_matches(choice, options, 1)
     meant = f"; did you mean {near[0]}?" if near else ""
-    own = (
-        "; one of your own needs plugins=[my_parts]"
-        if group in ("model", "objective", "data")
-        else ""
-    )
+    tables = ("model", "objective", "data")
+    own = "; one of your own needs plugins=[my_parts]" if group in tables else ""
     return f"{group}={choice}: must be one of {', '.join(options)}{meant or own}"
 
 
-def _not_installed(argument: str) -> str | None:
-    """What to say where a choice needs a plugin that is not there."""
-    if argument not in CHOSEN:
-        return None
-    module, extra = EXTRAS[CHOSEN[argument]]
+def _is_installed(plugin: str) -> bool:
     try:
-        found = importlib.util.find_spec(f"hydra_plugins.{module}")
+        return importlib.util.find_spec(f"hydra_plugins.{plugin}") is not None
     except ModuleNotFoundError:  # without any plugin their package is missing too
-        found = None
-    return None if found else f"{argument}: not installed; pip install -e '.[{extra}]'"
+        return False
+
+
+def _not_installed(plugin: str) -> str:
+    choice, _, extra = PLUGINS[plugin]
+    return f"{choice}: not installed; pip install -e '.[{extra}]'"
 
 
 def full_errors() -> bool:

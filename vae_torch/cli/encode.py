@@ -5,17 +5,16 @@ The file is written a batch at a time, so that neither images nor results need f
 
 import csv
 import importlib.util
-import secrets
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vae_torch.cli.messages import refuse, shown, tell_interrupts
-from vae_torch.cli.settings_line import parser, settings_of
+from vae_torch.cli.messages import shown, tell_interrupts, told
+from vae_torch.cli.settings_line import asked, open_run
 from vae_torch.config import Config, ConfigError, DataConfig, EncodeConfig, validated
+from vae_torch.files import replaced
 
 if TYPE_CHECKING:
     import torch
@@ -37,36 +36,18 @@ class Source(NamedTuple):
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command: settings, model, images, file."""
     tell_interrupts()
-    line = parser(
-        "encode",
-        "Latents, ELBO and log p(x) of images: run=DIR images=FOLDER out=latents.npz",
-        EncodeConfig,
-    )
-    config = settings_of(line.parse_args(arguments), EncodeConfig)
-    try:
+    about = "Latents, ELBO and log p(x) of images: run=DIR images=FOLDER out=latents.npz"
+    config = asked("encode", about, EncodeConfig, arguments)
+    with told(f"out={config.out}"):
         write = writer_of(config)  # before any work
-        from vae_torch.checkpoint import CheckpointError
-        from vae_torch.data import DataError
-
-        try:
-            print(encode_run(config, write))
-        except (CheckpointError, DataError) as error:
-            refuse(str(error))
-    except ConfigError as error:
-        refuse(str(error))
-    except OSError as error:
-        refuse(f"out={config.out}: cannot be written ({error.strerror}); choose another file")
+        print(encode_run(config, write))
 
 
 Writer = Callable[[Path, Iterator["Encoded"], Source], None]
 
 
 def writer_of(config: EncodeConfig) -> Writer:
-    """What writes files of this name.
-
-    Raises:
-        ConfigError: Nothing does, or reconstructions do not fit in.
-    """
+    """What writes files of this name, or a refusal."""
     if not config.out:
         raise ConfigError("out is missing: name the file to write, latents.npz")
     kind = Path(config.out).suffix.lower()
@@ -91,21 +72,23 @@ def writer_of(config: EncodeConfig) -> Writer:
 
 def encode_run(config: EncodeConfig, write: Writer) -> str:
     """Load a run, encode the images, write the file; a line about it."""
-    from vae_torch.checkpoint import load_run
-    from vae_torch.data import image_loader
+    from vae_torch.data import image_dataset, image_loader, loaders_of
     from vae_torch.encode import encoded_batches
-    from vae_torch.machine import resolve_device, set_products, tune_cpu
 
-    tune_cpu(None)
-    device = resolve_device(config.device)
-    set_products("fp32", device)
-    vae, run_config = load_run(
-        config.run, checkpoint=config.checkpoint, device=device, plugins=config.plugins
-    )
+    vae, run_config, device = open_run(config, config.checkpoint)
     if config.images is None:
-        source = own_images(config, run_config, device)
+        if config.data_root:
+            run_config.data.root = config.data_root
+        run_config.data.augment = "none"  # the images as they are, in order
+        own = dict(zip(("train", "test"), loaders_of(run_config, device), strict=True))
+        source = Source(image_dataset(own[config.split]), None)
     else:
         source = other_images(config, run_config, vae, device)
+    if vae.classes and source.images.labels is None:
+        raise ConfigError(
+            f"images={config.images}: have no labels, and the run's model sees them "
+            "(model.conditional=true); put them into a folder for each class"
+        )
     batches = encoded_batches(
         vae,
         image_loader(source.images, _BATCH),
@@ -115,51 +98,27 @@ def encode_run(config: EncodeConfig, write: Writer) -> str:
         reconstructions=config.reconstructions,
         progress=True,
     )
-    total = _Total()
-    out = Path(str(config.out))
-    write(out, total.counted(batches), source)
-    return f"{shown(out.absolute())}: {total.line()}"
+    elbo = log_px = 0.0
 
-
-class _Total:
-    """The means over what has passed."""
-
-    def __init__(self) -> None:
-        self.images, self.elbo, self.log_px = 0, 0.0, 0.0
-
-    def counted(self, batches: "Iterator[Encoded]") -> "Iterator[Encoded]":
+    def summed() -> "Iterator[Encoded]":
+        nonlocal elbo, log_px
         for found in batches:
-            self.images += len(found.mean)
-            self.elbo += found.elbo.sum().item()
-            self.log_px += found.log_px.sum().item()
+            elbo += found.elbo.sum().item()
+            log_px += found.log_px.sum().item()
             yield found
 
-    def line(self) -> str:
-        means = f"elbo {self.elbo / self.images:.2f}, log p(x) {self.log_px / self.images:.2f}"
-        count = f"{self.images:,} image{'' if self.images == 1 else 's'}"
-        return f"{count}, in the mean {means} nats"
-
-
-def own_images(config: EncodeConfig, run_config: Config, device: "torch.device") -> Source:
-    """The run's own test or training images, in order, and not augmented."""
-    from vae_torch.data import image_dataset, loaders_of
-
-    if config.data_root:
-        run_config.data.root = config.data_root
-    run_config.data.augment = "none"
-    loaders = dict(zip(("train", "test"), loaders_of(run_config, device), strict=True))
-    return Source(image_dataset(loaders[config.split]), None)
+    out = Path(str(config.out))
+    write(out, summed(), source)
+    n = len(source.images)
+    means = f"elbo {elbo / n:.2f}, log p(x) {log_px / n:.2f}"
+    count = f"{n:,} image{'' if n == 1 else 's'}"
+    return f"{shown(out.absolute())}: {count}, in the mean {means} nats"
 
 
 def other_images(
     config: EncodeConfig, run_config: Config, vae: "VAE", device: "torch.device"
 ) -> Source:
-    """A folder's or a file's images, as the run's model takes them.
-
-    Raises:
-        ConfigError: Neither a folder nor a NumPy file, or images of another shape.
-        DataError: They cannot be read.
-    """
+    """A folder's or a file's images, as the run's model takes them."""
     from vae_torch.data import ImageDataset, binarize_images
     from vae_torch.data.folder import image_files
     from vae_torch.data.table import load_source
@@ -228,14 +187,14 @@ def write_npz(path: Path, batches: "Iterator[Encoded]", source: Source) -> None:
         for name, words in names.items():
             if words is not None:
                 np.save(f"{scratch}/{name}.npy", np.array(list(words)))
-        with replaced(path) as part, zipfile.ZipFile(part, "w") as archive:
+        with replaced(path.absolute()) as part, zipfile.ZipFile(part, "w") as archive:
             for file in sorted(Path(scratch).iterdir()):
                 archive.write(file, file.name)
 
 
 def write_csv(path: Path, batches: "Iterator[Encoded]", source: Source) -> None:
     """A line for each image; the first names the columns."""
-    with replaced(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+    with replaced(path.absolute()) as part, part.open("w", newline="", encoding="utf-8") as file:
         lines = csv.writer(file)
         header: list[str] = []
         for columns in tables(batches, source):
@@ -248,7 +207,7 @@ def write_csv(path: Path, batches: "Iterator[Encoded]", source: Source) -> None:
 def write_parquet(path: Path, batches: "Iterator[Encoded]", source: Source) -> None:
     """The table of `write_csv`, a row group for each batch."""
     arrow, parquet = (importlib.import_module(name) for name in ("pyarrow", "pyarrow.parquet"))
-    with replaced(path) as part:
+    with replaced(path.absolute()) as part:
         opened = None
         for columns in tables(batches, source):
             table = arrow.table(columns)
@@ -277,15 +236,3 @@ def tables(batches: "Iterator[Encoded]", source: Source) -> Iterator[dict[str, l
                     columns[f"{name}_{dim}"] = column
         yield columns
         done = end
-
-
-@contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """A scratch file beside `path`, which takes its place at the end; after an error it is gone."""
-    scratch = path.absolute().with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        yield scratch
-        scratch.replace(path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise

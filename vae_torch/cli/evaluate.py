@@ -4,17 +4,17 @@ Printed, written to evaluation.json, added to TensorBoard.
 """
 
 import hashlib
-import io
 import json
 import textwrap
 import threading
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from vae_torch.cli.messages import leave_disk_errors_to_main, refuse, shown, tell_interrupts
-from vae_torch.cli.settings_line import parser, settings_of
+from vae_torch.cli.messages import leave_disk_errors_to_main, shown, tell_interrupts, told
+from vae_torch.cli.settings_line import asked, open_run
 from vae_torch.config import ConfigError, EvaluateConfig
 
 _WIDTH = 100  # columns of the printed card
@@ -28,6 +28,7 @@ _MEANINGS = {
     "elbo": "lower bound on log p(x)",
     "reconstruction": "E log p(x|z), z from q(z|x)",
     "kl": "KL(q(z|x) || p(z))",
+    "residual": "rms of x - E[x|z], best sigma",
     "active_units": "latents that vary with the image",
     "train_elbo": "elbo of the training images",
     "entropy_floor": "highest possible reconstruction",
@@ -57,50 +58,31 @@ _MEANINGS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command: settings, model, data, card."""
     tell_interrupts()
-    line = parser(
-        "evaluate", "The evaluation card of a run, as evaluation.json too.", EvaluateConfig
-    )
-    config = settings_of(line.parse_args(arguments), EvaluateConfig)
-    from vae_torch.checkpoint import CheckpointError
-    from vae_torch.data import DataError
-
+    about = "The evaluation card of a run, as evaluation.json too."
+    config = asked("evaluate", about, EvaluateConfig, arguments)
     threading.excepthook = leave_disk_errors_to_main
-    try:
+    with told(f"run={config.run}", "run it again once it can"):
         evaluate_run(config)
-    except (ConfigError, CheckpointError, DataError) as error:
-        refuse(str(error))
-    except OSError as error:
-        refuse(f"run={config.run}: cannot be written ({error.strerror}); run it again once it can")
 
 
 def evaluate_run(config: EvaluateConfig) -> None:
     """Load a run, evaluate it on its own test set, write the card."""
+    import numpy as np
     import torch
 
-    from vae_torch.checkpoint import (
-        CheckpointError,
-        load_checkpoint,
-        load_run,
-        refuse_other_data,
-    )
+    from vae_torch.checkpoint import CheckpointError, load_checkpoint, refuse_other_data
     from vae_torch.data import data_hash, image_dataset, loaders_of
     from vae_torch.evaluate import evaluate_images
     from vae_torch.evaluation.partial import Partial
     from vae_torch.figures import log_px_map
-    from vae_torch.files import write_atomically
-    from vae_torch.machine import resolve_device, set_products, tune_cpu
+    from vae_torch.files import replaced, write_atomically
     from vae_torch.runs.identity import versions
     from vae_torch.runs.records import add_evaluation
 
-    tune_cpu(None)
-    device = resolve_device(config.device)
-    set_products("fp32", device)
+    vae, run_config, device = open_run(config, config.eval.checkpoint)
+    run_dir = Path(config.run)
     # what stays in a core's cache, or what keeps a GPU busy
     chunk = config.eval.chunk or (65536 if device.type == "cuda" else 1024)
-    run_dir = Path(config.run)
-    vae, run_config = load_run(
-        run_dir, checkpoint=config.eval.checkpoint, device=device, plugins=config.plugins
-    )
     vae = vae.to(memory_format=torch.channels_last)  # convolutions decode a third faster
     if config.eval.exact and vae.latent_dim > 2:
         raise ConfigError(
@@ -124,14 +106,15 @@ def evaluate_run(config: EvaluateConfig) -> None:
     test_set = image_dataset(test_loader)
     written = run_dir / "evaluation.json"
     integrates = vae.latent_dim <= 2 and config.eval.exact is not False
-    replaced = refuse_smaller(config, len(test_set), integrates)
+    instead = refuse_smaller(config, len(test_set), integrates)
     few = min(max(8, chunk // config.eval.num_samples), 256)
-    tell_duration(vae, test_set.first(few)[0], len(test_set), config, chunk)
+    one_class = vae.given(0) if vae.classes else vae
+    tell_duration(one_class, test_set.first(few)[0], len(test_set), config, chunk)
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     samples = (config.eval.num_samples, config.eval.fit_samples, config.eval.seed)
     partial = Partial(run_dir / PARTIAL, repr((sha256, hashes, samples, versions())))
-    if partial.images():
-        print(f"resuming: {partial.images():,} images are known from an evaluation that stopped")
+    if partial.begun:
+        print("resuming an evaluation that was stopped")
     card, per_image = evaluate_images(
         vae,
         test_loader,
@@ -144,7 +127,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
         exact=config.eval.exact,
         seed=config.eval.seed,
         progress=True,
-        partial=partial,
+        store=partial,
     )
     card["data"] = {
         "name": run_config.data.name,
@@ -159,34 +142,23 @@ def evaluate_run(config: EvaluateConfig) -> None:
         "sha256": sha256,
     }
     print_card(card)
-    write_atomically(run_dir / PER_IMAGE, packed(per_image))
+    arrays: Any = {name: each.cpu().numpy() for name, each in per_image.items()}
+    with replaced(run_dir / PER_IMAGE) as part, part.open("wb") as file:
+        np.savez_compressed(file, **arrays)
     write_atomically(written, (json.dumps(card, indent=2) + "\n").encode())
     partial.remove()
     picture = None
     if vae.latent_dim == 2 and "log_px_exact" in per_image:
-        x, _ = test_set.first(2000)
-        picture = log_px_map(vae, x, per_image["log_px_exact"][: len(x)])
+        x, labels = test_set.first(2000)
+        picture = log_px_map(vae, x, per_image["log_px_exact"][: len(x)], labels)
     add_evaluation(run_dir, card, epoch, picture)
-    print(f"\nwritten to {shown(written.resolve())}{replaced}")
-
-
-def packed(per_image: dict[str, Any]) -> bytes:
-    """The values of each image as the bytes of an .npz: one array (N,) a figure."""
-    import numpy as np
-
-    file = io.BytesIO()
-    np.savez_compressed(file, **{name: each.cpu().numpy() for name, each in per_image.items()})
-    return file.getvalue()
+    print(f"\nwritten to {shown(written.resolve())}{instead}")
 
 
 def refuse_smaller(config: EvaluateConfig, images: int, integrates: bool) -> str:
-    """Keep a card of this checkpoint that knows more than the next one would.
+    """Keep a card of this checkpoint that has more images or samples, or an integral.
 
-    Returns:
-        What to say of the card that will be replaced; nothing where there is none.
-
-    Raises:
-        ConfigError: The card that is there has more images or samples, or an integral.
+    Returns what to say of a card that will be replaced.
     """
     asked, path = config.eval, Path(config.run) / "evaluation.json"
     try:
@@ -194,30 +166,30 @@ def refuse_smaller(config: EvaluateConfig, images: int, integrates: bool) -> str
         name, sha256 = (card["checkpoint"][key] for key in ("name", "sha256"))
         fitted = "log_px_encoder" in card  # cards of older versions have no other log_px
         encoder = card["log_px_encoder" if fitted else "log_px"]
-        had = {
-            "images": int(encoder["num_images"]),
-            "importance samples": int(encoder["num_samples"]),
-            "fitted images": int(card["approximation_gap"]["num_images"]),
-        }
-        asks = {
-            "images": images,
-            "importance samples": asked.num_samples,
-            "fitted images": min(asked.fit_images, images),
-        }
+        annealed = card.get("log_px_ais", {"num_images": 0})
+        known = [  # what it is, how many that card has of it, and how many the next one would
+            ("images", encoder["num_images"], images),
+            ("importance samples", encoder["num_samples"], asked.num_samples),
+            (
+                "fitted images",
+                card["approximation_gap"]["num_images"],
+                min(asked.fit_images, images),
+            ),
+            ("annealed images", annealed["num_images"], min(asked.ais or 0, images)),
+        ]
         if fitted:
-            had["samples from fitted proposals"] = int(card["log_px"]["num_samples"])
-            asks["samples from fitted proposals"] = asked.fit_samples
-        if "log_px_ais" in card:
-            had["annealed images"] = int(card["log_px_ais"]["num_images"])
-            asks["annealed images"] = min(asked.ais or 0, images)
+            samples = card["log_px"]["num_samples"]
+            known.append(("samples from fitted proposals", samples, asked.fit_samples))
+        known = [(what, int(had), asks) for what, had, asks in known if int(had)]
     except FileNotFoundError:
         return ""
     except (OSError, ValueError, KeyError, TypeError):
         return ", in place of a damaged one"
     checkpoint = path.parent / "checkpoints" / f"{name}.pt"
     have = hashlib.sha256(checkpoint.read_bytes()).hexdigest() if checkpoint.exists() else None
-    words = f"a card of checkpoint {name}: " + ", ".join(f"{n:,} {key}" for key, n in had.items())
-    fewer = [f"{asks[key]:,} {key}" for key, n in had.items() if asks[key] < n]
+    listed = ", ".join(f"{had:,} {what}" for what, had, _ in known)
+    words = f"a card of checkpoint {name}: {listed}"
+    fewer = [f"{asks:,} {what}" for what, had, asks in known if asks < had]
     if "log_px_exact" in card and not integrates:
         fewer.append("no log_px_exact")
     if have == sha256 and fewer and not asked.overwrite:
@@ -229,15 +201,7 @@ def refuse_smaller(config: EvaluateConfig, images: int, integrates: bool) -> str
 
 
 def tell_duration(vae: Any, x: Any, images: int, config: EvaluateConfig, chunk: int) -> None:
-    """Say how long the longest part will take, judged by a few images.
-
-    Args:
-        vae: The model.
-        x: The few.
-        images: How many there are in all.
-        config: The settings.
-        chunk: Decoder rows at once.
-    """
+    """Say how long the longest part will take for all images, judged by a few: x (B, *shape)."""
     from vae_torch.evaluate import importance_log_px
 
     samples = config.eval.num_samples
@@ -246,19 +210,10 @@ def tell_duration(vae: Any, x: Any, images: int, config: EvaluateConfig, chunk: 
         began = time.perf_counter()
         importance_log_px(vae, x, num_samples=samples, chunk=chunk).log_px.sum().item()
         took = time.perf_counter() - began
-    seconds = took * images / len(x)
-    words = (
-        "a few seconds"
-        if seconds < 10
-        else f"about {seconds:.0f} seconds"
-        if seconds < 100
-        else f"about {seconds / 60:.0f} minutes"
-        if seconds < 6000
-        else f"about {seconds / 3600:.1f} hours"
-    )
+    left = timedelta(seconds=round(took * images / len(x)))
     print(
-        f"log p(x) of {images:,} images, {samples:,} samples each: {words}, and about as long "
-        "again from fitted proposals",
+        f"log p(x) of {images:,} images, {samples:,} samples each: about {left} (h:mm:ss), and "
+        "about as long again from fitted proposals",
         flush=True,
     )
 

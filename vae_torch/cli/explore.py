@@ -8,9 +8,9 @@ import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
-from vae_torch.cli.messages import refuse, shown, tell_interrupts
-from vae_torch.cli.settings_line import parser, settings_of
-from vae_torch.config import ConfigError, ExploreConfig
+from vae_torch.cli.messages import refuse, shown, tell_interrupts, told
+from vae_torch.cli.settings_line import open_run, parser, settings_of
+from vae_torch.config import ExploreConfig, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -24,14 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     line.add_argument("--open", action="store_true", help="open the page in a browser")
     options = line.parse_args(arguments)
     config = settings_of(options, ExploreConfig)
-    from vae_torch.checkpoint import CheckpointError
     from vae_torch.explorer import ExplorerError
 
     try:
         path = explore_run(config)
     except ExplorerError as error:
         refuse(f"run={config.run}: {error}")
-    except (ConfigError, CheckpointError) as error:
+    except UserError as error:
         refuse(str(error))
     print(shown(path))
     if not options.open:
@@ -42,19 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def explore_run(config: ExploreConfig) -> Path:
     """Write the page of a run, without points where its images cannot be had."""
-    from vae_torch.checkpoint import load_run
     from vae_torch.data import DataError, image_dataset, loaders_of
     from vae_torch.explorer import explorer_page, run_facts, run_notes
     from vae_torch.files import write_atomically
-    from vae_torch.machine import resolve_device, set_products, tune_cpu
 
-    tune_cpu(None)
-    device = resolve_device(config.device)
-    set_products("fp32", device)
+    vae, run_config, device = open_run(config, config.checkpoint)
     run_dir = Path(config.run).resolve()
-    vae, run_config = load_run(
-        config.run, checkpoint=config.checkpoint, device=device, plugins=config.plugins
-    )
     notes, epochs = run_notes(run_dir, run_config)
     if config.data_root:
         run_config.data.root = config.data_root
@@ -83,8 +75,6 @@ def explore_run(config: ExploreConfig) -> Path:
         points=config.points,
     )
     path = run_dir / "explorer.html"
-    try:
+    with told(f"run={config.run}", "run it again once it can"):
         write_atomically(path, page.encode())
-    except OSError as error:
-        raise ConfigError(f"run={config.run}: cannot be written ({error.strerror})") from None
     return path

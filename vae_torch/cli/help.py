@@ -8,16 +8,30 @@ from pydantic.fields import FieldInfo
 
 from vae_torch.config import allowed, keys_of
 
+TRAIN = """Train a VAE. Every key below can be set: key=value, group=choice, -m for sweeps.
+
+  train.py                                       the default run
+  train.py model.latent_dim=10 train.epochs=20   other settings
+  train.py experiment=keras_notebook             a prepared experiment
+  train.py -m model.latent_dim=2,8,32 seed=0,1   a sweep
+  train.py where=cores seed=0,1                  on all cores of this machine
+
+Groups:
+
+{groups}
+
+Settings, with their defaults:
+
+{settings}
+  sweep.dir                         with -m: the sweep's folder; the same again resumes it
+  hydra.run.dir                     a single run's folder; outputs/<date>/<time> if left out
+"""
+
 _WIDTH = 34  # of a key and its default
 
 
 def lines(schema: type[Any], defaults: Mapping[str, Any]) -> str:
-    """A line for each key: its default, what it means, what it may be.
-
-    Args:
-        schema: The settings' dataclass.
-        defaults: Their values by dotted key.
-    """
+    """A line for each key: its default, what it means, what it may be."""
     listed = []
     for key, kind in keys_of(schema).items():
         value = defaults.get(key, "")

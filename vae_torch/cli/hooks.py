@@ -6,7 +6,7 @@ import re
 import signal
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from vae_torch.cli.compose import run_settings
+from vae_torch.cli.compose import PLUGINS, run_settings
 from vae_torch.cli.messages import make_folder, refuse, shown
 from vae_torch.cli.sweeps import jobs_of, report_sweep
 from vae_torch.config import (
@@ -23,6 +23,7 @@ from vae_torch.config import (
     STAGE_KEYS,
     Config,
     ConfigError,
+    UserError,
     config_from_dict,
     flatten,
 )
@@ -30,15 +31,6 @@ from vae_torch.config import (
 # The sweep under way: its folder and its jobs' names, or None where they are not known before. It
 # is reported by `on_multirun_end`, or when the command ends without having come there.
 UNREPORTED: list[tuple[Path, list[str] | None]] = []
-
-# How to write what was once chosen by a launcher's name.
-WHERE = {
-    "joblib": "cores",
-    "ray": "ray",
-    "submitit_slurm": "slurm",
-    "submitit_local": "slurm_local",
-}
-
 
 Hook = Callable[..., None]
 
@@ -63,51 +55,49 @@ class Hooks(Callback):
     @firm
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         """A single run: a new folder, or that of the run which is resumed."""
-        from vae_torch.checkpoint import CheckpointError
-        from vae_torch.runs.run import lock_run
-
         try:
-            settings = self._checked(config)
+            settings = _checked(config)
             if any(str(o).startswith("sweep.dir=") for o in config.hydra.overrides.task):
                 raise ConfigError(
                     f"sweep.dir={config.sweep.dir}: this is no sweep; add -m, or name the run's "
                     "folder with hydra.run.dir"
                 )
             resume = settings.train.resume
-            if resume == "auto" and not _names_run_dir(config):
-                self._point_at_interrupted(config, settings)
-            elif resume not in (None, "auto"):
-                assert resume is not None
-                self._take_up(config, Path(resume))
-            run_dir = self._usable_folder(config, resume)
+            names_run_dir = any(o.startswith("hydra.run.dir=") for o in _own(config))
+            if resume == "auto" and not names_run_dir:
+                point_at_interrupted(config, settings)
+            elif resume and resume != "auto":
+                take_up(config, Path(resume))
+            run_dir = usable_folder(config, resume)
             make_folder("hydra.run.dir", run_dir)
+            from vae_torch.runs.run import lock_run
+
             self._lock = lock_run(run_dir)  # before Hydra writes its notes over another process's
-        except (ConfigError, CheckpointError) as error:
+        except UserError as error:
             refuse(str(error))
 
     @firm
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """A sweep: the values that it does not vary; `one_run` checks each job's own."""
-        launcher = str(config.hydra.runtime.choices["hydra/launcher"])
-        if launcher in WHERE and config.hydra.runtime.choices.get("where", "here") == "here":
-            refuse(f"hydra/launcher={launcher}: type where={WHERE[launcher]} instead")
-        names = None
+        chosen = config.hydra.runtime.choices
+        launcher, names = str(chosen["hydra/launcher"]), None
+        if launcher in PLUGINS and chosen.get("where", "here") == "here":
+            refuse(f"hydra/launcher={launcher}: type {PLUGINS[launcher][0]} instead")
         try:
-            self._checked(config)
+            _checked(config)
             refuse_climbing(config)
-            if config.hydra.runtime.choices["hydra/sweeper"] == "basic":
+            if chosen["hydra/sweeper"] == "basic":
                 params = config.hydra.sweeper.params or {}  # what an experiment's file sweeps
                 more = [f"{key}={value}" for key, value in params.items()]
                 swept, names = jobs_of([*more, *config.hydra.overrides.task])
-                if not any(str(o).startswith("hydra.sweep.subdir=") for o in _own(config)):
-                    # said to each job, which is composed from these overrides and its own
+                if any(o.startswith("hydra.sweep.subdir=") for o in _own(config)):
+                    names = None
+                else:  # said to each job, which is composed from these overrides and its own
                     with read_write(config), open_dict(config):
                         config.hydra.overrides.hydra.append(
                             "hydra.sweep.subdir='${run_name:${hydra.overrides.task},"
                             f"[{','.join(swept)}]}}'"
                         )
-                else:
-                    names = None
         except ConfigError as error:
             refuse(str(error))
         folder = Path(config.hydra.sweep.dir)
@@ -122,60 +112,75 @@ class Hooks(Callback):
         if report_sweep(*UNREPORTED.pop()):
             raise SystemExit(1)
 
-    def _checked(self, config: DictConfig) -> Config:
-        from vae_torch.machine import check_compiler, resolve_device
 
+def _checked(config: DictConfig) -> Config:
+    """The settings of a run that this machine can make."""
+    settings = run_settings(config)
+    # torch, after what needs none
+    from vae_torch.machine import cpp_compiler, resolve_device
+    from vae_torch.training.step import check_can_compile
+
+    device = resolve_device(settings.device)
+    if settings.compile:
+        check_can_compile()
+        if device.type == "cpu":
+            cpp_compiler()
+    return settings
+
+
+def point_at_interrupted(config: DictConfig, settings: Config) -> None:
+    """`train.resume=auto`: the newest interrupted run of the same settings, if there is one."""
+    found, others = interrupted_runs(Path(config.hydra.run.dir).parent.parent, settings)
+    if found:
+        OmegaConf.update(config, "hydra.run.dir", str(found), force_add=True)
+        return
+    print("train.resume=auto: no interrupted run of these settings; starting a new one")
+    if others:
+        path, difference = others[0]
+        print(f"  {shown(path)} {difference}; train.resume={shown(path)} resumes it")
+
+
+def take_up(config: DictConfig, run_dir: Path) -> None:
+    """`train.resume=DIR`: the run's own settings, from its checkpoint; Hydra's notes stay."""
+    if not (run_dir / "checkpoints" / "last.pt").exists():
+        raise ConfigError(
+            f"train.resume={run_dir}: no such folder, or no checkpoints/last.pt in it; name "
+            "the folder of a run that was interrupted"
+        )
+    settings = resumed_settings(config, run_dir)
+    with read_write(config), open_dict(config):
+        for key, value in settings.to_dict().items():
+            config[key] = value
+        config.hydra.run.dir = str(run_dir)
+        if (run_dir / ".hydra").exists():
+            config.hydra.output_subdir = None
+
+
+def usable_folder(config: DictConfig, resume: str | None) -> Path:
+    """The run's folder: empty, or of a run that can be resumed with these settings."""
+    from vae_torch.runs.run import refuse_other_run
+    from vae_torch.runs.stages import goes_on
+
+    try:
+        run_dir = Path(config.hydra.run.dir)
+        if not resume and os.path.lexists(run_dir) and any(run_dir.iterdir()):
+            try:
+                refuse_other_run(run_dir)
+            except ConfigError as error:
+                refuse(f"hydra.run.dir={error}")
+            refuse(f"hydra.run.dir={run_dir}: is not empty; choose another folder")
         settings = run_settings(config)
-        device = resolve_device(settings.device)
-        if settings.compile:
-            check_compiler(device)
-        return settings
-
-    def _point_at_interrupted(self, config: DictConfig, settings: Config) -> None:
-        """`train.resume=auto`: the newest interrupted run of the same settings, if there is one."""
-        found, others = interrupted_runs(Path(config.hydra.run.dir).parent.parent, settings)
-        if found:
-            OmegaConf.update(config, "hydra.run.dir", str(found), force_add=True)
-            return
-        print("train.resume=auto: no interrupted run of these settings; starting a new one")
-        if others:
-            path, difference = others[0]
-            print(f"  {shown(path)} {difference}; train.resume={shown(path)} resumes it")
-
-    def _take_up(self, config: DictConfig, run_dir: Path) -> None:
-        """`train.resume=DIR`: the run's own settings, from its checkpoint; Hydra's notes stay."""
-        if not (run_dir / "checkpoints" / "last.pt").exists():
-            raise ConfigError(
-                f"train.resume={run_dir}: no such folder, or no checkpoints/last.pt in it; name "
-                "the folder of a run that was interrupted"
+        if (run_dir / "summary.json").exists() and not goes_on(run_dir, settings):
+            refuse(
+                f"train.resume={resume}: the run in {run_dir} is finished; "
+                "choose another hydra.run.dir for a new one, or continue it with more "
+                f"epochs: train.resume={shown(run_dir)} train.epochs=N"
             )
-        settings = resumed_settings(config, run_dir)
-        with read_write(config), open_dict(config):
-            for key, value in settings.to_dict().items():
-                config[key] = value
-            config.hydra.run.dir = str(run_dir)
-            if (run_dir / ".hydra").exists():
-                config.hydra.output_subdir = None
-
-    def _usable_folder(self, config: DictConfig, resume: str | None) -> Path:
-        from vae_torch.runs.stages import goes_on
-
-        try:
-            run_dir = Path(config.hydra.run.dir)
-            if not resume and os.path.lexists(run_dir) and any(run_dir.iterdir()):
-                refuse_occupied(run_dir)
-            settings = run_settings(config)
-            if (run_dir / "summary.json").exists() and not goes_on(run_dir, settings):
-                refuse(
-                    f"train.resume={resume}: the run in {run_dir} is finished; "
-                    "choose another hydra.run.dir for a new one, or continue it with more "
-                    f"epochs: train.resume={shown(run_dir)} train.epochs=N"
-                )
-            if resume:  # before Hydra writes other settings over those of the run
-                refuse_unfit_checkpoint(run_dir, settings)
-        except (OSError, OmegaConfBaseException) as error:
-            refuse(f"hydra.run.dir: cannot be used ({str(error)[:300]}); choose another folder")
-        return run_dir
+        if resume:  # before Hydra writes other settings over those of the run
+            refuse_unfit_checkpoint(run_dir, settings)
+    except (OSError, OmegaConfBaseException) as error:
+        refuse(f"hydra.run.dir: cannot be used ({str(error)[:300]}); choose another folder")
+    return run_dir
 
 
 def _let_runs_end(folder: Path, *_: object) -> None:
@@ -193,12 +198,7 @@ def _let_runs_end(folder: Path, *_: object) -> None:
 
 
 def resumed_settings(config: DictConfig, run_dir: Path) -> Config:
-    """What a run was started with, and from the command line only what may change.
-
-    Raises:
-        ConfigError: The command line asks for another run than lies there.
-        CheckpointError: The checkpoint is damaged.
-    """
+    """What a run was started with, and from the command line only what may change."""
     from vae_torch.checkpoint import load_checkpoint
 
     path = run_dir / "checkpoints" / "last.pt"
@@ -206,31 +206,20 @@ def resumed_settings(config: DictConfig, run_dir: Path) -> Config:
     stored = config_from_dict(state["config"])
     was = flatten(stored.to_dict())
     given = flatten(run_settings(config).to_dict())
-    for key in typed_keys(config, given):
+    typed = {str(o).lstrip("+").partition("=")[0] for o in config.hydra.overrides.task}
+    default = flatten(run_settings(hydra.compose(config.hydra.job.config_name, [])).to_dict())
+    for key in given:  # set by name, or through a group's file
+        if key not in typed and given[key] == default[key]:
+            continue
         if key in INCIDENTAL or key in STAGE_KEYS:
-            _set(stored, key, given[key])
+            *groups, name = key.split(".")
+            setattr(functools.reduce(getattr, groups, stored), name, given[key])
         elif was[key] != given[key]:
             raise ConfigError(
                 f"{path}: its run had {key}={was[key]}, this one has {given[key]}; "
                 "resume with the settings that it was started with"
             )
     return stored
-
-
-def typed_keys(config: DictConfig, given: Mapping[str, Any]) -> list[str]:
-    """The keys that the command line set, by name or through a group's file."""
-    overrides = [str(override) for override in config.hydra.overrides.task]
-    named = {override.lstrip("+").partition("=")[0] for override in overrides}
-    default = flatten(run_settings(hydra.compose(config.hydra.job.config_name, [])).to_dict())
-    return [key for key, value in given.items() if key in named or value != default[key]]
-
-
-def _set(config: Config, key: str, value: Any) -> None:
-    *parents, name = key.split(".")
-    part: Any = config
-    for parent in parents:
-        part = getattr(part, parent)
-    setattr(part, name, value)
 
 
 def interrupted_runs(outputs: Path, settings: Config) -> tuple[Path | None, list[tuple[Path, str]]]:
@@ -270,15 +259,6 @@ def refuse_unfit_checkpoint(run_dir: Path, settings: Config) -> None:
         refuse_other_code(state.get("versions"), path=path, allowed=allowed)
 
 
-def refuse_occupied(run_dir: Path) -> None:
-    """A new run starts in a folder of its own."""
-    if (run_dir / "summary.json").exists():
-        refuse(f"hydra.run.dir={run_dir}: holds a finished run; choose another folder")
-    if (run_dir / "metrics.jsonl").exists():
-        refuse(f"hydra.run.dir={run_dir}: holds an unfinished run; add train.resume=auto")
-    refuse(f"hydra.run.dir={run_dir}: is not empty; choose another folder")
-
-
 def refuse_climbing(config: DictConfig) -> None:
     """A sweep's folders lie inside the sweep's."""
     for override in _own(config):
@@ -293,7 +273,3 @@ def _own(config: DictConfig) -> list[str]:
     stored = OmegaConf.to_container(config.hydra.overrides.hydra, resolve=False)
     assert isinstance(stored, list)
     return [str(override) for override in stored]
-
-
-def _names_run_dir(config: DictConfig) -> bool:
-    return any(override.startswith("hydra.run.dir=") for override in _own(config))

@@ -5,12 +5,16 @@ import io
 import os
 import shlex
 import signal
+import socket
 import sys
 import tempfile
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
+
+from vae_torch.config import UserError
 
 
 class EndedError(SystemExit):
@@ -36,9 +40,24 @@ def command(name: str) -> str:
 
 
 def tensorboard(folder: Path) -> str:
-    """How to look at the curves of a folder of runs."""
+    """How to look at the curves of a folder of runs, and where they are then."""
     here = Path(sys.executable).parent / "tensorboard"
-    return f"{shown(here)} --logdir {shlex.quote(str(shown(folder)))}"
+    port = _free_port()
+    ask = "" if port == _PORT else f" --port {port}"
+    logs = shlex.quote(str(shown(folder)))
+    return f"{shown(here)} --logdir {logs}{ask}   then open http://localhost:{port}"
+
+
+_PORT = 6006  # TensorBoard's own
+
+
+def _free_port() -> int:
+    """TensorBoard's port, or the next one that nobody listens at."""
+    for port in range(_PORT, _PORT + 20):
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("localhost", port))
+            return port
+    return _PORT
 
 
 def refuse(message: str) -> NoReturn:
@@ -46,6 +65,20 @@ def refuse(message: str) -> NoReturn:
     reason = " ".join(message.split())
     print(f"{program()}: {reason}", file=sys.stderr)
     raise EndedError(2, reason)
+
+
+@contextmanager
+def told(place: str, remedy: str = "choose another file") -> Iterator[None]:
+    """Within, a user's mistake ends the command with one line, and so does a failed write.
+
+    `place` is the setting that says where the command writes: `out=x.npz`.
+    """
+    try:
+        yield
+    except UserError as error:
+        refuse(str(error))
+    except OSError as error:
+        refuse(f"{place}: cannot be written ({error.strerror}); {remedy}")
 
 
 class Parser(argparse.ArgumentParser):

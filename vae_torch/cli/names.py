@@ -12,15 +12,11 @@ _LEFT_OUT = (*INCIDENTAL, "where", "sweep.dir")
 
 
 def run_name(overrides: Sequence[str], first: Sequence[str] = ()) -> str:
-    """`model.latent_dim-2_seed-0` of these overrides: what is swept first, each part by alphabet.
+    """`model.latent_dim-2_seed-0` of these overrides: keys in `first` first, each part by alphabet.
 
     A name that had to be cut, or in which a character was replaced, ends in a hash of the whole, so
     that no two runs share a folder. `experiment=strong` stands as `strong`. The default run has
     an empty name.
-
-    Args:
-        overrides: `key=value`, as Hydra lists a job's own.
-        first: Keys that the sweep varies.
     """
     parts = [str(override).lstrip("+").partition("=")[::2] for override in overrides]
     parts = [(key, value) for key, value in parts if key not in _LEFT_OUT]

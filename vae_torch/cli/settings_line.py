@@ -1,9 +1,9 @@
-"""The command lines of `evaluate`, `explore`, `encode`, `reproduce`; `train` has Hydra's own."""
+"""The command lines of all but `train`, which has Hydra's own; and the run that they name."""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
@@ -17,11 +17,16 @@ from vae_torch.cli.compose import (
 )
 from vae_torch.cli.help import lines
 from vae_torch.cli.messages import Parser, refuse
-from vae_torch.config import ConfigError, flatten, keys_of
+from vae_torch.config import Config, ConfigError, flatten, keys_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from vae_torch.vae import VAE
 
 Settings = TypeVar("Settings")
 
-_FOLDERS = ("run", "data_root", "images", "out", "readme")  # taken as they are typed
+_FOLDERS = ("run", "data_root", "images", "out", "readme", "pretrained")  # taken as they are typed
 
 
 def parser(name: str, description: str, schema: type[Any]) -> Parser:
@@ -75,6 +80,27 @@ def settings_of(options: argparse.Namespace, schema: type[Settings]) -> Settings
         refuse(in_our_words(error, overrides, schema))
     except ConfigError as error:
         refuse(str(error))
+
+
+def asked(
+    name: str, description: str, schema: type[Settings], arguments: Sequence[str] | None
+) -> Settings:
+    """The settings of a command that takes nothing else."""
+    return settings_of(parser(name, description, schema).parse_args(arguments), schema)
+
+
+def open_run(config: Any, checkpoint: str) -> "tuple[VAE, Config, torch.device]":
+    """The model of a command's `run` on its `device`, that run's settings, and the device."""
+    from vae_torch.checkpoint import load_run
+    from vae_torch.machine import resolve_device, set_products, tune_cpu
+
+    tune_cpu(None)
+    device = resolve_device(config.device)
+    set_products("fp32", device)
+    vae, run_config = load_run(
+        config.run, checkpoint=checkpoint, device=device, plugins=config.plugins
+    )
+    return vae, run_config, device
 
 
 def _composed(name: str, overrides: Sequence[str], config_dir: str | None = None) -> DictConfig:

@@ -12,7 +12,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vae_torch.cli.messages import Parser, make_folder, program, refuse, shown, tell_interrupts
+from vae_torch.cli.messages import (
+    Parser,
+    make_folder,
+    program,
+    refuse,
+    shown,
+    tell_interrupts,
+    told,
+)
 from vae_torch.figures import save_png
 from vae_torch.files import write_atomically
 from vae_torch.runs.folders import SweepError, read_runs
@@ -29,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tell_interrupts()
     options = parse(arguments)
     folder = Path(options.folder)
+    out = Path(options.out or folder)
     try:
         summaries = summarize_each(
             read_runs(folder),
@@ -39,7 +48,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     except SweepError as error:
         refuse(str(error))
-    out = Path(options.out or folder)
     make_folder("--out", out)
     several = len(summaries) > 1
     note = f"{why_apart(summaries)}\n\n" if several else ""
@@ -52,12 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not several or len(summary.rows) > 1
         for name, figure in plots(summary).items()
     }
-    try:
+    with told(f"--out={out}", "choose another folder"):
         write_atomically(out / "summary.md", (question + text).encode())
         write_atomically(out / "summary.csv", to_csv(*summaries).encode())
         write_pictures(out / "summary", pictures)
-    except OSError as error:
-        refuse(f"--out={out}: cannot be written ({error.strerror}); choose another folder")
     written = ["summary.md", "summary.csv"]
     if pictures:
         written.append(f"summary/ ({len(pictures)} pictures)")
@@ -96,13 +102,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", metavar="DIR", help="where the files go; DIR itself if left out")
     direction = parser.add_mutually_exclusive_group()
+    words = "rank by a metric whose direction is not known"
+    direction.add_argument("--higher-is-better", action="store_true", default=None, help=words)
     direction.add_argument(
-        "--higher-is-better",
-        action="store_const",
-        const=True,
-        help="rank by a metric whose direction is not known",
-    )
-    direction.add_argument(
-        "--lower-is-better", action="store_const", const=False, dest="higher_is_better"
+        "--lower-is-better", action="store_false", default=None, dest="higher_is_better"
     )
     return parser.parse_args(arguments)

@@ -22,14 +22,7 @@ log = logging.getLogger("vae_torch")
 
 
 def jobs_of(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The keys that a grid varies, and the name of each of its jobs.
-
-    Args:
-        overrides: Of the sweep: `model.latent_dim=2,8`, ...
-
-    Raises:
-        ConfigError: Two jobs would have one folder.
-    """
+    """The keys that a grid's overrides vary, and the name of each of its jobs, all different."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     last = {o.get_key_element(): o for o in parsed}  # of a key that is given twice, as Hydra does
     swept = [key for key, o in last.items() if o.is_sweep_override()]
@@ -65,9 +58,7 @@ def note_failure(run_dir: Path, reason: str, overrides: Sequence[str]) -> float:
 def report_sweep(folder: Path, asked: Sequence[str] | None) -> bool:
     """The last lines of a sweep: what became of its jobs. Whether one of them is not done.
 
-    Args:
-        folder: The sweep's.
-        asked: The names of the jobs, where they are known before they run.
+    `asked` are the names of the jobs, where they are known before they run.
     """
     if asked is None:
         try:

@@ -31,6 +31,7 @@ from vae_torch.cli.compose import (
     refuse_malformed,
     register,
     run_settings,
+    train_help,
 )
 from vae_torch.cli.hooks import UNREPORTED
 from vae_torch.cli.messages import (
@@ -45,7 +46,7 @@ from vae_torch.cli.messages import (
     typed_as,
 )
 from vae_torch.cli.sweeps import note_failure, report_sweep
-from vae_torch.config import ConfigError
+from vae_torch.config import ConfigError, UserError
 from vae_torch.runs.folders import FAILED
 
 log = logging.getLogger("vae_torch")
@@ -60,6 +61,9 @@ def main() -> None:
     try:
         refuse_malformed(typed)
         load_named_plugins(typed)
+        if {"-h", "--help"} & set(typed):
+            print(train_help(), end="")
+            return
         sys.argv[1:] = map(as_hydra_takes_it, typed)
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(task)()
     except COMPOSITION_ERRORS as error:
@@ -125,8 +129,6 @@ def sweep_job(cfg: DictConfig, run_dir: Path, overrides: Sequence[str]) -> float
 
 def one_run(cfg: DictConfig, run_dir: Path, *, in_sweep: bool) -> float:
     """From composed settings to a finished folder; what goes wrong is one line and a status."""
-    from vae_torch.checkpoint import CheckpointError
-    from vae_torch.data import DataError
     from vae_torch.parts.metrics import score
     from vae_torch.runs.prune import PrunedError, pruned_elbo, pruning
     from vae_torch.runs.run import run
@@ -163,7 +165,7 @@ def one_run(cfg: DictConfig, run_dir: Path, *, in_sweep: bool) -> float:
         else:
             log.info("stopped: %s; nothing is lost, start it again", stopped)
         sys.exit(128 + signals.number)
-    except (ConfigError, DataError, CheckpointError) as error:
+    except UserError as error:
         refuse(str(error))
     except RuntimeError as error:
         if "allocate memory" not in str(error) and "out of memory" not in str(error):
@@ -196,12 +198,11 @@ def remove_if_unused(run_dir: Path) -> None:
 
     if not run_dir.is_dir():
         return
-    logs = list(run_dir.glob("*.log"))
-    notes = {run_dir / ".hydra", run_dir / LOCK, run_dir / "config.yaml", *logs}
-    if set(run_dir.iterdir()) <= notes:
+    notes = {run_dir / LOCK, run_dir / "config.yaml", *run_dir.glob("*.log")}
+    if set(run_dir.iterdir()) <= {*notes, run_dir / ".hydra"}:
         logging.shutdown()
         shutil.rmtree(run_dir / ".hydra", ignore_errors=True)
-        for path in notes - {run_dir / ".hydra"}:
+        for path in notes:
             with suppress(OSError):  # Windows keeps a file that is open, as the lock is
                 path.unlink(missing_ok=True)
         with suppress(OSError):  # a link to a folder stays
@@ -209,21 +210,15 @@ def remove_if_unused(run_dir: Path) -> None:
             run_dir.parent.rmdir()
 
 
-def judged(cfg: DictConfig) -> str:
-    """What the images are called that a run's `test/...` metrics are of."""
-    from vae_torch.runs.run import judged_on
-
-    return judged_on(run_settings(cfg))
-
-
 def result_of(cfg: DictConfig, value: float) -> str:
     """What a run has reached, in words; `value` is what it returns."""
     from vae_torch.parts.metrics import metric_of, score
+    from vae_torch.runs.run import judged_on
 
     monitor = cfg.train.monitor
     name, metric = monitor.removeprefix("test/"), metric_of(monitor)
     unit = f" {metric.unit}" if metric.unit else ""
-    return f"{judged(cfg)} {name} {score(monitor, value):.{metric.digits}f}{unit}"
+    return f"{judged_on(run_settings(cfg))} {name} {score(monitor, value):.{metric.digits}f}{unit}"
 
 
 def tell_what_next(run_dir: Path, result: str, plugins: Sequence[str]) -> None:
@@ -239,7 +234,7 @@ def tell_what_next(run_dir: Path, result: str, plugins: Sequence[str]) -> None:
         "  pictures      %s\n"
         "  evaluate      %s %s\n"
         "  explore       %s %s --open\n"
-        "  curves        %s   then open http://localhost:6006",
+        "  curves        %s",
         result,
         shown(run_dir),
         shown(run_dir / "figures"),

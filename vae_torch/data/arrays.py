@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from vae_torch.config import ConfigError
+from vae_torch.config import ConfigError, in_short
 from vae_torch.data.idx import DataError
 from vae_torch.data.table import Images, Splits, data_sources
 
@@ -53,25 +53,19 @@ def array(root: Path, *, layout: Layout = "auto") -> Splits:
 
 
 def in_memory(x_train: Any, x_test: Any, y_train: Any, y_test: Any, layout: str) -> Splits:
-    """Arrays or tensors as a source's images; labels may be words.
-
-    Raises:
-        ConfigError: A shape may be read in two ways.
-        DataError: It cannot be read in any, or labels are of no use.
-    """
+    """Arrays or tensors as a source's images; labels may be words."""
     if x_test is None and y_test is not None:
         raise DataError("y_test without x_test: labels need images; give both or neither")
     classes = None
-    labels = [y if y is None else np.asarray(y) for y in (y_train, y_test)]
-    words = [y for y in labels if y is not None and y.dtype.kind in "US"]
+    labels = [None if y is None else np.asarray(y) for y in (y_train, y_test)]
+    given = [y for y in labels if y is not None]
+    words = [y.astype(str).ravel() for y in given if y.dtype.kind in "US"]
+    if words and len(words) < len(given):
+        raise DataError("labels are words in one part and numbers in the other; use one kind")
     if words:
-        classes = sorted({str(word) for y in words for word in y.ravel()})
-        number = {word: i for i, word in enumerate(classes)}
-        if any(y is not None and y.dtype.kind not in "US" for y in labels):
-            raise DataError("labels are words in one part and numbers in the other; use one kind")
-        labels = [
-            y if y is None else np.array([number[str(word)] for word in y.ravel()]) for y in labels
-        ]
+        names = np.unique(np.concatenate(words))
+        classes = names.tolist()
+        labels = [y if y is None else np.searchsorted(names, y.astype(str).ravel()) for y in labels]
     train = Images(_channels_first(x_train, layout), labels[0])
     test = None if x_test is None else Images(_channels_first(x_test, layout), labels[1])
     return Splits(train, test, classes)
@@ -90,7 +84,7 @@ def _opened(path: Path) -> Mapping[str, Any]:
             with np.load(file, allow_pickle=False) as held:
                 return {name: held[name] if name in _NAMES else None for name in held.files}
     except Exception as error:  # bytes that somebody made can raise anything
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        reason = in_short(error)
         if "pickle" in reason or "bject" in reason:
             reason = "it holds Python objects, which may run code"
         raise DataError(
@@ -99,11 +93,7 @@ def _opened(path: Path) -> Mapping[str, Any]:
 
 
 def _channels_first(x: Any, layout: str) -> Any:
-    """(N, H, W, C) as (N, C, H, W); other shapes as they are. No copy.
-
-    Raises:
-        ConfigError: Both readings are possible, or neither is.
-    """
+    """(N, H, W, C) as (N, C, H, W), where that can be told; other shapes as they are. No copy."""
     if not isinstance(x, np.ndarray | torch.Tensor) or x.ndim != 4:
         if isinstance(x, np.ndarray | torch.Tensor) and x.ndim not in (2, 3):
             raise DataError(

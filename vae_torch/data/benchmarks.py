@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from vae_torch.config import in_short
 from vae_torch.data.idx import DataError
 from vae_torch.data.table import Images, Splits, data_sources
 
@@ -91,11 +92,7 @@ def caltech101_silhouettes(root: Path) -> Splits:
 
 
 def _found(root: Path, name: str, where: str) -> Path:
-    """A file under the data folder.
-
-    Raises:
-        DataError: Says where to get it.
-    """
+    """A file under the data folder; a refusal says `where` to get it."""
     if not (root / name).is_file():
         raise DataError(f"{root / name}: is not there; get it from {where}")
     return root / name
@@ -125,8 +122,7 @@ def _mat(path: Path) -> dict[str, Any]:
     try:
         held: dict[str, Any] = loadmat(path)
     except Exception as error:  # bytes that somebody made can raise anything
-        reason = " ".join(str(error).split())[:80]
-        raise DataError(f"{path}: no MATLAB file ({reason}); get it anew") from None
+        raise DataError(f"{path}: no MATLAB file ({in_short(error, 80)}); get it anew") from None
     return held
 
 

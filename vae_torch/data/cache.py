@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import secrets
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 from filelock import FileLock
 
 from vae_torch.data.idx import DataError
+from vae_torch.files import replaced
 
 FOLDER = ".vae_torch"
 
@@ -36,9 +36,6 @@ def cached(
         shape: Of the whole array.
         made: Its parts, in order, along the first axis.
         dtype: Of the array, as NumPy writes it.
-
-    Raises:
-        DataError: It cannot be written anywhere.
     """
     group = _digest((str(root.resolve()), settings))
     name = f"{group}-{_digest((content, shape, dtype))}.npy"
@@ -58,19 +55,18 @@ def cached(
             continue
         with lock:
             try:
-                if (array := _mapped(place / name, shape, dtype)) is None:
+                if _mapped(place / name, shape, dtype) is None:
                     _write(place / name, shape, dtype, made())
-                    for old in place.glob(f"{group}-*.npy"):
-                        if old.name != name:
-                            with suppress(OSError):  # another system holds what is mapped
-                                old.unlink()
-                    array = _mapped(place / name, shape, dtype)
+                    for old in set(place.glob(f"{group}-*.npy")) - {place / name}:
+                        with suppress(OSError):  # another system holds what is mapped
+                            old.unlink()
             except BaseException:
                 if held:
                     (place / "lock").unlink(missing_ok=True)
                     with suppress(OSError):
                         place.rmdir()
                 raise
+            array = _mapped(place / name, shape, dtype)
         assert array is not None
         return array
     raise DataError(
@@ -89,26 +85,17 @@ def _mapped(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray | None
 
 
 def _write(path: Path, shape: tuple[int, ...], dtype: str, parts: Iterable[np.ndarray]) -> None:
-    """Write beside and rename: the file is there whole, or not at all."""
-    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        with scratch.open("xb") as file:
+        with replaced(path) as scratch, scratch.open("wb") as file:
             header = {"descr": dtype, "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
             for part in parts:
                 file.write(np.ascontiguousarray(part).data)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
     except OSError as error:
-        scratch.unlink(missing_ok=True)
         raise DataError(
             f"{path.parent}: cannot be written ({error.strerror}); the decoded images need "
             f"{int(np.prod(shape)) * np.dtype(dtype).itemsize:,} bytes there"
         ) from None
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
 
 
 def _digest(value: object) -> str:

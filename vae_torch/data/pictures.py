@@ -1,17 +1,26 @@
-"""One image file as pixels: any mode, size and orientation that Pillow reads."""
+"""Image files as pixels, in parallel: any mode, size and orientation that Pillow reads."""
 
+import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
-from vae_torch.config import ConfigError
+from vae_torch.bars import bar
+from vae_torch.config import ConfigError, in_short
+from vae_torch.data.idx import DataError
 
+_AT_ONCE = 256  # files whose pixels are in memory together
+_TOLD = 3  # damaged files that a refusal names
 _ORIENTATION = 0x0112  # of EXIF
 _GREY = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+
+Result = TypeVar("Result")
 
 
 class Form(NamedTuple):
@@ -23,12 +32,14 @@ class Form(NamedTuple):
     background: str  # behind transparent pixels
 
 
-def colour(name: str) -> tuple[int, int, int]:
-    """A colour's name, `white` or `#ffffff`, as red, green and blue.
+def sides(size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width, from N or [height, width]."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
 
-    Raises:
-        ConfigError: There is no such colour.
-    """
+
+def colour(name: str) -> tuple[int, int, int]:
+    """A colour's name, `white` or `#ffffff`, as red, green and blue."""
     try:
         return ImageColor.getrgb(name)[:3]
     except ValueError:
@@ -46,12 +57,7 @@ def looks(image: Image.Image) -> tuple[int, int, int]:
 
 
 def pixels(image: Image.Image, form: Form) -> np.ndarray:
-    """An opened file's pixels, (C, H, W) uint8: its first frame, upright, cut to the middle.
-
-    Raises:
-        OSError: It is damaged.
-        ValueError: Its pixels have no range that is known.
-    """
+    """An opened file's pixels, (C, H, W) uint8: its first frame, upright, cut to the middle."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = _eight_bits(image)
@@ -83,3 +89,71 @@ def no_bombs() -> Iterator[None]:
         warnings.simplefilter("ignore", UserWarning)  # of odd metadata
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         yield
+
+
+def form_of(
+    root: Path, names: Sequence[str], size: int | Sequence[int] | None, channels: int | None
+) -> tuple[int, int, int]:
+    """Height, width and channels of all files; what is not given is looked up in them."""
+    seen = list(_in_parallel(root, names, looks, "looking at images"))
+    channels = channels or max(look[2] for look in seen)
+    if size is not None:
+        return *sides(size), channels
+    sizes = {(look[0], look[1]): name for look, name in zip(seen, names, strict=True)}
+    if len(sizes) > 1:
+        (low, first), (high, last) = min(sizes.items()), max(sizes.items())
+        raise DataError(
+            f"{root}: images have {len(sizes)} sizes, {low[0]}x{low[1]} ({first}) to "
+            f"{high[0]}x{high[1]} ({last}); set data.size=N or [HEIGHT,WIDTH]"
+        )
+    return *next(iter(sizes)), channels
+
+
+def decoded(root: Path, names: Sequence[str], form: Form) -> Iterator[np.ndarray]:
+    """The pixels of every file, (C, H, W) uint8, in order; damaged ones are refused at the end."""
+    return _in_parallel(root, names, lambda image: pixels(image, form), "decoding images")
+
+
+def _in_parallel(
+    root: Path, names: Sequence[str], read: Callable[[Image.Image], Result], words: str
+) -> Iterator[Result]:
+    def results(pool: ThreadPoolExecutor) -> Iterator[Result | Exception]:
+        for start in range(0, len(names), _AT_ONCE):  # not all, so that memory is flat
+            paths = (root / name for name in names[start : start + _AT_ONCE])
+            yield from pool.map(lambda path: _tried(path, read), paths)
+
+    broken: list[str] = []
+    # of small files, more threads than 16 wait for each other
+    with no_bombs(), ThreadPoolExecutor(min(16, _cores())) as pool:
+        for name, result in zip(bar(names, words, show=True), results(pool), strict=True):
+            if isinstance(result, Exception):
+                broken.append(f"{name} ({_reason(result)})")
+            elif not broken:
+                yield result
+    if broken:
+        more = f" and {len(broken) - _TOLD} more" if len(broken) > _TOLD else ""
+        raise DataError(
+            f"{root}: {len(broken)} of {len(names)} images cannot be read: "
+            f"{', '.join(broken[:_TOLD])}{more}; remove or replace them"
+        )
+
+
+def _tried(path: Path, read: Callable[[Image.Image], Result]) -> Result | Exception:
+    try:
+        with Image.open(path) as image:
+            return read(image)
+    except Exception as error:  # a damaged file makes Pillow raise almost anything
+        return error
+
+
+def _reason(error: Any) -> str:
+    if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
+        return f"more than {Image.MAX_IMAGE_PIXELS:,} pixels"
+    if isinstance(error, UnidentifiedImageError):
+        return "no image"
+    return in_short(error, 80)
+
+
+def _cores() -> int:
+    here = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if here else os.cpu_count() or 1

@@ -16,44 +16,33 @@ _CHUNK = 2**24  # pixels that are looked at together: what is mapped never is in
 def as_pixels(images: Any, where: str) -> Tensor:
     """Images as a tensor (N, *shape), bytes or floats in [0, 1]; mapped files stay mapped.
 
-    Args:
-        images: A tensor or an array; booleans become the bytes 0 and 255.
-        where: What a refusal begins with.
-
-    Raises:
-        DataError: Another type, no image, or values that are NaN or out of range.
+    Booleans become the bytes 0 and 255. A DataError begins with `where`.
     """
-    x = tensor_of(images, where) if isinstance(images, np.ndarray) else images
-    if not isinstance(x, Tensor):
-        raise DataError(f"{where} are a {type(x).__name__}; must be an array or a tensor")
-    return _checked(x, where)
-
-
-def _checked(images: Tensor, where: str) -> Tensor:
-    if images.ndim < 2 or images.numel() == 0:
-        raise DataError(f"{where} have shape {tuple(images.shape)}; must be (N, *shape), N >= 1")
-    if images.dtype == torch.bool:
-        images = images.to(torch.uint8) * 255
-    if images.dtype == torch.uint8:
-        return images
-    if not images.is_floating_point():
-        raise DataError(f"{where} are {images.dtype}; must be bytes (uint8), or floats in [0, 1]")
-    extremes = torch.stack([torch.stack(part.aminmax()) for part in in_parts(images)]).double()
+    if isinstance(images, np.ndarray):
+        images = tensor_of(images, where)
+    if not isinstance(images, Tensor):
+        raise DataError(f"{where} are a {type(images).__name__}; must be an array or a tensor")
+    x: Tensor = images
+    if x.ndim < 2 or x.numel() == 0:
+        raise DataError(f"{where} have shape {tuple(x.shape)}; must be (N, *shape), N >= 1")
+    if x.dtype == torch.bool:
+        x = x.to(torch.uint8) * 255
+    if x.dtype == torch.uint8:
+        return x
+    if not x.is_floating_point():
+        raise DataError(f"{where} are {x.dtype}; must be bytes (uint8), or floats in [0, 1]")
+    extremes = torch.stack([torch.stack(part.aminmax()) for part in in_parts(x)]).double()
     low, high = extremes[:, 0].min().item(), extremes[:, 1].max().item()  # of a NaN: NaN
     if not 0 <= low <= high <= 1:
         raise DataError(
             f"{where} have values from {low:g} to {high:g}; floats must lie in [0, 1]: divide them "
             "by the highest value that a pixel can have (255 of bytes)"
         )
-    return images
+    return x
 
 
 def tensor_of(array: np.ndarray, where: str = "images") -> Tensor:
-    """An array as a tensor that shares its memory where it can.
-
-    Raises:
-        DataError: Its elements are no numbers.
-    """
+    """An array as a tensor that shares its memory where it can."""
     if array.dtype.kind not in "buif":
         raise DataError(f"{where} are {array.dtype}; must be bytes (uint8), or floats in [0, 1]")
     if not array.dtype.isnative:
@@ -76,11 +65,7 @@ def in_parts(images: Tensor, rows: Tensor | None = None) -> Iterator[Tensor]:
 
 
 def as_labels(labels: Any, count: int, where: str) -> Tensor:
-    """Labels as (N,) int64.
-
-    Raises:
-        DataError: Another number than images, or no whole numbers.
-    """
+    """Labels as (N,) int64."""
     y = tensor_of(labels, where) if isinstance(labels, np.ndarray) else torch.as_tensor(labels)
     if y.ndim == 2 and y.shape[1] == 1:  # as Keras has CIFAR-10's
         y = y[:, 0]

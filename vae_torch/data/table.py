@@ -53,12 +53,7 @@ data_sources: Table[Callable[..., Splits]] = Table("data.name", "data.options")
 
 
 def load_source(config: DataConfig) -> Splits:
-    """What the source of these settings returns, checked, as tensors.
-
-    Raises:
-        ConfigError: There is no such source, or it has no such option.
-        DataError: The images cannot be had, or are not what a source may return.
-    """
+    """What the source of these settings returns, checked, as tensors."""
     accepted = data_sources.accepts(config.name)
     given = {key: value for key in SHARED if (value := getattr(config, key)) is not None}
     for key, value in given.items():
@@ -73,11 +68,7 @@ def load_source(config: DataConfig) -> Splits:
 
 
 def as_tensors(found: Splits, where: str) -> Splits:
-    """Splits whose images and labels are tensors of equal length; labels are int64.
-
-    Raises:
-        DataError: Begins with `where`; says what is wrong.
-    """
+    """Splits whose images and labels are tensors of equal length; labels are int64."""
     train = _pair(found.train, f"{where}: training images")
     test = found.test and _pair(found.test, f"{where}: test images")
     if test and test.images.shape[1:] != train.images.shape[1:]:

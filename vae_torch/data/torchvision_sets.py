@@ -2,7 +2,6 @@
 
 import inspect
 import io
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,11 +13,11 @@ import numpy as np
 from PIL import Image
 
 from vae_torch.bars import bar
-from vae_torch.config import ConfigError
+from vae_torch.config import ConfigError, in_short
 from vae_torch.data.cache import cached
 from vae_torch.data.fetch import socket_timeout
 from vae_torch.data.idx import DataError
-from vae_torch.data.pictures import Form, colour, looks, pixels
+from vae_torch.data.pictures import Form, colour, looks, pixels, sides
 from vae_torch.data.table import Images, Splits, data_sources
 
 
@@ -82,12 +81,7 @@ def _class(name: str | None) -> Any:
 
 
 def _opened(kind: Any, root: Path, options: dict[str, Any]) -> Any:
-    """The data set from disk; else fetched, beside what is there, and moved in place when whole.
-
-    Raises:
-        ConfigError: The class needs more than these options.
-        DataError: It can neither be found nor fetched.
-    """
+    """The data set from disk; else fetched, beside what is there, and moved in place when whole."""
     name = kind.__name__
     downloads = "download" in inspect.signature(kind).parameters
     off = {"download": False} if downloads else {}
@@ -97,7 +91,7 @@ def _opened(kind: Any, root: Path, options: dict[str, Any]) -> Any:
         raise ConfigError(f"data.dataset={name}: {error}; use data=folder on its files") from None
     except (RuntimeError, OSError, ValueError) as error:
         if not downloads or isinstance(error, ValueError):
-            raise DataError(f"data.dataset={name}: {_reason(error)}") from None
+            raise DataError(f"data.dataset={name}: {in_short(error)}") from None
     cold = not root.exists()
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -116,7 +110,7 @@ def _opened(kind: Any, root: Path, options: dict[str, Any]) -> Any:
                 root.rmdir()
         raise DataError(
             f"data.dataset={name}: not under data.root={root}, and cannot be fetched "
-            f"({_reason(error)}); put the files there as torchvision does"
+            f"({in_short(error)}); put the files there as torchvision does"
         ) from None
 
 
@@ -129,7 +123,7 @@ def _form(
     with image:
         height, width, colours = looks(image)
     if size is not None:
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = sides(size)
     return Form(height, width, channels or colours, background)
 
 
@@ -140,28 +134,25 @@ def _decoded(
     labels: list[int] = []
     name = type(data).__name__
 
-    def read(i: int) -> np.ndarray:
-        image, label = data[i]
-        labels.append(_number(label))
-        with image:
-            height, width, _ = looks(image)
-            if one_size and (height, width) != (form.height, form.width):
-                raise DataError(
-                    f"data.dataset={name}: image {i} is {height}x{width}, the first "
-                    f"{form.height}x{form.width}; set data.size=N or [HEIGHT,WIDTH]"
-                )
-            return pixels(image, form)
-
     def parts() -> Iterator[np.ndarray]:
         for i in bar(range(len(data)), "decoding images", show=True):
             try:
-                yield read(i)
+                image, label = data[i]
+                with image:
+                    height, width, _ = looks(image)
+                    if one_size and (height, width) != (form.height, form.width):
+                        raise DataError(
+                            f"data.dataset={name}: image {i} is {height}x{width}, the first "
+                            f"{form.height}x{form.width}; set data.size=N or [HEIGHT,WIDTH]"
+                        )
+                    yield pixels(image, form)
+            except DataError:
+                raise
             except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises
-                if isinstance(error, DataError):
-                    raise
                 raise DataError(
-                    f"data.dataset={name}: image {i} cannot be read ({_reason(error)}); replace it"
+                    f"data.dataset={name}: image {i} cannot be read ({in_short(error)}); replace it"
                 ) from None
+            labels.append(_number(label))
 
     shape = (len(data), form.channels, form.height, form.width)
     settings = (which, form, one_size)
@@ -190,15 +181,6 @@ def _names(data: Any) -> list[str] | None:
 
 def _content(root: Path) -> list[tuple[str, int, int]]:
     """What lies under the data folder; hidden files aside."""
-    found = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            with suppress(OSError):
-                path = Path(folder, name)
-                found.append((str(path), path.stat().st_size, path.stat().st_mtime_ns))
-    return found
-
-
-def _reason(error: Exception) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:120]
+    below = ((path, f"/{path.relative_to(root).as_posix()}") for path in sorted(root.rglob("*")))
+    found = [(name, path.stat()) for path, name in below if "/." not in name and path.is_file()]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]

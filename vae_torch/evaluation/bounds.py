@@ -67,38 +67,33 @@ def bound_metrics(
     at_once = math.ceil(1000 / draws)  # images: more would not stay in a cache
     for loaded in batches:
         whole = as_batch(loaded, device, weight.dtype)
-        for x, y in _parts_of(Batch(vae.check(whole.x), whole.y), at_once):
-            eps = torch.randn(draws, len(x), vae.latent_dim, generator=generator, device=device)
-            loss, metrics = loss_and_metrics(minimise, vae, Batch(x, y), Noise(eps), beta)
+        for part in Batch(vae.check(whole.x), whole.y).split(at_once):
+            shape = (draws, len(part.x), vae.latent_dim)
+            eps = torch.randn(shape, generator=generator, device=device)
+            loss, metrics = loss_and_metrics(minimise, vae, part, Noise(eps), beta)
             if not {"reconstruction", "kl"} <= metrics.keys():  # the plain bound is always there
-                metrics = {**bound(vae, Batch(x, y), eps).metrics(), **metrics}
+                metrics = {**bound(vae, part, eps).metrics(), **metrics}
             elbo = metrics["reconstruction"] - metrics["kl"]
             for name, values in {"loss": loss, "elbo": elbo, **metrics}.items():
                 mean = values.mean(0) if values.ndim else values
-                sums[name] = sums.get(name, 0) + (len(x) * mean).double()
-            images += len(x)
+                sums[name] = sums.get(name, 0) + (len(part.x) * mean).double()
+            images += len(part.x)
     if not images:
         raise ValueError("there is no image to evaluate; the loader gave no batch")
     return {name: (total / images).tolist() for name, total in sums.items()}
 
 
-def _parts_of(batch: Batch, size: int) -> Iterator[Batch]:
-    """A batch in smaller ones."""
-    for first in range(0, len(batch.x), size):
-        y = None if batch.y is None else batch.y[first : first + size]
-        yield Batch(batch.x[first : first + size], y)
-
-
 @torch.no_grad()
-def bounds_of(vae: VAE, batches: Iterable[Tensor], seed: int) -> Tensor:
+def bounds_of(vae: VAE, batches: Iterable[Batch], seed: int) -> Tensor:
     """The elbo, reconstruction and KL of each image from one draw of z: (3, N) nats, in double."""
     device = next(vae.parameters()).device
     noise = seeded_generator(device, seed, Stream.BOUND)
     rows = []
     for batch in batches:
-        for part in batch.to(device).split(1000):  # bounds the decoder's memory
-            eps = torch.randn((1, len(part), vae.latent_dim), generator=noise, device=device)
-            parts = bound(vae, Batch(part), eps.to(part.dtype))
+        for part in batch.split(1000):  # bounds the decoder's memory
+            x = part.x.to(device)
+            eps = torch.randn((1, len(x), vae.latent_dim), generator=noise, device=device)
+            parts = bound(vae, Batch(x, part.y), eps.to(x.dtype))
             elbo = parts.reconstruction - parts.kl
             rows.append(torch.stack([elbo, parts.reconstruction, parts.kl]).double())
     return torch.cat(rows, 1)

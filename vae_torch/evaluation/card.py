@@ -1,23 +1,33 @@
 """The evaluation card: every figure of a trained model, and what they mean."""
 
+import math
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vae_torch.data import Data, as_loader, images_of
+from vae_torch.data import Data, as_loader
 from vae_torch.evaluation.ais import annealed_log_px, check_gradient
 from vae_torch.evaluation.bounds import bounds_of, elbo_of, posterior_elbo
-from vae_torch.evaluation.figures import Figures, standard_error_of, whole_set
+from vae_torch.evaluation.figures import (
+    Figures,
+    by_class,
+    checked,
+    joined,
+    standard_error_of,
+    whole_set,
+)
 from vae_torch.evaluation.importance import fit_posterior, importance_log_px
 from vae_torch.evaluation.latents import put_latents
 from vae_torch.evaluation.partial import Partial
 from vae_torch.evaluation.proposals import fitted_log_px
 from vae_torch.evaluation.simulated import put_simulated
 from vae_torch.evaluation.verdict import verdict
-from vae_torch.parts.likelihoods import Bernoulli
+from vae_torch.images import Batch
+from vae_torch.parts.likelihoods import Bernoulli, Gaussian
 from vae_torch.parts.objectives import ACTIVE_UNIT_VARIANCE
 from vae_torch.quadrature import QuadratureError, check_few_latents, exact_log_px
 from vae_torch.seeds import Stream, seeded_generator
@@ -106,11 +116,11 @@ def evaluate_images(
     exact: bool | None = None,
     seed: int = 0,
     progress: bool = False,
-    partial: Partial | None = None,
+    store: Partial | None = None,
 ) -> Evaluation:
     """`evaluate_model`, with the values of each image beside the card.
 
-    Args and errors are those of `evaluate_model`; `partial` keeps what is done of log_px and of
+    Args and errors are those of `evaluate_model`; `store` keeps what is done of log_px and of
     log_px_encoder, so that an evaluation that was killed resumes.
 
     Returns:
@@ -126,10 +136,13 @@ def evaluate_images(
         check_gradient(vae)
     if train_loader is not None:
         train_loader = as_loader(train_loader, vae.input_shape)
-    x, labels = whole_set(vae, loader)
-    card = Figures(len(x), seed)
+    batch = whole_set(vae, loader)
+    x = batch.x
+    card = Figures(len(x), seed, px="p(x|y)" if vae.classes else "p(x)")
 
-    _put_bound(card, vae, x)
+    _put_bound(card, vae, batch)
+    if isinstance(vae.likelihood, Gaussian):
+        _put_residual(card, vae.likelihood, x[0].numel())
     train: _Train | None = None
     if train_loader is not None:
         train = _put_train_elbo(card, vae, train_loader)
@@ -142,13 +155,13 @@ def evaluate_images(
             "grey and binarised figures do not compare",
             0,
         )
-    put_latents(card, vae, x, labels, train_loader)
-    put_simulated(card, vae, x, train_loader)
+    put_latents(card, vae, batch, train_loader)
+    put_simulated(card, vae, batch, train_loader)
 
     said = []
     if exact or (exact is None and vae.latent_dim <= 2):
         try:
-            grid = exact_log_px(vae, x, progress=progress)
+            grid = by_class(vae, batch, partial(exact_log_px, progress=progress))
         except QuadratureError as error:
             said.append(
                 f"log_px_exact is left out: {error}. log_px is an estimate by importance sampling."
@@ -162,16 +175,10 @@ def evaluate_images(
                 0,
                 more={"residual": grid.residual},
             )
-    _put_log_px(card, vae, x, fit_samples, chunk, progress, partial)
-    estimate = importance_log_px(
-        vae,
-        x,
-        num_samples=num_samples,
-        seed=seed,
-        chunk=chunk,
-        progress=progress,
-        partial=partial,
-    )
+    how: dict[str, Any] = {"seed": seed, "chunk": chunk, "progress": progress, "store": store}
+    _put_log_px(card, vae, batch, fit_samples, how)
+    sampled = partial(importance_log_px, num_samples=num_samples, **how)
+    estimate = by_class(vae, batch, sampled)
     card.put(
         "log_px_encoder",
         estimate.log_px,
@@ -191,10 +198,10 @@ def evaluate_images(
     if "log_px_exact" in card.per_image:
         card.compare("log_px", "log_px_exact")
     if ais is not None:
-        _put_annealed(card, vae, x, ais, progress)
+        _put_annealed(card, vae, batch, ais, progress)
     if train is not None:
-        _put_train_log_px(card, vae, train, fit_samples, chunk, progress, partial)
-    _put_gap(card, vae, x, fit_images, progress)
+        _put_train_log_px(card, vae, train, fit_samples, how)
+    _put_gap(card, vae, batch, fit_images, progress)
     said += verdict(card.figures, num_samples)
     if "entropy_floor" in card.figures:
         said.append(
@@ -202,19 +209,24 @@ def evaluate_images(
             "the cross-entropy, and no log p(x) of a density. Compare them with such scores only, "
             "or try likelihood=continuous_bernoulli or data.binarize=dynamic."
         )
+    if vae.classes:
+        said.append(
+            "The model is given each image's label: log p(x|y) is what an image of a known class "
+            "is worth. It does not compare with log p(x) of models that see no label."
+        )
     return Evaluation({**card.figures, "verdict": said}, card.per_image)
 
 
 class _Train(NamedTuple):
     """Training images, at random, and their bound."""
 
-    x: Tensor  # (M, *shape)
+    batch: Batch  # x (M, *shape)
     elbo: Tensor  # (M,)
 
 
 def _put_train_elbo(card: Figures, vae: VAE, train_loader: Iterable[Any]) -> _Train:
     """Put the bound of all training images; return some of them."""
-    batches = [vae.check(images_of(batch)) for batch in train_loader]
+    batches = checked(vae, train_loader)
     bound, _, _ = bounds_of(vae, batches, card.seed)
     card.put(
         "train_elbo",
@@ -225,7 +237,9 @@ def _put_train_elbo(card: Figures, vae: VAE, train_loader: Iterable[Any]) -> _Tr
         num_images=len(bound),
     )
     some = _chosen(len(bound), _TRAIN_IMAGES, card.seed)
-    return _Train(torch.cat(batches)[some].to(bound.device), bound[some.to(bound.device)])
+    x, y = joined(batches).rows(some)
+    device = bound.device
+    return _Train(Batch(x.to(device), y), bound[some.to(device)])
 
 
 def _chosen(images: int, count: int, seed: int) -> Tensor:
@@ -235,23 +249,9 @@ def _chosen(images: int, count: int, seed: int) -> Tensor:
 
 
 def _put_log_px(
-    card: Figures,
-    vae: VAE,
-    x: Tensor,
-    num_samples: int,
-    chunk: int,
-    progress: bool,
-    partial: Partial | None,
+    card: Figures, vae: VAE, batch: Batch, num_samples: int, how: dict[str, Any]
 ) -> None:
-    found = fitted_log_px(
-        vae,
-        x,
-        num_samples=num_samples,
-        seed=card.seed,
-        chunk=chunk,
-        progress=progress,
-        partial=partial,
-    )
+    found = by_class(vae, batch, partial(fitted_log_px, num_samples=num_samples, **how))
     card.put(
         "log_px",
         found.log_px,
@@ -268,9 +268,10 @@ def _put_log_px(
     card.per_image["rise_from_half"] = found.rise.double()
 
 
-def _put_annealed(card: Figures, vae: VAE, x: Tensor, images: int, progress: bool) -> None:
-    chosen = _chosen(len(x), images, card.seed).to(x.device)
-    found = annealed_log_px(vae, x[chosen], seed=card.seed, progress=progress)
+def _put_annealed(card: Figures, vae: VAE, batch: Batch, images: int, progress: bool) -> None:
+    chosen = _chosen(len(batch.x), images, card.seed).to(batch.x.device)
+    annealed = partial(annealed_log_px, seed=card.seed, progress=progress)
+    found = by_class(vae, batch.rows(chosen), annealed)
     how = f"annealed importance sampling from the prior, {len(chosen)} images drawn at random"
     chains = len(found.log_weights)
     card.put("log_px_ais", found.log_px, f"log p(x) by {how}; a lower bound too", chains, of=chosen)
@@ -284,31 +285,18 @@ def _put_annealed(card: Figures, vae: VAE, x: Tensor, images: int, progress: boo
 
 
 def _put_train_log_px(
-    card: Figures,
-    vae: VAE,
-    train: _Train,
-    num_samples: int,
-    chunk: int,
-    progress: bool,
-    partial: Partial | None,
+    card: Figures, vae: VAE, train: _Train, num_samples: int, settings: dict[str, Any]
 ) -> None:
     """Put log p(x) and the gap of training images, by the method of the evaluated ones."""
     log_px, how, samples = None, "by integration", 0
     if "log_px_exact" in card.per_image:
         with suppress(QuadratureError):
-            log_px = exact_log_px(vae, train.x, progress=progress).log_px
+            found = partial(exact_log_px, progress=settings["progress"])
+            log_px = by_class(vae, train.batch, found).log_px
     if log_px is None:
         how, samples = "as log_px", num_samples
-        log_px = fitted_log_px(
-            vae,
-            train.x,
-            num_samples=samples,
-            seed=card.seed,
-            chunk=chunk,
-            progress=progress,
-            partial=partial,
-            name="fitted_train",
-        ).log_px
+        fitted = partial(fitted_log_px, num_samples=samples, name="fitted_train", **settings)
+        log_px = by_class(vae, train.batch, fitted).log_px
     log_px = log_px.double()
     whose = f"{len(log_px):,} training images, drawn at random"
     for name, values, definition in (
@@ -327,9 +315,9 @@ def _put_train_log_px(
 
 
 @torch.no_grad()
-def _put_bound(card: Figures, vae: VAE, x: Tensor) -> None:
-    elbo, reconstruction, kl = bounds_of(vae, [x], card.seed)
-    q = vae.encode(x)
+def _put_bound(card: Figures, vae: VAE, batch: Batch) -> None:
+    elbo, reconstruction, kl = bounds_of(vae, [batch], card.seed)
+    q = vae.of(batch).encode(batch.x)
     per_dim = vae.kl_per_dim(q)
     analytic = per_dim is not None
     card.put("elbo", elbo, "reconstruction - kl, a lower bound on log p(x)", 1)
@@ -344,7 +332,7 @@ def _put_bound(card: Figures, vae: VAE, x: Tensor) -> None:
             0,
             standard_error=[standard_error_of(kl) for kl in per_dim.T],
         )
-    if len(x) == 1:  # nothing varies
+    if len(batch.x) == 1:  # nothing varies
         return
     variance = q.mean.var(0)
     card.put(
@@ -359,15 +347,31 @@ def _put_bound(card: Figures, vae: VAE, x: Tensor) -> None:
     )
 
 
-def _put_gap(card: Figures, vae: VAE, x: Tensor, fit_images: int, progress: bool) -> None:
+def _put_residual(card: Figures, likelihood: Gaussian, pixels: int) -> None:
+    """Put how far pixels lie from a Gaussian's centres, which E_q log p(x|z) and sigma tell."""
+    logvar = likelihood.logvar.item()
+    nats = -2 * card.per_image["reconstruction"].mean().item() / pixels
+    square = math.exp(logvar) * (nats - logvar - math.log(2 * math.pi))
+    card.put(
+        "residual",
+        math.sqrt(max(square, 0.0)),
+        "root mean square of x - E[x|z], z from q(z|x), over pixels: the best sigma of p(x|z)",
+        1,
+        unit="of [0, 1]",
+        more={"sigma": math.exp(0.5 * logvar), "pixels": pixels},
+    )
+
+
+def _put_gap(card: Figures, vae: VAE, batch: Batch, fit_images: int, progress: bool) -> None:
     seed, known = card.seed, card.per_image
     name = "log_px_exact" if "log_px_exact" in known else "log_px"
     log_px, samples = known[name], card.figures[name]["num_samples"]
     low = "" if samples == 0 else "; in expectation log_px is too low, and so is this gap"
     card.put("gap", log_px - known["elbo"], f"{name} - elbo{low}", samples or 1)
 
-    chosen = _chosen(len(x), fit_images, seed).to(x.device)
-    x, log_px = x[chosen], log_px[chosen]
+    chosen = _chosen(len(batch.x), fit_images, seed).to(batch.x.device)
+    batch, log_px = batch.rows(chosen), log_px[chosen]
+    vae, x = vae.of(batch), batch.x
     with torch.no_grad():
         encoder_elbo = elbo_of(vae, x, vae.encode(x), seed=seed)
     mean, logvar = fit_posterior(vae, x, seed=seed, progress=progress)

@@ -1,22 +1,31 @@
 """The card's figures, each with its error, its unit and its definition."""
 
 import math
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vae_torch.data import Data, as_loader, images_of, labels_of
+from vae_torch.images import Batch
 from vae_torch.vae import VAE
 
 
 class Figures:
-    """The card's figures as they come in."""
+    """The card's figures as they come in.
 
-    def __init__(self, images: int, seed: int) -> None:
+    Args:
+        images: How many are evaluated.
+        seed: Of all noise.
+        px: What the definitions call p(x): p(x|y) of a conditional model.
+    """
+
+    def __init__(self, images: int, seed: int, *, px: str = "p(x)") -> None:
         self.images = images
         self.seed = seed
+        self.px = px
         self.figures: dict[str, Any] = {}
         self.per_image: dict[str, Tensor] = {}
 
@@ -54,7 +63,7 @@ class Figures:
             "value": value,
             "standard_error": standard_error,
             "unit": unit,
-            "definition": definition,
+            "definition": definition.replace("p(x)", self.px),
             "num_samples": samples,
             "num_images": images,
             "seed": self.seed,
@@ -92,16 +101,54 @@ def bootstrap_interval(values: np.ndarray, seed: int, *, level: float = 0.95) ->
     return [float(values.mean() - low), float(values.mean() - high)]
 
 
-def whole_set(vae: VAE, loader: Data) -> tuple[Tensor, Tensor | None]:
+def whole_set(vae: VAE, loader: Data) -> Batch:
     """All images (N, *shape), checked, and their labels (N,), where all have some."""
     weight = next(vae.parameters())
     batches = list(as_loader(loader, vae.input_shape, batch_size=1000))
     if not batches:
         raise ValueError("there is no image to evaluate; the loader gave no batch")
-    x = torch.cat([vae.check(images_of(batch)) for batch in batches])
-    labels = [some for some in map(labels_of, batches) if some is not None]
-    whole = torch.cat(labels).to(weight.device) if len(labels) == len(batches) else None
-    return x.to(weight), whole
+    x, y = joined(checked(vae, batches))
+    return Batch(x.to(weight), None if y is None else y.to(weight.device))
+
+
+def checked(vae: VAE, batches: Iterable[Any]) -> list[Batch]:
+    """What a loader gives, with images that the model takes."""
+    return [Batch(vae.check(images_of(batch)), labels_of(batch)) for batch in batches]
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """One batch of all; it has labels where all have some."""
+    labels = [batch.y for batch in batches if batch.y is not None]
+    x = torch.cat([batch.x for batch in batches])
+    return Batch(x, torch.cat(labels) if len(labels) == len(batches) else None)
+
+
+Found = TypeVar("Found", bound=tuple[Any, ...])
+
+
+def by_class(vae: VAE, batch: Batch, estimate: Callable[[VAE, Tensor], Found]) -> Found:
+    """What an estimator finds out about images: a conditional model is asked class by class.
+
+    Given a class, it is a model like any other, so that no estimator need know of labels.
+
+    Args:
+        vae: The model.
+        batch: Images, with labels where the model sees some.
+        estimate: Returns a named tuple of tensors (..., N); of its other values, which are of the
+            whole, the largest of all classes is returned.
+    """
+    model = vae.of(batch)
+    if model.y is None or model.y.ndim == 0:
+        return estimate(model, batch.x)
+    rows = [(model.y == label).nonzero()[:, 0] for label in model.y.unique()]
+    found = [estimate(vae.given(model.y[some[0]]), batch.x[some]) for some in rows]
+    order = torch.cat(rows).argsort()
+    return type(found[0])(
+        *(
+            torch.cat(values, -1)[..., order] if isinstance(values[0], Tensor) else max(values)
+            for values in zip(*found, strict=True)
+        )
+    )
 
 
 def standard_error_of(values: Tensor) -> float | None:

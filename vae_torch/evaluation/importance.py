@@ -34,7 +34,7 @@ def importance_log_px(
     chunk: int = 1024,
     proposal: tuple[Tensor, Tensor] | None = None,
     progress: bool = False,
-    partial: Partial | None = None,
+    store: Partial | None = None,
 ) -> ImportanceEstimate:
     """Log 1/K Σ_k p(x, z_k) / q(z_k|x): Burda et al. (2016), equation 8 with a large K.
 
@@ -50,7 +50,7 @@ def importance_log_px(
             answer.
         proposal: Mean and log-variance, (N, latent_dim) each, to draw from instead of q(z|x).
         progress: Show a bar on a terminal.
-        partial: Keeps what is done, and knows what was done before.
+        store: Keeps what is done, and knows what was done before.
 
     Raises:
         ValueError: num_samples or chunk is below 1, or `VAE.check` refuses x.
@@ -93,8 +93,8 @@ def importance_log_px(
         len(x),
         max(1, chunk // num_samples),
         name="encoder",
-        partial=partial,
-        like=x,
+        store=store,
+        vae=vae,
         progress=progress,
     )
     return ImportanceEstimate(*rows.T)

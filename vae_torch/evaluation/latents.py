@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vae_torch.evaluation.figures import Figures, whole_set
+from vae_torch.images import Batch
 from vae_torch.parts.posteriors import (
     DiagonalGaussian,
     gaussian_of,
@@ -81,13 +82,12 @@ def log_components(z: Tensor, means: Tensor, logvars: Tensor, log_weights: Tenso
     return log_weights - 0.5 * (square + constant)
 
 
-def put_latents(
-    card: Figures, vae: VAE, x: Tensor, labels: Tensor | None, train_loader: Iterable[Any] | None
-) -> None:
+def put_latents(card: Figures, vae: VAE, batch: Batch, train_loader: Iterable[Any] | None) -> None:
     """Put the parts of the mean KL on the card and, with labels, the probes' accuracies."""
-    if isinstance(vae.encode(x[:1]), DiagonalGaussian):  # log q(z_n|x_m) of all pairs
-        _put_information(card, vae, x)
-    if train_loader is None or labels is None:
+    first = batch.rows(slice(1))
+    if isinstance(vae.of(first).encode(first.x), DiagonalGaussian):  # log q(z_n|x_m) of all pairs
+        _put_information(card, vae.of(batch), batch.x)
+    if train_loader is None or batch.y is None:
         return
     try:
         from sklearn.linear_model import LogisticRegression
@@ -96,12 +96,14 @@ def put_latents(
         _log.warning("no probes of the latents: pip install scikit-learn")
         return
 
-    train_x, train_labels = whole_set(vae, train_loader)
-    if train_labels is None:
+    train = whole_set(vae, train_loader)
+    if train.y is None:
         return
     with torch.no_grad():
-        train_means, means = (vae.encode(part).mean.cpu().numpy() for part in (train_x, x))
-    classes, train_classes = labels.cpu().numpy(), train_labels.cpu().numpy()
+        train_means, means = (
+            vae.of(part).encode(part.x).mean.cpu().numpy() for part in (train, batch)
+        )
+    classes, train_classes = batch.y.cpu().numpy(), train.y.cpu().numpy()
     if len(np.unique(train_classes)) < 2 or len(train_means) < 10:
         return  # nothing to tell apart
     if not (np.isfinite(train_means).all() and np.isfinite(means).all()):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vae_torch.bars import bar
 from vae_torch.files import write_atomically
+from vae_torch.vae import VAE
 
 _EVERY = 100  # images
 
@@ -33,9 +34,10 @@ class Partial:
             if str(file["protocol"]) == protocol:
                 self._rows = {name: file[name] for name in file.files if name != "protocol"}
 
-    def images(self) -> int:
-        """How many are done, of the estimate that has the most."""
-        return max(map(len, self._rows.values()), default=0)
+    @property
+    def begun(self) -> bool:
+        """Whether some images are done."""
+        return bool(self._rows)
 
     def rows(self, name: str) -> Tensor | None:
         """(images, values); None where the estimate has not begun."""
@@ -60,22 +62,24 @@ def in_parts(
     images: int,
     at_once: int,
     *,
+    vae: VAE,
     name: str,
-    partial: Partial | None,
-    like: Tensor,
+    store: Partial | None,
     progress: bool,
 ) -> Tensor:
     """What `work(start, stop)` gives for all images, part by part: (images, values).
 
-    Parts that `partial` has under `name` are not computed again.
+    Parts that `store` has under `name`, and under the class that the model is given, are not
+    computed again.
     """
-    known = partial.rows(name) if partial else None
-    rows = [] if known is None else [known.to(like.device)]
+    name = name if vae.y is None else f"{name}, class {vae.y.tolist()}"
+    known = store.rows(name) if store else None
+    rows = [] if known is None else [known.to(next(vae.parameters()).device)]
     done = kept = sum(map(len, rows))
     for start in bar(range(done, images, at_once), "log p(x)", show=progress):
         rows.append(work(start, min(start + at_once, images)))
         done += len(rows[-1])
-        if partial and (done - kept >= _EVERY or done == images):
-            partial.keep(name, torch.cat(rows))
+        if store and (done - kept >= _EVERY or done == images):
+            store.keep(name, torch.cat(rows))
             kept = done
     return torch.cat(rows)

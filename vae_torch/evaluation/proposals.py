@@ -59,7 +59,7 @@ def fitted_log_px(
     seed: int = 0,
     chunk: int = 1024,
     progress: bool = False,
-    partial: Partial | None = None,
+    store: Partial | None = None,
     name: str = "fitted",
 ) -> FittedEstimate:
     """Log 1/K Σ_k p(x, z_k) / r(z_k), with proposals r that are fitted to each image.
@@ -79,8 +79,8 @@ def fitted_log_px(
         seed: Of the noise.
         chunk: Decoder rows at once.
         progress: Show a bar on a terminal.
-        partial: Keeps what is done, and knows what was done before.
-        name: Of the images, in `partial`.
+        store: Keeps what is done, and knows what was done before.
+        name: Of the images, in `store`.
 
     Raises:
         ValueError: num_samples or chunk is below 1, or `VAE.check` refuses x.
@@ -101,9 +101,7 @@ def fitted_log_px(
             rows.append(_estimate(vae, part[i : i + 1], own, points, num_samples, chunk, noise))
         return torch.stack(rows)
 
-    rows = in_parts(
-        estimate, len(x), together, name=name, partial=partial, like=x, progress=progress
-    )
+    rows = in_parts(estimate, len(x), together, name=name, store=store, vae=vae, progress=progress)
     return FittedEstimate(*rows.T)
 
 

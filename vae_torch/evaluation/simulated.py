@@ -9,6 +9,7 @@ from torch import Tensor
 from vae_torch.config import ConfigError
 from vae_torch.data import Data, images_of
 from vae_torch.evaluation.figures import Figures
+from vae_torch.images import Batch
 from vae_torch.parts.likelihoods import Bernoulli, Gaussian
 from vae_torch.parts.posteriors import DiagonalGaussian
 from vae_torch.samples import draw_pixels
@@ -20,7 +21,7 @@ _NORMAL_95 = 1.959964  # standard deviations
 
 
 @torch.no_grad()
-def put_simulated(card: Figures, vae: VAE, x: Tensor, train_loader: Data | None) -> None:
+def put_simulated(card: Figures, vae: VAE, batch: Batch, train_loader: Data | None) -> None:
     """Put a calibration of q(z|x) and a two-sample test on the card, where images can be drawn.
 
     Bernoulli pixels are drawn as 0 or 1, so evaluated grey images are other than samples for that
@@ -29,24 +30,32 @@ def put_simulated(card: Figures, vae: VAE, x: Tensor, train_loader: Data | None)
     Args:
         card: Gets the figures.
         vae: The model.
-        x: (N, *shape) the evaluated images.
+        batch: All evaluated images, with labels where the model sees some.
         train_loader: Adds the distance of samples to the nearest training image.
     """
+    x, seed = batch.x, card.seed
     grey = isinstance(vae.likelihood, Bernoulli) and not ((x == 0) | (x == 1)).all()
     if grey or len(x) < 10:
         return
-    noise = seeded_generator(x.device, card.seed, Stream.SIMULATED)
-    z = vae.prior.sample(min(_IMAGES, len(x)), noise).to(x)
-    try:
-        drawn = torch.cat([_pixels(vae, vae.decode(some), noise) for some in z.split(1000)])
-    except ConfigError:  # a likelihood that cannot be sampled
-        return
-    _put_coverage(card, vae, z, drawn)
-    order = torch.randperm(len(x), generator=seeded_generator("cpu", card.seed, Stream.SIMULATED))
-    some = x[order[: len(drawn)].to(x.device)]
-    _put_auc(card, some, drawn)
+    noise = seeded_generator(x.device, seed, Stream.SIMULATED)
+    order = torch.randperm(len(x), generator=seeded_generator("cpu", seed, Stream.SIMULATED))
+    chosen, samples, held = order[:_IMAGES].to(x.device), [], []
+    for at in chosen.split(1000):
+        model = vae.of(Batch(x[at], None if batch.y is None else batch.y[at]))
+        z = model.prior.sample(len(at), noise).to(x)
+        try:
+            drawn = _pixels(model, model.decode(z), noise)
+        except ConfigError:  # a likelihood that cannot be sampled
+            return
+        samples.append(drawn)
+        q = model.encode(drawn)
+        if isinstance(q, DiagonalGaussian):
+            held.append((z - q.mean).abs() < _NORMAL_95 * torch.exp(0.5 * q.logvar))
+    if held:
+        _put_coverage(card, torch.cat(held).double())
+    _put_auc(card, x[chosen], torch.cat(samples))
     if train_loader is not None:
-        _put_nearest(card, some, drawn, train_loader)
+        _put_nearest(card, x[chosen], torch.cat(samples), train_loader)
 
 
 def _pixels(vae: VAE, params: Tensor, noise: torch.Generator) -> Tensor:
@@ -56,17 +65,12 @@ def _pixels(vae: VAE, params: Tensor, noise: torch.Generator) -> Tensor:
     return draw_pixels(vae, params, noise)
 
 
-def _put_coverage(card: Figures, vae: VAE, z: Tensor, drawn: Tensor) -> None:
-    """How often the encoder's intervals hold the z that an image was drawn from.
+def _put_coverage(card: Figures, held: Tensor) -> None:
+    """How often the encoder's intervals hold the z that an image was drawn from: (N, latent_dim).
 
     Talts et al., *Validating Bayesian Inference Algorithms with Simulation-Based Calibration*
     (2018): for exact posteriors that is their nominal share, whatever the model.
     """
-    q = [vae.encode(some) for some in drawn.split(1000)]
-    if not all(isinstance(each, DiagonalGaussian) for each in q):
-        return
-    mean, logvar = (torch.cat(parts) for parts in zip(*q, strict=True))
-    held = ((z - mean).abs() < _NORMAL_95 * torch.exp(0.5 * logvar)).double()
     card.put(
         "interval_coverage",
         held.mean(1),

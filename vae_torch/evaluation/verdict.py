@@ -5,6 +5,8 @@ from typing import Any
 
 # Fewer importance samples cannot show whether they cover the posterior.
 _FEW_SAMPLES = 100
+# A sigma that is larger or smaller than the residual by less is not far from it.
+_NEAR = 1.1
 # Nats: a smaller difference is not worth a sentence, however sure.
 _NOTEWORTHY = 0.5
 
@@ -30,6 +32,8 @@ def verdict(card: dict[str, Any], num_samples: int) -> list[str]:
             f"{dims - active} of {dims} latent dimensions are collapsed. That costs little; "
             "objective.free_bits or objective.beta_warmup_epochs may bring them to use."
         )
+    if "residual" in value:
+        said += _misfit(card["residual"])
     if "train_log_px" in value:
         said += _overfitting(card)
     elif "train_elbo" in value:
@@ -115,6 +119,19 @@ def verdict(card: dict[str, Any], num_samples: int) -> list[str]:
                 f"{value['amortisation_gap']:.1f}. A larger eval.fit_images tells them apart."
             )
     return said
+
+
+def _misfit(residual: dict[str, Any]) -> list[str]:
+    """What a Gaussian's sigma costs that is far from the residual."""
+    best, sigma = residual["value"], residual["sigma"]
+    if best <= 0 or max(best / sigma, sigma / best) < _NEAR:
+        return []
+    # KL between Gaussians of one mean and these deviations
+    cost = residual["pixels"] * ((best / sigma) ** 2 / 2 - 0.5 - math.log(best / sigma))
+    return [
+        f"The Gaussian's sigma is {sigma:.3g} and the residual {best:.3g}: that costs {cost:.1f} "
+        "nats of reconstruction. Use likelihood_options.sigma=optimal, or train longer."
+    ]
 
 
 def _overfitting(card: dict[str, Any]) -> list[str]:

@@ -42,7 +42,7 @@ def packed_decoder(vae: VAE, *, max_bytes: int) -> dict[str, Any]:
     """
     mean = mean_op(vae.likelihood)
     weights: list[Tensor] = []
-    ops = decoder_ops(vae.decoder, vae.latent_dim, weights)
+    ops = decoder_ops(vae.decoder, vae.latent_dim + (vae.classes or 0), weights)
     packed = torch.cat([torch.zeros(0), *(w.detach().float().cpu().flatten() for w in weights)])
     if not bool(packed.half().isfinite().all()):
         raise ExplorerError("the decoder's weights are not finite; did it diverge?")
@@ -255,12 +255,16 @@ def _refuse_other_pixels(
         ExplorerError: They do not.
     """
     weight = next(vae.parameters())
-    z = 2 * torch.randn(8, vae.latent_dim, generator=torch.Generator().manual_seed(0))
+    z = inputs = 2 * torch.randn(8, vae.latent_dim, generator=torch.Generator().manual_seed(0))
+    if classes := vae.classes:
+        labels = torch.arange(8) % classes
+        vae = vae.given(labels)
+        inputs = torch.cat([z, torch.nn.functional.one_hot(labels, classes)], 1)
     try:
-        made = vae.decoder(z.to(weight))
+        made = vae.decoder(inputs.to(weight))
         pixels = vae.likelihood.mean(vae.decode(z.to(weight)))
         theirs = [part.float().cpu().flatten(1) for part in (made, pixels)]
-        ours = _run(ops, z, packed)
+        ours = _run(ops, inputs, packed)
         off = [
             (got - right).abs().max().item() / max(1.0, right.abs().max().item())
             for got, right in zip((ours, _run([mean], ours, packed)), theirs, strict=True)

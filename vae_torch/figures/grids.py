@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from vae_torch.figures.pictures import as_pictures, decoded_pictures, pictures, shrunk, to_pixels
+from vae_torch.images import Batch
 from vae_torch.vae import VAE
 
 _LONGEST = 128  # pixels of an image's side: larger ones are reduced, or a grid fills a wall
@@ -53,9 +54,16 @@ def reconstruction_grid(vae: VAE, x: Tensor) -> Tensor:
 
 
 def sample_grid(vae: VAE, *, rows: int = 8, seed: int = 0) -> Tensor:
-    """The expected images of rows x rows draws from the prior, the same draws for one seed."""
+    """The expected images of rows x rows draws from the prior, the same draws for one seed.
+
+    A conditional model has a row for each class, and the same `rows` draws in all of them.
+    """
     device = next(vae.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
+    if vae.classes and vae.y is None:
+        z = vae.prior.sample(rows, generator)
+        each = [decoded_pictures(vae.given(label), z) for label in range(vae.classes)]
+        return image_grid(shrunk(torch.cat(each), _LONGEST), rows)
     samples = vae.sample(rows * rows, generator=generator)
     return image_grid(shrunk(pictures(vae, samples), _LONGEST), rows)
 
@@ -79,21 +87,23 @@ def manifold_grid(vae: VAE, *, rows: int = 20) -> Tensor:
     return image_grid(shrunk(decoded_pictures(vae, z), _LONGEST // 2), rows, gap=0)
 
 
-def growth_frame(vae: VAE, x: Tensor, epoch: int) -> np.ndarray:
+def growth_frame(vae: VAE, x: Tensor, epoch: int, *, labels: Tensor | None = None) -> np.ndarray:
     """One frame of a run's animation: reconstructions over the manifold, or over samples.
 
     Args:
         vae: The model.
         x: (n, *shape): the images to reconstruct.
         epoch: Written above them.
+        labels: (n,) classes, which a conditional model needs: its samples have a row for each.
 
     Returns:
         (H, W) or (H, W, 3) uint8, of one size for a whole run.
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    top = reconstruction_grid(vae, x)
-    below = manifold_grid(vae, rows=11) if vae.latent_dim == 2 else sample_grid(vae, rows=10)
+    top = reconstruction_grid(vae.of(Batch(x, labels)), x)
+    plane = vae.latent_dim == 2 and not vae.classes
+    below = manifold_grid(vae, rows=11) if plane else sample_grid(vae, rows=10)
     width = max(top.shape[1], below.shape[1])
     channels = top.shape[2:]
     parts = [torch.ones(22, width, *channels)]

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from vae_torch.images import Batch
 from vae_torch.parts.objectives import ACTIVE_UNIT_VARIANCE
 from vae_torch.parts.posteriors import gaussian_of
 from vae_torch.vae import VAE
@@ -49,19 +50,20 @@ def spherical_interpolation(start: Tensor, end: Tensor, *, steps: int) -> Tensor
 
 
 @torch.no_grad()
-def posterior_means(vae: VAE, x: Tensor) -> Tensor:
+def posterior_means(vae: VAE, x: Tensor, y: Tensor | None = None) -> Tensor:
     """Centres of the posteriors (N, latent_dim) on the CPU, in batches that bound the memory."""
-    return torch.cat([vae.encode(some).mean for some in x.split(1000)]).float().cpu()
+    parts = Batch(x, y).split(1000)
+    return torch.cat([vae.of(part).encode(part.x).mean for part in parts]).float().cpu()
 
 
 @torch.no_grad()
-def gaussian_posterior(vae: VAE, x: Tensor, what: str) -> tuple[Tensor, Tensor]:
+def gaussian_posterior(vae: VAE, batch: Batch, what: str) -> tuple[Tensor, Tensor]:
     """Means and log-variances of Gaussians on the CPU, in batches that bound the memory.
 
     Raises:
         ConfigError: q(z|x) is no Gaussian; the message begins with `what`.
     """
-    parts = [gaussian_of(vae.encode(some), what) for some in x.split(1000)]
+    parts = [gaussian_of(vae.of(some).encode(some.x), what) for some in batch.split(1000)]
     mean, logvar = (torch.cat(part).float().cpu() for part in zip(*parts, strict=True))
     return mean, logvar
 

@@ -16,6 +16,7 @@ from vae_torch.figures.latents import (
     subscript,
     variances,
 )
+from vae_torch.images import Batch
 from vae_torch.parts.objectives import ACTIVE_UNIT_VARIANCE
 from vae_torch.parts.posteriors import DiagonalGaussian, kl_per_dim
 from vae_torch.vae import VAE
@@ -59,7 +60,7 @@ def latent_scatter(
         labels: (N,) classes, or None.
         class_names: What they are called, by label; absent: their numbers.
     """
-    means = posterior_means(vae, x)
+    means = posterior_means(vae, x, labels)
     known = labels is not None
     classes = np.zeros(len(x), int) if labels is None else labels.cpu().numpy()
     first, *more = most_active(means)
@@ -132,14 +133,15 @@ def _apart(places: np.ndarray, distance: float) -> np.ndarray:
     return places
 
 
-def kl_figure(vae: VAE, x: Tensor) -> "Figure":
+def kl_figure(vae: VAE, x: Tensor, labels: Tensor | None = None) -> "Figure":
     """KL(q(z|x) || N(0, 1)) of each latent dimension, largest first, coloured by activity.
 
     Args:
         vae: The model.
         x: (N, *shape) in [0, 1].
+        labels: (N,) classes, which a conditional model needs.
     """
-    means, logvars = gaussian_posterior(vae, x, "figures/kl.png")
+    means, logvars = gaussian_posterior(vae, Batch(x, labels), "figures/kl.png")
     kl = kl_per_dim(means, logvars).mean(0)
     order, n = kl.argsort(descending=True), len(kl)
     active = (variances(means) > ACTIVE_UNIT_VARIANCE)[order].numpy()
@@ -167,13 +169,16 @@ def kl_figure(vae: VAE, x: Tensor) -> "Figure":
     return figure
 
 
-def log_px_map(vae: VAE, x: Tensor, log_px: Tensor, *, ellipses: int = 12) -> "Figure":
+def log_px_map(
+    vae: VAE, x: Tensor, log_px: Tensor, labels: Tensor | None = None, *, ellipses: int = 12
+) -> "Figure":
     """Where in the latent plane the model explains images well, and how sure q(z|x) is there.
 
     Args:
         vae: A model with latent_dim 2.
         x: (N, *shape) in [0, 1].
         log_px: (N,) nats, from `evaluate.exact_log_px`.
+        labels: (N,) classes, which a conditional model needs.
         ellipses: Of the first images: q(z|x) at two standard deviations, where it is a Gaussian.
 
     Raises:
@@ -181,7 +186,7 @@ def log_px_map(vae: VAE, x: Tensor, log_px: Tensor, *, ellipses: int = 12) -> "F
     """
     if vae.latent_dim != 2:
         raise ValueError(f"latent_dim is {vae.latent_dim}; the map needs 2")
-    means = posterior_means(vae, x)
+    means = posterior_means(vae, x, labels)
     figure, axes = _figure(7.5, 6)
     from matplotlib.patches import Ellipse
 
@@ -195,7 +200,8 @@ def log_px_map(vae: VAE, x: Tensor, log_px: Tensor, *, ellipses: int = 12) -> "F
     )  # fmt: skip
     title = f"Posterior means of {_images(len(x))}"
     with torch.no_grad():
-        q = vae.encode(x[:ellipses])
+        first = Batch(x, labels).rows(slice(ellipses))
+        q = vae.of(first).encode(first.x)
     if isinstance(q, DiagonalGaussian):
         deviations = torch.exp(0.5 * q.logvar.float().cpu())
         for centre, widths in zip(means[:ellipses].tolist(), deviations, strict=True):
@@ -203,7 +209,8 @@ def log_px_map(vae: VAE, x: Tensor, log_px: Tensor, *, ellipses: int = 12) -> "F
             axes.add_patch(Ellipse(centre, width, height, fill=False, ec=DIGIT_COLOURS[4], lw=1.6))
         circled = "" if len(x) == 1 else f" of {min(ellipses, len(x))}"
         title += f"; ellipses: q(z|x){circled}, 2 sd"
-    figure.colorbar(points, label="exact log p(x), nats", extend="both")
+    px = "p(x|y)" if vae.classes else "p(x)"
+    figure.colorbar(points, label=f"exact log {px}, nats", extend="both")
     axes.set_title(title, fontsize=10)
     axes.set(xlabel="z₁", ylabel="z₂", aspect="equal")
     return figure

@@ -17,6 +17,7 @@ from vae_torch.figures.latents import (
 )
 from vae_torch.figures.pictures import as_pictures, decoded_pictures, pictures, shrunk
 from vae_torch.figures.plots import import_matplotlib
+from vae_torch.images import Batch
 from vae_torch.parts.objectives import ACTIVE_UNIT_VARIANCE
 from vae_torch.vae import VAE
 
@@ -47,7 +48,13 @@ def reconstruction_figure(vae: VAE, x: Tensor) -> "Figure":
 
 @torch.no_grad()
 def traversal_figure(
-    vae: VAE, x: Tensor, *, steps: int = 11, dimensions: int = 40, context: int = 1000
+    vae: VAE,
+    x: Tensor,
+    labels: Tensor | None = None,
+    *,
+    steps: int = 11,
+    dimensions: int = 40,
+    context: int = 1000,
 ) -> "Figure":
     """One image decoded while one latent moves: a row per active dimension, most active first.
 
@@ -55,11 +62,13 @@ def traversal_figure(
         vae: The model.
         x: (N, *shape) in [0, 1]: the first is the image that moves, the first `context` say which
             dimensions are active and how far their posterior means reach.
+        labels: (N,) classes, which a conditional model needs: all is decoded with the first one.
         steps: Images in a row, from -3 to 3 standard deviations of these means around their mean.
         dimensions: Rows at most.
         context: Images to encode.
     """
-    means = posterior_means(vae, x[:context])
+    batch = Batch(x, labels)
+    means = posterior_means(vae, *batch.rows(slice(context)))
     spread = variances(means)
     active = [d for d in most_active(means) if spread[d] > ACTIVE_UNIT_VARIANCE]
     shown = active[:dimensions] or most_active(means)[:1]
@@ -71,7 +80,7 @@ def traversal_figure(
         ways.append(z)
     hidden = f", {len(active) - len(shown)} not shown" if len(active) > len(shown) else ""
     return image_table(
-        shrunk(decoded_pictures(vae, torch.cat(ways)), 64),
+        shrunk(decoded_pictures(vae.of(batch.rows(slice(1))), torch.cat(ways)), 64),
         rows=[f"z{subscript(dim)}" for dim in shown],
         columns=[f"{t:+.1f}".replace("+0.0", "0").replace("-0.0", "0") for t in ticks.tolist()],
         caption=f"standard deviations of the posterior means\n{activity(means)}{hidden}",

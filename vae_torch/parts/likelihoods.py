@@ -132,10 +132,13 @@ class ContinuousBernoulli(nn.Module):
         return torch.addmm((_log_normalizer(logits) - F.softplus(logits)).sum(-1), x, logits.T)
 
     def mean(self, logits: Tensor) -> Tensor:
-        """Expected pixel values: σ(l) is the parameter, its mean is 1/(1 - e^-l) - 1/l."""
+        """Expected pixel values: σ(l) is the parameter, its mean 1/(1 - e^-l) - 1/l.
+
+        1/(1 - e^-l) is written as (1 + 1/tanh(l/2))/2: ONNX has no `expm1`.
+        """
         near = logits.abs() < 0.05  # there the difference of two large numbers loses its digits
         safe = torch.where(near, torch.ones_like(logits), logits)
-        exact = -1 / torch.expm1(-safe) - 1 / safe
+        exact = 0.5 + 0.5 / torch.tanh(0.5 * safe) - 1 / safe
         return torch.where(near, 0.5 + logits / 12 - logits**3 / 720, exact).clamp(0, 1)
 
 

@@ -48,9 +48,9 @@ class Network(Protocol):
 class Features(nn.Module):
     """An encoder: (B, *shape) -> (B, features)."""
 
-    def __init__(self, trunk: nn.Module) -> None:
+    def __init__(self, trunk: nn.Module, features: int) -> None:
         super().__init__()
-        self.trunk = trunk
+        self.trunk, self.features = trunk, features
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, *shape) -> (B, features)."""
@@ -83,7 +83,7 @@ class MLP:
 
     def encoder(self, shape: tuple[int, ...]) -> nn.Module:
         """(B, pixels) -> (B, intermediate_dim)."""
-        return Features(self.trunk(shape[0]))
+        return Features(self.trunk(shape[0]), self.width)
 
     def decoder(self, latent_dim: int, shape: tuple[int, ...]) -> nn.Module:
         """(B, latent_dim) -> (B, pixels)."""
@@ -147,7 +147,8 @@ class Conv:
                 nn.Flatten(),
                 nn.Linear(64 * (height // 4) * (width // 4), self.width),
                 act(),
-            )
+            ),
+            self.width,
         )
 
     def decoder(self, latent_dim: int, shape: tuple[int, ...]) -> nn.Module:

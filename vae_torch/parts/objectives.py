@@ -133,6 +133,7 @@ class Bound(NamedTuple):
     reconstruction: Tensor  # (B,) log p(x|z), a mean over the draws; higher is better
     kl: Tensor  # (B,) KL(q(z|x) || p(z)); where it has no closed form, estimated from the draws
     kl_per_dim: Tensor | None  # (B, latent_dim), where it has one
+    kl_per_layer: Tensor | None  # (B, layers), for several stochastic layers; estimated
     q: Posterior
     z: Tensor  # (K, B, latent_dim)
     log_q: Tensor | None  # (K, B) log q(z|x), where it came with z
@@ -143,6 +144,8 @@ class Bound(NamedTuple):
         found = {"reconstruction": self.reconstruction.detach(), "kl": self.kl.detach()}
         if self.kl_per_dim is not None:
             found["kl_per_dim"] = self.kl_per_dim.detach()
+        if self.kl_per_layer is not None:
+            found["kl_per_layer"] = self.kl_per_layer.detach()
         return found
 
 
@@ -160,17 +163,22 @@ def bound(vae: VAE, batch: Batch, eps: Tensor, *, gradients: bool = True) -> Bou
             would cost every training step.
     """
     x = as_images(batch.x, vae.input_shape)
+    vae = vae.of(batch)
     q = vae.encode(x)
     with nullcontext() if gradients else torch.no_grad():
         draws = _draw(vae, x, q, eps)
     reconstruction = draws.log_px_given_z.mean(0)
     per_dim = vae.kl_per_dim(q)  # (B, latent_dim)
     if per_dim is not None:
-        return Bound(reconstruction, per_dim.sum(-1), per_dim, q, *draws)
+        return Bound(reconstruction, per_dim.sum(-1), per_dim, None, q, *draws)
     # no closed form: the draws that the decoder saw estimate it
+    kl_per_layer = getattr(vae.prior, "kl_per_layer", None)
+    per_layer: Tensor | None = kl_per_layer(q, draws.z) if kl_per_layer else None
+    if per_layer is not None:
+        return Bound(reconstruction, per_layer.sum(-1), None, per_layer, q, *draws)
     log_q = q.log_prob(draws.z) if draws.log_q is None else draws.log_q
     kl = (log_q - vae.log_prior(draws.z)).mean(0)
-    return Bound(reconstruction, kl, None, q, *draws)
+    return Bound(reconstruction, kl, None, None, q, *draws)
 
 
 class _Draws(NamedTuple):
@@ -259,7 +267,7 @@ def loss_and_metrics(
     Raises:
         ValueError: They are of other shapes.
     """
-    found = objective(vae, batch, noise, beta)
+    found = objective(vae.of(batch), batch, noise, beta)  # which need not know of labels
     loss, metrics = (found, {}) if isinstance(found, Tensor) else found
     if loss.shape not in ((), (len(batch.x),)):
         raise ValueError(

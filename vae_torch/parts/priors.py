@@ -9,7 +9,8 @@ A prior is a module:
         def sample(self, n, generator=None) -> Tensor: ...  # (n, latent_dim)
 
 One with a `kl_per_dim(q)` has a KL in closed form: (B, latent_dim) nats, or None where q is not of
-the kind that it is known for. One with a `see(model)` is given the model that it is part of.
+the kind that it is known for. One of several stochastic layers may have a `kl_per_layer(q, z)` that
+estimates the KL of each from draws. One with a `see(model)` is given the model that it is part of.
 """
 
 import math

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from vae_torch.config import INCIDENTAL, flatten
+from vae_torch.config import INCIDENTAL, UserError, flatten
 from vae_torch.runs.values import is_number
 
 # Files in a run's folder.
@@ -21,7 +21,7 @@ PRUNED = "pruned.json"  # why it was stopped early, and its figure until then
 _NO_SETTINGS = ("seed", *INCIDENTAL)  # settings are averaged over the seed
 
 
-class SweepError(ValueError):
+class SweepError(UserError):
     """Nothing to summarise, or a question about figures that no run has."""
 
 
@@ -51,11 +51,7 @@ class Run:
 
 
 def read_runs(folder: Path) -> list[Run]:
-    """Every run at any depth below `folder`, by path.
-
-    Raises:
-        SweepError: No such folder, or no run in it.
-    """
+    """Every run at any depth below `folder`, by path."""
     if not folder.is_dir():
         raise SweepError(f"{folder}: no such folder")
     runs = [read_run(path) for path in _run_folders(folder)]
@@ -157,11 +153,7 @@ def _yaml(path: Path) -> Any:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The epochs in metrics.jsonl; a last line torn by a crash is left out.
-
-    Raises:
-        RecordError: Another line is damaged.
-    """
+    """The epochs in metrics.jsonl; a torn last line is left out, other damage refused."""
     path = run_dir / "metrics.jsonl"
     if not path.exists():
         return []

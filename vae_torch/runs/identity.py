@@ -23,6 +23,7 @@ log = logging.getLogger("vae_torch")
 _ROOTS = ("vae_torch.training.loop", "vae_torch.machine")
 
 _PACKAGE = Path(__file__).parent.parent
+_BEGINNING = (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)  # tokens before a statement
 
 
 def versions() -> dict[str, str]:
@@ -56,13 +57,8 @@ def _hash_of(module: str) -> str:
 def refuse_other_code(had: object, *, path: Path, allowed: bool) -> None:
     """A run is resumed, and counts as finished, with the code that it was begun with.
 
-    Args:
-        had: Its `versions`; of older runs None.
-        path: Of what holds them.
-        allowed: Other code, or another torch, is only worth a warning.
-
-    Raises:
-        ConfigError: Its code was another one.
+    `had` are its `versions`, None of older runs, as the file at `path` holds them. Where that is
+    `allowed`, other code is only worth a warning.
     """
     if not isinstance(had, dict):
         return
@@ -131,27 +127,17 @@ def source_of(module: str) -> str:
 
 def bare(source: str) -> str:
     """Source without comments, docstrings and empty lines."""
-    lines = source.splitlines(keepends=True)
-    starts = [0]
-    for line in lines:
-        starts.append(starts[-1] + len(line))
-    cuts = []
-    for node in ast.walk(ast.parse(source)):
-        kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-        if isinstance(node, kinds) and ast.get_docstring(node) is not None:
-            text = node.body[0]
-            assert text.end_lineno is not None
-            # by whole lines: an offset of `ast` counts bytes, not characters
-            if lines[text.lineno - 1].lstrip().startswith(("'", '"', "r'", 'r"')):
-                cuts.append((starts[text.lineno - 1], starts[text.end_lineno]))
+    lines = source.split("\n")
+    before = tokenize.NEWLINE
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        row, column = token.start
         if token.type == tokenize.COMMENT:
-            begin = starts[token.start[0] - 1] + token.start[1]
-            cuts.append((begin, begin + len(token.string)))
-    kept = list(source)
-    for begin, end in cuts:
-        kept[begin:end] = [""] * (end - begin)
-    return "\n".join(line.rstrip() for line in "".join(kept).splitlines() if line.strip())
+            lines[row - 1] = lines[row - 1][:column]
+        elif token.type != tokenize.NL:
+            if token.type == tokenize.STRING and before in _BEGINNING:  # a docstring
+                lines[row - 1 : token.end[0]] = [""] * (token.end[0] - row + 1)
+            before = token.type
+    return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
 def git_commit() -> str | None:
@@ -167,6 +153,3 @@ def git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return got.stdout.strip() or None
-
-
-__all__ = ["bare", "code_hash", "git_commit", "modules", "versions"]

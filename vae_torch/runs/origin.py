@@ -1,13 +1,14 @@
 """A run that starts from another run's weights: `train.init_from`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vae_torch.checkpoint import CheckpointError, shape_of, stored_model
-from vae_torch.config import Config, ConfigError
+from vae_torch.checkpoint import CheckpointError, listed, other_shapes, stored_model
+from vae_torch.config import Config, ConfigError, flatten
 from vae_torch.vae import VAE
 
 # A model's parts, and the settings whose change makes a part another one.
@@ -27,16 +28,7 @@ def start_from(vae: VAE, config: Config) -> dict[str, Any]:
     A part that is another one in that run, such as a prior of another name, keeps its fresh
     weights. Every other part must fit in all its shapes.
 
-    Args:
-        vae: The model; changed in place.
-        config: Of the new run.
-
-    Returns:
-        For the record: the source's folder, checkpoint, epoch and seal, and the fresh parts.
-
-    Raises:
-        ConfigError: Weights do not fit: lists all that do not.
-        CheckpointError: The source is no run or release, or damaged.
+    Returns what the record keeps: the source's folder, checkpoint, epoch and seal, the fresh parts.
     """
     folder, which = config.train.init_from, config.train.init_checkpoint
     assert folder is not None
@@ -44,20 +36,26 @@ def start_from(vae: VAE, config: Config) -> dict[str, Any]:
         source = stored_model(Path(folder), which)
     except CheckpointError as error:
         raise CheckpointError(f"train.init_from={folder}: {error}") from None
-    theirs, ours = _names(source.config), _names(config)
+    theirs, ours = flatten(source.config.to_dict()), flatten(config.to_dict())
     fresh = [
         part
         for part, settings in _MADE_BY.items()
         if any(theirs[setting] != ours[setting] for setting in settings)
     ]
-    named = f"train.init_from={folder}"
-    misfits = _misfits(vae, config, source.config, source.input_shape)
-    if not misfits:
-        misfits = _other_shapes(vae.state_dict(), source.weights, fresh)
+
+    def taken(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: w for name, w in weights.items() if name.partition(".")[0] not in fresh}
+
+    named, weights = f"train.init_from={folder}", vae.state_dict()
+    misfits = []  # the sizes that every part depends on, or else the weights
+    if source.input_shape != vae.input_shape:
+        misfits.append(f"images of {source.input_shape} (this run: {vae.input_shape})")
+    if (size := theirs["model.latent_dim"]) != vae.latent_dim:
+        misfits.append(f"model.latent_dim={size} (this run: {vae.latent_dim})")
+    misfits = misfits or other_shapes(taken(weights), taken(source.weights), "this run")
     if misfits:
-        more = f" and {len(misfits) - 6} more" if len(misfits) > 6 else ""
         raise ConfigError(
-            f"{named}: its weights do not fit: {', '.join(misfits[:6])}{more}; give this run the "
+            f"{named}: its weights do not fit: {listed(misfits)}; give this run the "
             "sizes of that one, or leave train.init_from out"
         )
     if {"encoder", "decoder"} <= set(fresh):
@@ -65,14 +63,14 @@ def start_from(vae: VAE, config: Config) -> dict[str, Any]:
             f"{named}: it has model={theirs['model.name']}, this run model={ours['model.name']}: "
             "no weight would be taken over; use the same model, or leave train.init_from out"
         )
-    kept = {n: w for n, w in source.weights.items() if n.partition(".")[0] not in fresh}
-    vae.load_state_dict(kept, strict=False)
+    vae.load_state_dict(taken(source.weights), strict=False)
+    parts = {name.partition(".")[0] for name in weights}
     return {
         "path": folder,
         "checkpoint": which,
         "epoch": source.epoch,
         "sha256": source.sha256,
-        "fresh": [part for part in fresh if any(_of_part(vae.state_dict(), part))],
+        "fresh": [part for part in fresh if part in parts],
     }
 
 
@@ -84,42 +82,3 @@ def origin_line(origin: dict[str, Any]) -> str:
         f"starting from the {origin['checkpoint']} weights of {origin['path']}{epoch}; fresh: "
         f"{fresh}"
     )
-
-
-def _names(config: Config) -> dict[str, str]:
-    return {
-        "model.name": config.model.name,
-        "posterior": config.posterior,
-        "likelihood": config.likelihood,
-        "prior": config.prior,
-    }
-
-
-def _misfits(vae: VAE, config: Config, theirs: Config, shape: tuple[int, ...]) -> list[str]:
-    """The sizes that every part depends on, where they differ."""
-    found = []
-    if shape != vae.input_shape:
-        found.append(f"images of {shape} (this run: {vae.input_shape})")
-    if theirs.model.latent_dim != config.model.latent_dim:
-        found.append(
-            f"model.latent_dim={theirs.model.latent_dim} (this run: {config.model.latent_dim})"
-        )
-    return found
-
-
-def _other_shapes(
-    ours: dict[str, Tensor], theirs: dict[str, Tensor], fresh: list[str]
-) -> list[str]:
-    """Weights of the parts that are taken over, where one run lacks them or has another shape."""
-    found = []
-    for name in dict.fromkeys([*theirs, *ours]):
-        if name.partition(".")[0] in fresh:
-            continue
-        there, here = theirs.get(name), ours.get(name)
-        if there is None or here is None or there.shape != here.shape:
-            found.append(f"{name} {shape_of(there)} (this run: {shape_of(here)})")
-    return found
-
-
-def _of_part(weights: dict[str, Tensor], part: str) -> list[str]:
-    return [name for name in weights if name.startswith(f"{part}.")]

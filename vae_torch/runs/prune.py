@@ -62,12 +62,7 @@ def _scores(run_dir: Path, metric: str) -> list[float]:
 
 
 def pruning(run_dir: Path, config: Config) -> Judge:
-    """A callback that ends a run which `behind_median` finds not worth its time.
-
-    Args:
-        run_dir: The run's folder, beside those of the sweep's others.
-        config: Says from which epoch on, in `train.prune_after`.
-    """
+    """A callback that ends a run which `behind_median` finds not worth its time."""
 
     def judge(metrics: dict[str, Any], vae: VAE) -> None:  # noqa: ARG001
         epoch = metrics["epoch"]

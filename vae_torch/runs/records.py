@@ -35,6 +35,7 @@ from vae_torch.figures import (
     traversal_figure,
 )
 from vae_torch.files import write_atomically
+from vae_torch.images import Batch
 from vae_torch.parts.metrics import metrics
 from vae_torch.runs.identity import git_commit, versions
 from vae_torch.training.errors import StoppedError
@@ -73,6 +74,13 @@ _GIF_FRAMES = 100  # of a long run at most: 25 s, about 8 MB
 _GRID_SCALE = 3  # a 28-pixel digit is a postage stamp on today's screens
 _GRID_WIDTH = 1300  # pixels, which larger images reach at a smaller scale
 _THUMBNAIL = 64  # pixels of a side in the projector, whose sheet of images has 8192 at most
+# And of a conditional model.
+_OF_A_CLASS = {
+    "samples": "A row for each class, with the same draws.",
+    "manifold": "Decoded with the class of the first test image.",
+    "traversal": "Decoded with its class.",
+    "interpolation": "Both of one class, with which all are decoded.",
+}
 # What TensorBoard says where images have no classes.
 _UNLABELLED = {"latent": "Posterior means of test images; the two latents that vary most."}
 
@@ -143,27 +151,25 @@ class Records:
         self._writer.flush()
 
     def figures(self, epoch: int, vae: VAE, x: Tensor, labels: Tensor | None) -> None:
-        """Draw what the model does now, as PNG files and in TensorBoard.
+        """Draw what the model does now, as PNG files, which show the latest, and in TensorBoard.
 
-        Args:
-            epoch: Its step in TensorBoard; the PNG files show the latest.
-            vae: The model.
-            x: (N, *shape) test images; the first ten are reconstructed, all are encoded.
-            labels: (N,), or None: then no picture is about classes.
+        Of the test images x (N, *shape) the first ten are reconstructed, and all are encoded.
+        Without labels no picture is about classes.
         """
+        ten, first = Batch(x, labels).rows(slice(10)), Batch(x, labels).rows(slice(1))
         draw: dict[str, Callable[[], Tensor | Figure]] = {
             "latent": lambda: latent_scatter(vae, x, labels, class_names=self.class_names)
         }
         if self._draws_images(vae, x):
-            draw["reconstructions"] = lambda: reconstruction_figure(vae, x[:10])
+            draw["reconstructions"] = lambda: reconstruction_figure(vae.of(ten), ten.x)
             draw["samples"] = lambda: sample_grid(vae)
-            draw["traversal"] = lambda: traversal_figure(vae, x)
-            if (end := _other_end(labels, len(x))) is not None:
-                draw["interpolation"] = lambda: interpolation_figure(vae, x[[0, end]])
+            draw["traversal"] = lambda: traversal_figure(vae, x, labels)
+            if (end := _other_end(labels, len(x), same=vae.classes is not None)) is not None:
+                draw["interpolation"] = lambda: interpolation_figure(vae.of(first), x[[0, end]])
             if vae.latent_dim == 2:
-                draw["manifold"] = lambda: manifold_grid(vae)
-        if _has_kl_per_dim(vae, x):
-            draw["kl"] = lambda: kl_figure(vae, x)
+                draw["manifold"] = lambda: manifold_grid(vae.of(first))
+        if _has_kl_per_dim(vae.of(first), x):
+            draw["kl"] = lambda: kl_figure(vae, x, labels)
         for place, (name, description) in enumerate(_PICTURES.items(), 1):
             if name not in draw:
                 continue
@@ -176,22 +182,19 @@ class Records:
                 png = to_png(picture, scale=scale)
                 write_atomically(self.run_dir / "figures" / f"{name}.png", png)
                 told = _UNLABELLED.get(name, description) if labels is None else description
+                if vae.classes and name in _OF_A_CLASS:
+                    told += f" {_OF_A_CLASS[name]}"
                 self._add(_image(f"{_VISUALS}/{place}_{name}", png, told), epoch)
         self._writer.flush()
 
-    def growth(self, epoch: int, vae: VAE, x: Tensor) -> None:
-        """Keep a frame of the animation that `finish` writes: `figures/growth/`.
-
-        Args:
-            epoch: Its place.
-            vae: The model.
-            x: (n, *shape): the images to reconstruct.
-        """
+    def growth(self, epoch: int, vae: VAE, x: Tensor, labels: Tensor | None = None) -> None:
+        """Keep a frame of the animation that `finish` writes: x (n, *shape), reconstructed."""
         if not self._draws_images(vae, x):
             return
         with self._warning_of("growth"):
             path = self.run_dir / "figures" / "growth" / f"{epoch:06}.png"
-            save_png(growth_frame(vae, x, epoch), path)
+            ten = Batch(x, labels).rows(slice(10))
+            save_png(growth_frame(vae, ten.x, epoch, labels=ten.y), path)
 
     def _draws_images(self, vae: VAE, x: Tensor) -> bool:
         """Whether the model's images are pictures; if not, that is told once."""
@@ -205,33 +208,22 @@ class Records:
         return True
 
     def projector(self, vae: VAE, x: Tensor, labels: Tensor | None) -> None:
-        """Posterior means for TensorBoard's projector, with classes and thumbnails.
-
-        Args:
-            vae: The trained model.
-            x: (N, *shape) images.
-            labels: (N,), or None.
-        """
+        """Posterior means for TensorBoard's projector, with classes and thumbnails."""
         with self._warning_of("projector"):
-            self._project(vae, x, labels)
-
-    def _project(self, vae: VAE, x: Tensor, labels: Tensor | None) -> None:
-        means = vae.encode(x).mean
-        if vae.latent_dim < 3:  # the projector's own PCA shows nothing of fewer than three
-            means = torch.nn.functional.pad(means, (0, 3 - vae.latent_dim))
-        names = (
-            None
-            if labels is None
-            else [name_of(label, self.class_names) for label in labels.tolist()]
-        )
-        (self.run_dir / "tensorboard").stat()  # add_embedding would make a missing folder again
-        self._writer.add_embedding(
-            means,
-            metadata=names,
-            label_img=_thumbnails(vae, x, labels) if self._draws_images(vae, x) else None,
-            tag="latents",
-            global_step=self.config.train.epochs,
-        )
+            means = vae.of(Batch(x, labels)).encode(x).mean
+            if vae.latent_dim < 3:  # the projector's own PCA shows nothing of fewer than three
+                means = torch.nn.functional.pad(means, (0, 3 - vae.latent_dim))
+            numbers = [] if labels is None else labels.tolist()
+            names = [name_of(label, self.class_names) for label in numbers] or None
+            # add_embedding would make a missing folder again
+            (self.run_dir / "tensorboard").stat()
+            self._writer.add_embedding(
+                means,
+                metadata=names,
+                label_img=_thumbnails(vae, x, labels) if self._draws_images(vae, x) else None,
+                tag="latents",
+                global_step=self.config.train.epochs,
+            )
 
     @contextmanager
     def _warning_of(self, picture: str) -> Iterator[None]:
@@ -248,12 +240,7 @@ class Records:
     def finish(self, history: dict[str, list[Any]], facts: dict[str, Any]) -> dict[str, Any]:
         """Write summary.json and the hparams, and close. A run without summary.json is unfinished.
 
-        Args:
-            history: What `train` returned.
-            facts: What the caller knows besides: data hashes, device.
-
-        Returns:
-            The summary.
+        `history` is what `train` returned, `facts` what else is known: data hashes, device.
         """
         final = {
             name: values[-1]
@@ -310,12 +297,12 @@ class Records:
         self._add(hparams_pb(known, trial_id=trial_name(self.run_dir)), 0)
 
 
-def _other_end(labels: Tensor | None, count: int) -> int | None:
-    """The image to which a way leads from the first one: of another class, where there are some."""
+def _other_end(labels: Tensor | None, count: int, *, same: bool) -> int | None:
+    """The image to which a way leads from the first one: of the same class, or of another."""
     if labels is None:
         return 1 if count > 1 else None
-    others = (labels != labels[0]).nonzero()
-    return int(others[0]) if len(others) else None
+    others = ((labels[1:] == labels[0]) == same).nonzero()
+    return int(others[0]) + 1 if len(others) else None
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from vae_torch import data
+from vae_torch.callbacks import callbacks as named
 from vae_torch.checkpoint import Checkpoints
 from vae_torch.config import Config, ConfigError, check
 from vae_torch.files import remove_scratch, write_atomically
@@ -97,12 +98,16 @@ def run(
     # runs that were killed take a moment to end before they can be resumed
     with lock_run(run_dir, seconds=10 if config.train.resume else 0):
         if not config.train.resume:
-            _refuse_other_run(run_dir)
+            refuse_other_run(run_dir)
         elif (run_dir / "summary.json").exists() and not goes_on(run_dir, config):
             log.info("finished already: %s", run_dir)
             return finished_summary(run_dir, config)
         remove_scratch(run_dir)  # of a process that was killed
-        return _run(config, run_dir, callbacks, judges, signals)
+        with ExitStack() as stack:
+            known = {"config": config, "run_dir": run_dir}
+            own = [named.build(name, {}, context=known) for name in config.train.callbacks]
+            watching = [*callbacks, *map(stack.enter_context, own)]
+            return _run(config, run_dir, watching, judges, signals)
 
 
 def _run(
@@ -116,7 +121,8 @@ def _run(
     train_loader, test_loader = data.loaders_of(config, device)
     train_set, test_set = (data.image_dataset(loader) for loader in (train_loader, test_loader))
     hashes = {"train": data.data_hash(train_loader), "test": data.data_hash(test_loader)}
-    vae = VAE.from_config(config, data.shape_of(train_loader)).to(device)
+    classes = data.classes_of(train_loader, test_loader) if config.model.conditional else None
+    vae = VAE.from_config(config, data.shape_of(train_loader), classes).to(device)
     _warn_of_colour(config, vae.input_shape)
     if config.model.mean_bias:
         vae.init_output_bias(train_set.mean())
@@ -128,6 +134,7 @@ def _run(
         data_sha256=hashes,
         versions=versions(),
         input_shape=vae.input_shape,
+        classes=classes,
     )
     state = load_stage(checkpoints, config) if config.train.resume else None
     if state:
@@ -168,7 +175,7 @@ def _run(
             if last or (every and epoch % every == 0):
                 records.figures(epoch, model, x, labels)
             if last or growth_is_due(config, epoch):
-                records.growth(epoch, model, x[:10])
+                records.growth(epoch, model, x, labels)
         for judge in judges:
             judge(metrics, model)
 
@@ -199,7 +206,7 @@ def _run(
             facts["stopped_early"] = early
             with signals.at_once("drawing the figures"):  # no epoch knew that it was the last
                 records.figures(early["after_epoch"], vae, x, labels)
-                records.growth(early["after_epoch"], vae, x[:10])
+                records.growth(early["after_epoch"], vae, x, labels)
         records.projector(vae, x[:2000], None if labels is None else labels[:2000])
         if checkpoints.started_from:
             facts["started_from"] = checkpoints.started_from
@@ -269,14 +276,9 @@ def epoch_line(metrics: dict[str, Any], config: Config, images: int) -> str:
 
 
 def lock_run(run_dir: Path, *, seconds: float = 0) -> AbstractContextManager[Any]:
-    """The run's folder for this process alone; locking it again in this process counts.
+    """The run's folder for this process alone, after waiting so many seconds for it.
 
-    Args:
-        run_dir: The folder.
-        seconds: To wait for it.
-
-    Raises:
-        ConfigError: Another process has it.
+    Locking it again in this process counts.
     """
     lock = FileLock(run_dir.absolute() / LOCK, is_singleton=True)
     try:
@@ -285,7 +287,8 @@ def lock_run(run_dir: Path, *, seconds: float = 0) -> AbstractContextManager[Any
         raise ConfigError(f"{run_dir}: another process is writing this run; wait for it") from None
 
 
-def _refuse_other_run(run_dir: Path) -> None:
+def refuse_other_run(run_dir: Path) -> None:
+    """A new run starts in a folder of its own."""
     if (run_dir / "summary.json").exists():
         raise ConfigError(f"{run_dir}: holds a finished run; choose another folder")
     if (run_dir / "metrics.jsonl").exists():
@@ -296,12 +299,7 @@ def _refuse_other_run(run_dir: Path) -> None:
 
 
 def finished_summary(run_dir: Path, config: Config) -> dict[str, Any]:
-    """The summary of a run that is done, if it is this one.
-
-    Raises:
-        ConfigError: Its summary is damaged, or was written by another version.
-        CheckpointError: Its checkpoint is damaged, or of other settings.
-    """
+    """The summary of a run that is done, if it is this one, sealed and made by this code."""
     path = run_dir / "summary.json"
     state = Checkpoints(run_dir / "checkpoints", config).load("cpu")  # sealed: nobody edited it
     try:

@@ -33,12 +33,7 @@ def goes_on(run_dir: Path, config: Config) -> bool:
 
 
 def load_stage(checkpoints: Checkpoints, config: Config) -> dict[str, Any] | None:
-    """A run's last state; where it was resumed by name, it may have had fewer epochs to do.
-
-    Raises:
-        CheckpointError: It is damaged, or of a run with other settings.
-        ConfigError: The run has done as many epochs, or its schedule does not say how it goes on.
-    """
+    """A run's last state; where it was resumed by name, it may have had fewer epochs to do."""
     longer = config.train.resume not in (None, "auto")
     state = checkpoints.load("cpu", but_for=STAGE_KEYS if longer else ())
     if state is None or not longer:
@@ -78,9 +73,7 @@ def load_stage(checkpoints: Checkpoints, config: Config) -> dict[str, Any] | Non
 def begin_stage(checkpoints: Checkpoints, state: dict[str, Any]) -> None:
     """Write the settings of a longer run into its last checkpoint; from there on it is unfinished.
 
-    Args:
-        checkpoints: With the settings that the run goes on with.
-        state: What `load_stage` gave.
+    The checkpoints have the settings that the run goes on with; `state` is what `load_stage` gave.
     """
     config = checkpoints.config
     run_dir = checkpoints.folder.parent

@@ -92,7 +92,7 @@ def train(
         log: Called after that, with all of the epoch's metrics. It may raise StoppedError, as
             `stop` does.
         patience: Epochs without a gain in the monitored metric after which training ends.
-        min_delta: What an epoch must be better by, to count as a gain.
+        min_delta: What an epoch must be better by, to count as a gain; of schedule=plateau too.
         checkpoints: Where to keep the state, and where to continue from. Continuing inside an epoch
             needs the loaders of `mnist_loaders`.
         stop: Asked after every step; when true, a checkpoint is written and the loop ends.
@@ -106,8 +106,8 @@ def train(
         StoppedError: `stop` said so.
         CheckpointError: What `checkpoints` holds is damaged, or of another run.
         ConfigError: The objective has options that it would ignore or that do not go with the
-            model, the optimiser has some that mean nothing, torch is too old to compile, or a
-            cosine schedule meets a loader that does not know its length.
+            model, the optimiser has some that mean nothing, torch is too old to compile, a cosine
+            schedule meets a loader that does not know its length, or a plateau no test_loader.
         ValueError: No epoch, no image, patience without images to judge by, an unknown precision,
             images of another shape than the model's, pixels outside [0, 1], or an iterator, which
             ends with the first epoch.
@@ -126,7 +126,7 @@ def train(
     check_objective(scheduled)
     minimise = as_objective(asked)
     scheduled = replace(scheduled, num_samples=getattr(minimise, "num_samples", 1))
-    settings = _checked_optimizer(optimizer, steps)
+    settings = _checked_optimizer(optimizer, steps, judged=test_loader is not None)
     opt = make_optimizer(vae, settings)
     averaged = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema else None
     evaluated: VAE = averaged.module if averaged else vae  # type: ignore[assignment]
@@ -139,7 +139,9 @@ def train(
     )
 
     def lr_at(step: int) -> float:
-        return learning_rate(settings, run.epoch, step, epochs=epochs, steps=steps, since=run.since)
+        return learning_rate(
+            settings, run.epoch, step, epochs=epochs, steps=steps, since=run.since, falls=falls
+        )
 
     bar = StepBar(epochs, steps)
     while run.epoch < epochs and not run.has_stalled(patience, min_delta):
@@ -148,6 +150,7 @@ def train(
         beta = beta_at(scheduled, run.epoch)
         beta_tensor = torch.tensor(beta, device=device)  # a float would be compiled every epoch
         samples = samples_at(scheduled, run.epoch)
+        falls = run.falls(settings, min_delta)
         run.begin_epoch()
         bar.begin_epoch(run.epoch, run.step)
         try:
@@ -155,6 +158,7 @@ def train(
                 batch = as_batch(loaded, device, dtype)  # x (B, *shape), y (B,) or None
                 if run.order is None:  # not our loader, which makes no others
                     check_pixels(as_images(batch.x, vae.input_shape))
+                    vae.of(batch)  # looks at its labels, as no captured step can
                 noise = draw_noise(minimise, samples, len(batch.x), vae.latent_dim, run.noise)
                 means = take_step(batch, noise, beta_tensor, lr_at(run.step))
                 if averaged:
@@ -222,9 +226,16 @@ def _loaders(
     return batches, tests, steps
 
 
-def _checked_optimizer(optimizer: OptimizerConfig | None, steps: int | None) -> OptimizerConfig:
+def _checked_optimizer(
+    optimizer: OptimizerConfig | None, steps: int | None, *, judged: bool
+) -> OptimizerConfig:
     settings = optimizer or _DEFAULT_ADAM
     check_optimizer(settings)
+    if settings.schedule == "plateau" and not judged:
+        raise ConfigError(
+            "optimizer.schedule=plateau without a test_loader: it needs images to judge by; give "
+            "one, or use optimizer.schedule=step"
+        )
     counted = settings.schedule in ("cosine", "one_cycle")
     if steps is None and (counted or settings.warmup_steps):
         name, other = ("schedule", "constant") if counted else ("warmup_steps", 0)

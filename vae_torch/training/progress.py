@@ -11,11 +11,13 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from vae_torch.checkpoint import CheckpointError, Checkpoints
+from vae_torch.config import OptimizerConfig
 from vae_torch.data import EpochBatches, batches_in
 from vae_torch.parts.metrics import score, scores_of
 from vae_torch.seeds import Stream, mix_seed
 from vae_torch.training.errors import ADVICE, DivergedError
 from vae_torch.training.patience import has_stalled
+from vae_torch.training.schedules import falls_of
 from vae_torch.training.step import Means
 from vae_torch.vae import VAE
 
@@ -115,8 +117,16 @@ class Progress:
 
     def has_stalled(self, patience: int | None, min_delta: float) -> bool:
         """Whether the monitored metric has not gained for so many epochs."""
-        scores = scores_of(self.monitor, self.history.get(self.monitor, ()))
-        return has_stalled(scores, patience, min_delta)
+        return has_stalled(self._scores(), patience, min_delta)
+
+    def falls(self, settings: OptimizerConfig, min_delta: float) -> int:
+        """How often the learning rate of schedule=plateau has fallen since the schedule began."""
+        if settings.schedule != "plateau" or settings.step_epochs is None:
+            return 0
+        return falls_of(self._scores()[self.since[0] :], settings.step_epochs, min_delta)
+
+    def _scores(self) -> list[float | None]:
+        return scores_of(self.monitor, self.history.get(self.monitor, ()))
 
     def to_dict(self) -> dict[str, Any]:
         """For a checkpoint.

@@ -1,6 +1,7 @@
 """What changes from epoch to epoch: the weight of the KL, samples, the learning rate."""
 
 import math
+from collections.abc import Sequence
 
 from vae_torch.config import ObjectiveConfig, OptimizerConfig
 
@@ -25,8 +26,9 @@ def learning_rate(
     epochs: int,
     steps: int | None,
     since: tuple[int, int] = (0, 0),
+    falls: int = 0,
 ) -> float:
-    """The learning rate of a step: a function of the place in the run alone.
+    """The learning rate of a step: a function of the place in the run and of `falls` alone.
 
     Args:
         settings: The peak, the schedule and the warm-up.
@@ -35,16 +37,39 @@ def learning_rate(
         epochs: Of the whole run.
         steps: Of an epoch; None where the loader does not know: constant and `step` need none.
         since: Epoch and step at which the schedule began; later than 0 in a run made longer.
+        falls: Of `plateau`, so far: see `falls_of`.
     """
     began = since[0] + since[1] / (steps or 1)
     done = (epoch + step / steps - began) / (epochs - began) if steps else 0.0
     lr = settings.lr * lr_factor(settings.schedule, done)
-    if settings.step_epochs:
-        lr *= settings.step_factor ** ((epoch - since[0]) // settings.step_epochs)
+    if settings.schedule == "step" and settings.step_epochs:
+        falls = (epoch - since[0]) // settings.step_epochs
+    lr *= settings.step_factor**falls
     if settings.warmup_steps and steps:
         taken = (epoch - since[0]) * steps + step - since[1]
         lr *= min(1.0, (taken + 1) / settings.warmup_steps)
     return lr
+
+
+def falls_of(scores: Sequence[float | None], epochs: int, min_delta: float = 0.0) -> int:
+    """How often the learning rate of `plateau` has fallen: torch's `ReduceLROnPlateau`.
+
+    A function of the history alone, so that a resumed run has the bits of an uninterrupted one.
+
+    Args:
+        scores: One per epoch, higher is better; None where it was not measured.
+        epochs: Without a gain, after which it falls: one more than the patience of torch's class.
+        min_delta: What an epoch must be better by to count as a gain.
+    """
+    best, waited, falls = -math.inf, 0, 0
+    for score in scores:
+        if score is not None and score > best + min_delta:
+            best, waited = score, 0
+            continue
+        waited += 1
+        if waited == epochs:
+            waited, falls = 0, falls + 1
+    return falls
 
 
 _RISE = 0.3  # fraction of one cycle; this and the next two are the defaults of torch's OneCycleLR
