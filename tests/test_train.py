@@ -6,6 +6,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -745,7 +746,7 @@ def test_importance_weighted_runs_are_judged_by_their_final_bound():
     )
     for model, found in zip(models, history["test/iw_elbo"], strict=True):
         bounds = [
-            importance_log_px(model, x, num_samples=20, seed=s).log_px.mean() for s in range(8)
+            importance_log_px(model, x, num_samples=20, seed=s).log_px.mean() for s in range(4)
         ]
         error = torch.stack(bounds).std()
         assert abs(found - torch.stack(bounds).mean()) < 5 * error
@@ -754,3 +755,62 @@ def test_importance_weighted_runs_are_judged_by_their_final_bound():
     assert compose(["objective=iwae"]).train.monitor == "test/iw_elbo"
     assert compose([]).train.monitor == "test/elbo"
     assert "test/iw_elbo" not in train(VAE((36,), 2, 8), x, x, epochs=1)
+
+
+def momentum(parameters):
+    return torch.optim.RMSprop(parameters, 1e-3, momentum=0.9)
+
+
+def test_an_optimizer_of_ones_own_takes_the_steps_that_torch_takes(made_up_root):
+    (x, _) = next(iter(loaders(made_up_root)[0]))
+    ours, theirs = new_vae(), new_vae()
+    seen = []
+
+    def objective(vae, batch, noise, beta):
+        del beta
+        seen.append(noise.eps)
+        return -vae.likelihood.log_prob(batch.x, vae.decode(vae.encode(batch.x).rsample(noise.eps)))
+
+    def mean_loss(vae, batch, noise, beta):
+        return objective(vae, batch, noise, beta).mean(0)
+
+    history = train(ours, [x], epochs=3, optimizer=momentum, objective=mean_loss)
+    assert history["train/lr"] == [1e-3] * 3
+    opt = momentum(list(theirs.parameters()))
+    for eps in seen:
+        z = theirs.encode(x).mean + (theirs.encode(x).logvar / 2).exp() * eps[0]
+        loss = F.binary_cross_entropy_with_logits(theirs.decode(z), x, reduction="none").sum(1)
+        opt.zero_grad()
+        loss.mean().backward()
+        opt.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_with_an_optimizer_and_a_schedule_of_ones_own_resumes_to_the_bit(
+    made_up_root, tmp_path, config
+):
+    data = loaders(made_up_root)
+    own = {"optimizer": momentum, "schedule": lambda epoch: 1e-3 * 0.5**epoch, "epochs": 3}
+    whole, cut = new_vae(), new_vae()
+    history = train(whole, *data, **own)
+    assert history["train/lr"] == pytest.approx([1e-3 * 0.5 ** (e - 1 / 6) for e in (1, 2, 3)])
+    steps = iter(range(100))
+    with pytest.raises(StoppedError):
+        train(
+            cut, *data, **own, checkpoints=Checkpoints(tmp_path, config),
+            stop=lambda: next(steps) == 8,
+        )  # fmt: skip
+    cut = new_vae()
+    train(cut, *data, **own, checkpoints=Checkpoints(tmp_path, config))
+    for a, b in zip(cut.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_goes_with_no_optimizer_or_schedule_of_ones_own_is_refused(made_up_root):
+    data = loaders(made_up_root)
+    with pytest.raises(ConfigError, match=r"compile=true compiles .* use compile=false"):
+        train(new_vae(), *data, optimizer=momentum, compile=True)
+    cosine = OptimizerConfig(name="adam", lr=1e-3, eps=1e-8, schedule="cosine")
+    with pytest.raises(ConfigError, match=r"beside optimizer.schedule=cosine .* use one of them"):
+        train(new_vae(), *data, optimizer=cosine, schedule=lambda _: 1e-3)

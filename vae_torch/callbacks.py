@@ -69,7 +69,7 @@ def mlflow(config: Config, run_dir: Path) -> Iterator[Callback]:
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     """One number a name: of a list, `test/kl_per_dim/1` and so on."""
-    found = {}
+    found: dict[str, float] = {}
     for name, value in metrics.items():
         if isinstance(value, list):
             found |= {f"{name}/{i}": float(part) for i, part in enumerate(value, 1)}

@@ -137,11 +137,10 @@ def about(text: str) -> Any:
     return Field(description=text)
 
 
-Plugins = Annotated[
-    list[Name],
-    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
-    about("modules with parts of your own: [my_parts]"),
+Names = Annotated[
+    list[Name], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 ]
+Plugins = Annotated[Names, about("modules with parts of your own: [my_parts]")]
 Device = Annotated[
     str, AfterValidator(check_device), about("where to compute: auto, cpu, cuda, cuda:N")
 ]
@@ -334,9 +333,7 @@ class TrainConfig(Group):
         "last"
     )
     callbacks: Annotated[
-        list[Name],
-        BeforeValidator(_listed),
-        about("what watches the run: wandb, mlflow, or one of your own"),
+        Names, about("what watches the run: wandb, mlflow, or one of your own")
     ] = field(default_factory=list)
 
 

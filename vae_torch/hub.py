@@ -6,6 +6,7 @@ vae, config = load_run(HubRelease.from_pretrained("me/my-vae").folder)
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelHubMixin, snapshot_download
 
@@ -33,7 +34,9 @@ class HubRelease(ModelHubMixin, library_name="vae_torch", tags=["vae", "pytorch"
         force_download: bool,
         local_files_only: bool,
         token: str | bool | None,
+        **model_kwargs: Any,  # of the superclass's contract; a release has none
     ) -> "HubRelease":
+        del model_kwargs
         if Path(model_id).is_dir():
             return cls(model_id)
         return cls(

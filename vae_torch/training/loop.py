@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vae_torch.bars import StepBar
@@ -38,6 +39,9 @@ from vae_torch.vae import VAE
 # An epoch's metrics and the model they belong to -> metrics to add, or nothing.
 Callback = Callable[[Metrics, VAE], Mapping[str, Any] | None]
 
+# All of a model's parameters -> an optimiser of your own.
+MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
 _DEFAULT_ADAM = OptimizerConfig(name="adam", lr=1e-3, eps=1e-8, schedule="constant")
 
 
@@ -48,7 +52,8 @@ def train(
     *,
     epochs: int = 50,
     objective: ObjectiveConfig | Objective | None = None,
-    optimizer: OptimizerConfig | None = None,
+    optimizer: OptimizerConfig | MakeOptimizer | None = None,
+    schedule: Callable[[float], float] | None = None,
     ema: float = 0.0,
     precision: str = "fp32",
     compile: bool = False,
@@ -76,7 +81,11 @@ def train(
         epochs: Passes over the training images.
         objective: What to minimise; the ELBO when absent. Settings, or any `Objective`: a function
             of the model, a batch, its noise and the KL's weight that returns a loss for each image.
-        optimizer: Adam with a learning rate of 1e-3 when absent.
+        optimizer: Adam with a learning rate of 1e-3 when absent. Settings, or a function from all
+            parameters to an optimiser: `lambda parameters: torch.optim.RMSprop(parameters, 1e-4)`.
+        schedule: The learning rate by epochs done, such as 3.5 in the middle of the fourth (whole
+            numbers where the loader has no length), instead of the settings' schedule. It holds for
+            all groups of an optimiser of your own, which else keeps its learning rates.
         ema: Decay per step of averaged weights; they are evaluated, logged and kept in the end.
         precision: `bf16` for autocast matrix products; else tensors and products are fp32, as
             exact as `torch.set_float32_matmul_precision` says (convolutions on CUDA:
@@ -107,7 +116,8 @@ def train(
         CheckpointError: What `checkpoints` holds is damaged, or of another run.
         ConfigError: The objective has options that it would ignore or that do not go with the
             model, the optimiser has some that mean nothing, torch is too old to compile, a cosine
-            schedule meets a loader that does not know its length, or a plateau no test_loader.
+            schedule meets a loader that does not know its length, a plateau no test_loader, two
+            schedules meet, or an optimiser of your own is to be compiled.
         ValueError: No epoch, no image, patience without images to judge by, an unknown precision,
             images of another shape than the model's, pixels outside [0, 1], or an iterator, which
             ends with the first epoch.
@@ -126,19 +136,35 @@ def train(
     check_objective(scheduled)
     minimise = as_objective(asked)
     scheduled = replace(scheduled, num_samples=getattr(minimise, "num_samples", 1))
-    settings = _checked_optimizer(optimizer, steps, judged=test_loader is not None)
-    opt = make_optimizer(vae, settings)
+    own = None if isinstance(optimizer, OptimizerConfig) else optimizer
+    settings = optimizer if isinstance(optimizer, OptimizerConfig) else _DEFAULT_ADAM
+    _check_optimizer(settings, steps, judged=test_loader is not None)
+    if own and compile:
+        raise ConfigError(
+            "compile=true compiles Adam, AdamW and SGD from settings; with an optimizer of your "
+            "own use compile=false"
+        )
+    if schedule and (settings.schedule != "constant" or settings.warmup_steps):
+        raise ConfigError(
+            f"a schedule is given beside optimizer.schedule={settings.schedule} and "
+            f"optimizer.warmup_steps={settings.warmup_steps}; use one of them"
+        )
+    opt = own(list(vae.parameters())) if own else make_optimizer(vae, settings)
     averaged = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema else None
     evaluated: VAE = averaged.module if averaged else vae  # type: ignore[assignment]
     monitor = monitor_of(minimise) if monitor == "auto" else monitor
     run = Progress(vae, averaged, opt, batches, seed, monitor=monitor)
     if checkpoints:
         run.resume(checkpoints)
-    take_step = _step(
-        vae, opt, minimise, precision, batches, clip_norm=settings.clip_norm, compile=compile
-    )
+    # a captured step keeps the learning rate that it was captured with, unless that is a tensor
+    how = "compile" if compile else "capture" if device.type == "cuda" and not own else "eager"
+    take_step = _step(vae, opt, minimise, precision, batches, clip_norm=settings.clip_norm, how=how)
 
-    def lr_at(step: int) -> float:
+    def lr_at(step: int) -> float | None:
+        if schedule:
+            return schedule(run.epoch + (step / steps if steps else 0))
+        if own:
+            return None
         return learning_rate(
             settings, run.epoch, step, epochs=epochs, steps=steps, since=run.since, falls=falls
         )
@@ -178,7 +204,7 @@ def train(
                 "epoch": run.epoch + 1,
                 **_means(run, evaluated, tests, minimise, samples, beta, stop),
                 "train/beta": beta,
-                "train/lr": lr_at(run.step - 1),
+                "train/lr": float(opt.param_groups[0]["lr"]) if own else lr_at(run.step - 1),
                 "train/images_per_second": sum(run.sizes[first:]) / seconds,
                 "seconds": time.perf_counter() - began,  # evaluation included
             }
@@ -226,10 +252,7 @@ def _loaders(
     return batches, tests, steps
 
 
-def _checked_optimizer(
-    optimizer: OptimizerConfig | None, steps: int | None, *, judged: bool
-) -> OptimizerConfig:
-    settings = optimizer or _DEFAULT_ADAM
+def _check_optimizer(settings: OptimizerConfig, steps: int | None, *, judged: bool) -> None:
     check_optimizer(settings)
     if settings.schedule == "plateau" and not judged:
         raise ConfigError(
@@ -244,7 +267,6 @@ def _checked_optimizer(
             f"length: it needs the number of steps; use optimizer.{name}={other}, or give the "
             "loader a __len__"
         )
-    return settings
 
 
 def _step(
@@ -255,13 +277,13 @@ def _step(
     batches: Iterable[Any],
     *,
     clip_norm: float | None,
-    compile: bool,
+    how: str,
 ) -> Step:
     # not learned from the first batch: a resumed run's may be the last of an epoch
     size = getattr(getattr(batches, "batch_sampler", None), "batch_size", None)
-    if compile:
+    if how == "compile":
         return compiled_step(vae, opt, objective, precision, clip_norm=clip_norm, batch_size=size)
-    if next(vae.parameters()).is_cuda:
+    if how == "capture":
         return captured_step(vae, opt, objective, precision, clip_norm=clip_norm, batch_size=size)
     return eager_step(vae, opt, objective, precision, clip_norm=clip_norm)
 

@@ -22,8 +22,8 @@ _log = logging.getLogger("vae_torch")
 # What a step says about its batch: names, "loss" first, and the mean of each over its images, (n,).
 Means = tuple[tuple[str, ...], Tensor]
 
-# A batch, its noise, the KL's weight () and the learning rate -> means
-Step = Callable[[Batch, Noise, Tensor, float], Means]
+# A batch, its noise, the KL's weight (), the learning rate (None: the optimiser's own) -> means
+Step = Callable[[Batch, Noise, Tensor, float | None], Means]
 _Update = Callable[[Batch, Noise, Tensor], Means]
 
 
@@ -61,7 +61,7 @@ def eager_step(
     """The step as torch runs it, op by op."""
     update = _eager_update(vae, optimizer, objective, precision, clip_norm)
 
-    def step(batch: Batch, noise: Noise, beta: Tensor, lr: float) -> Means:
+    def step(batch: Batch, noise: Noise, beta: Tensor, lr: float | None) -> Means:
         _set_lr(optimizer, lr)
         return update(batch, noise, beta)
 
@@ -112,7 +112,7 @@ def captured_step(
     steps_before: dict[tuple[int, ...], int] = {}
     failed = False
 
-    def step(batch: Batch, noise: Noise, beta: Tensor, lr: float) -> Means:
+    def step(batch: Batch, noise: Noise, beta: Tensor, lr: float | None) -> Means:
         nonlocal batch_size, failed
         batch_size = batch_size or len(batch.x)
         _set_lr(optimizer, lr)
@@ -223,14 +223,15 @@ def compiled_step(
         )
         return compiled
 
-    def step(batch: Batch, noise: Noise, beta: Tensor, lr: float) -> Means:
+    def step(batch: Batch, noise: Noise, beta: Tensor, lr: float | None) -> Means:
         nonlocal graph, failed, batch_size
         batch_size = batch_size or len(batch.x)
         first = stateful and not optimizer.state
         if failed or first or len(batch.x) != batch_size:
             return eager(batch, noise, beta, lr)
         graph = graph or make_graph()
-        _set_lr(optimizer, lr)  # for who reads it there
+        assert lr is not None
+        _set_lr(optimizer, lr)  # keep param_groups in sync for readers of the optimizer
         try:
             with torch._dynamo.config.patch(trace_autograd_ops=True):
                 return graph(batch, noise, beta, lr_now.fill_(lr))
@@ -279,8 +280,10 @@ def _clipped(gradients: Sequence[Tensor], norm: float) -> tuple[Tensor, ...]:
     return tuple(gradient * factor for gradient in gradients)
 
 
-def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def _set_lr(optimizer: torch.optim.Optimizer, lr: float | None) -> None:
     for group in optimizer.param_groups:
+        if lr is None:
+            continue
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(lr)
         else:
