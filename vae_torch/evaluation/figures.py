@@ -85,8 +85,8 @@ class Figures:
             self.figures[name]["interval_95"] = bootstrap_interval(finite, self.seed)
 
 
-def bootstrap_interval(values: np.ndarray, seed: int, *, level: float = 0.95) -> list[float] | None:
-    """Bootstrap-t interval of a mean, which allows for a skewed tail; None below ten values.
+def bootstrap_interval(values: np.ndarray, seed: int) -> list[float] | None:
+    """95% bootstrap-t interval of a mean, which allows for a skewed tail; None below ten values.
 
     Efron and Tibshirani, *An Introduction to the Bootstrap* (1993), section 12.5.
     """
@@ -97,7 +97,7 @@ def bootstrap_interval(values: np.ndarray, seed: int, *, level: float = 0.95) ->
     for _ in range(1000):
         some = values[random.integers(n, size=n)]
         found.append((some.mean() - values.mean()) / max(some.std(ddof=1), 1e-300))
-    high, low = np.quantile(found, [(1 - level) / 2, (1 + level) / 2]) * values.std(ddof=1)
+    high, low = np.quantile(found, [0.025, 0.975]) * values.std(ddof=1)
     return [float(values.mean() - low), float(values.mean() - high)]
 
 
