@@ -965,3 +965,13 @@ def test_finished_images_of_another_protocol_are_not_taken(tmp_path):
     assert Partial(path, "b").rows("fitted") is None
     path.write_bytes(path.read_bytes()[:50])
     assert not Partial(path, "a").begun
+
+
+@pytest.mark.parametrize(("off", "missed"), [(0.5, True), (0.03, False), (-0.5, False)])
+def test_an_integral_below_an_estimate_from_below_is_not_trusted(off, missed):
+    card = made_up_card(log_px_exact=(-95.0, 0.5))
+    card["log_px"]["above"] = {"log_px_exact": [off, 0.01]}
+    card["log_px_exact"]["residual"] = 0.002
+    said = " ".join(verdict(card, 1000))
+    assert ("has missed a part of p(x)" in said) == missed
+    assert ("which is the truth here within 0.002" in said) != missed
