@@ -318,6 +318,10 @@ def test_every_command_takes_a_conditional_run(finished, tmp_path):
         done = run_script(script, f"run={finished}", *arguments)
         assert done.returncode == 0, done.stderr
     assert load_run(tmp_path / "release")[0].sample(3, y=7).shape == (3, 784)
+    more = (f"out={tmp_path / 'portable'}", "formats=[torchscript]")
+    done = run_script("export.py", f"run={finished}", *more)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "these files take no labels" in done.stderr
     nameless = tmp_path / "nameless"
     nameless.mkdir()
     Image.new("L", (28, 28)).save(nameless / "a.png")

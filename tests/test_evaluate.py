@@ -34,6 +34,7 @@ from vae_torch.evaluate import (
 )
 from vae_torch.evaluation.figures import Figures
 from vae_torch.evaluation.latents import put_latents
+from vae_torch.images import Batch
 from vae_torch.parts.likelihoods import likelihoods
 from vae_torch.parts.priors import Mixture
 from vae_torch.quadrature import QuadratureError, exact_log_px
@@ -561,7 +562,7 @@ def test_mutual_information_of_a_known_channel_lies_between_its_bounds():
     generator = torch.Generator().manual_seed(0)
     card = Figures(2000, 0)
     x = torch.randn(2000, 8, generator=generator).double()
-    put_latents(card, vae, x, None, None)
+    put_latents(card, vae, Batch(x), None)
     value = {name: entry["value"] for name, entry in card.figures.items()}
     error = {name: entry["standard_error"] for name, entry in card.figures.items()}
     assert value["mutual_information"] < information - 0.1

@@ -211,7 +211,8 @@ def what_training_made(run_dir):
         rows = [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
         made[name] = [{k: v for k, v in row.items() if "second" not in k} for row in rows]
     folder = run_dir / "figures"
-    made["figures"] = {str(p): p.read_bytes() for p in sorted(folder.rglob("*.png"))}
+    drawn = [p for p in sorted(folder.rglob("*.png")) if p.name != "log_px.png"]  # evaluate.py's
+    made["figures"] = {str(p): p.read_bytes() for p in drawn}
     made["figures"] = {p.removeprefix(str(folder)): b for p, b in made["figures"].items()}
     return made
 

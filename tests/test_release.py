@@ -12,14 +12,17 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.command_lines import run_script
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, made_up_digits
 from vae_torch import VAE, draw_samples, load_run, save_run, train
 from vae_torch.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from vae_torch.cli.compose import compose
-from vae_torch.config import ConfigError
+from vae_torch.cli.sample import sample_run
+from vae_torch.config import ConfigError, SampleConfig
 from vae_torch.deploy import portable_files
+from vae_torch.parts.likelihoods import DiscretizedLogistic
 from vae_torch.runs.run import run
 
 
@@ -70,6 +73,52 @@ def test_temperature_scales_the_priors_deviations(prior):
         assert z.std(0).tolist() == pytest.approx([temperature * deviation] * 2, rel=0.03)
 
 
+def test_temperature_is_that_of_a_flows_noise_and_of_both_layers():
+    torch.manual_seed(0)
+    flow = VAE((16,), 2, 4, prior="flow").prior
+    noise = torch.randn(5, 2, generator=torch.Generator().manual_seed(3))
+    for temperature in (0.0, 0.5):
+        z = flow.sample(5, torch.Generator().manual_seed(3), temperature=temperature)
+        back = flow.flow().transform(z)  # from z to the noise
+        assert torch.allclose(back, temperature * noise, atol=1e-5)
+    layers = VAE((16,), 4, 4, posterior="two_layer", prior="two_layer", prior_components=1)
+    layers.prior.top.means.data.fill_(5.0)
+    for temperature in (0.0, 0.5, 1.0):  # an untrained lower layer is N(0, I)
+        _, z = draw_samples(layers, 20_000, temperature=temperature)
+        assert z.mean(0).tolist() == pytest.approx([5.0] * 2 + [0.0] * 2, abs=0.1)
+        assert z.std(0).tolist() == pytest.approx([temperature] * 4, rel=0.03)
+
+
+class OwnPrior(torch.nn.Module):
+    def log_prob(self, z):
+        return -z.abs().sum(-1)
+
+    def sample(self, n, generator=None):
+        return torch.rand(n, 2, generator=generator)
+
+
+def test_a_prior_of_ones_own_may_have_no_temperature():
+    vae = VAE((16,), 2, 4, prior=OwnPrior())
+    assert draw_samples(vae, 3)[1].shape == (3, 2)
+    with pytest.raises(
+        ConfigError, match=r"temperature=0\.5 with a prior of your own whose sample"
+    ):
+        draw_samples(vae, 3, temperature=0.5)
+
+
+@pytest.mark.parametrize("mixtures", [1, 3])
+def test_a_discretized_logistic_draws_the_masses_that_it_says(mixtures):
+    torch.manual_seed(0)
+    likelihood = DiscretizedLogistic(mixtures=mixtures, levels=4)
+    params = torch.randn(1, 1, likelihood.outputs)
+    drawn = likelihood.sample(params.expand(40_000, 1, -1), torch.Generator().manual_seed(0))
+    values = torch.arange(4).reshape(4, 1) / 3
+    masses = likelihood.log_prob(values, params.expand(4, 1, -1)).exp()
+    shares = [(3 * drawn - level).abs().lt(1e-4).double().mean().item() for level in range(4)]
+    assert sum(shares) == pytest.approx(1.0)
+    assert shares == pytest.approx(masses.tolist(), abs=0.01)  # 4 standard errors
+
+
 @pytest.mark.parametrize("likelihood", ["bernoulli", "continuous_bernoulli", "gaussian"])
 def test_drawn_pixels_have_the_likelihoods_moments(likelihood):
     torch.manual_seed(0)
@@ -110,11 +159,50 @@ def test_samples_come_as_a_picture_or_as_arrays(source, tmp_path):
         ("temperature=-1", "temperature=-1.0: must be a number, 0 or more"),
         (f"out={tmp_path}/none/x.png", "cannot be written"),
         ("pixels=median", "pixels=median: must be one of mean, draw"),
+        ("reconstruct=true pixels=draw", "with reconstruct=true: both are of samples"),
     ):
-        refused = run_script("sample.py", f"run={source}", asked)
+        refused = run_script("sample.py", f"run={source}", *asked.split())
         assert refused.returncode == 2, asked
         assert line in refused.stderr
         assert refused.stderr.count("\n") == 1
+
+
+def test_reconstructions_stand_beside_their_originals(source, made_up_root, tmp_path):
+    asked = (f"run={source}", "n=3", "reconstruct=true", f"data_root={made_up_root}")
+    for out in ("grid.png", "x.npz"):
+        done = run_script("sample.py", *asked, f"out={tmp_path / out}")
+        assert done.returncode == 0, done.stderr
+    x = torch.from_numpy(made_up_digits(200, 1)[0][:3] / np.float32(255)).reshape(3, 784)
+    with np.load(tmp_path / "x.npz") as found:
+        assert np.array_equal(found["x"], x)
+        again = load_run(source)[0].reconstruct(x)
+        assert np.allclose(found["reconstruction"], again, atol=1e-6)
+    with Image.open(tmp_path / "grid.png") as picture:
+        grid = np.asarray(picture)[::3, ::3] / 255  # two pairs a row, 2 white pixels between
+    assert grid.shape == (2 * 30 + 2, 4 * 30 + 2)
+    assert np.allclose(grid[2:30, 2:30], x[0].reshape(28, 28), atol=0.01)
+    assert np.allclose(grid[2:30, 32:60], again[0].reshape(28, 28), atol=0.01)
+    assert np.allclose(grid[32:60, 2:30], x[2].reshape(28, 28), atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"), [((3, 8, 8), (2 * 10 + 2, 3)), ((3, 300, 200), (2 * 130 + 2, 3))], ids=str
+)
+def test_samples_of_colour_images_are_in_colour(tmp_path, shape, size):
+    save_run(VAE(shape, 2, 4, likelihood="gaussian"), tmp_path / "run")
+    config = SampleConfig(
+        run=str(tmp_path / "run"), device="cpu", checkpoint="last", n=3, seed=0, pixels="draw",
+        out=str(tmp_path / "x.png"), temperature=0.5,
+    )  # fmt: skip
+    with Image.open(sample_run(config)) as picture:
+        pixels = np.asarray(picture)
+    assert pixels.shape[2] == size[1]
+    assert pixels.shape[0] % size[0] == 0
+    assert (pixels[..., 0] != pixels[..., 1]).any()
+    save_run(VAE((6,), 2, 4), tmp_path / "vectors")
+    config.run = str(tmp_path / "vectors")
+    with pytest.raises(ConfigError, match=r"x\.png: images have shape .* write a \.npz"):
+        sample_run(config)
 
 
 def test_a_release_is_the_runs_model_without_its_optimiser(source, release):

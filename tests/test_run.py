@@ -10,7 +10,7 @@ from filelock import FileLock
 from vae_torch import load_run
 from vae_torch.cli.compose import compose
 from vae_torch.config import ConfigError
-from vae_torch.machine import cores_are_shared
+from vae_torch.machine import cores_are_shared, device_of_job
 from vae_torch.runs import identity, records
 from vae_torch.runs.folders import LOCK, read_runs
 from vae_torch.runs.run import run
@@ -171,3 +171,20 @@ def as_before():
     yield
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize(
+    ("cards", "name", "expected"),
+    [
+        (4, "auto", ["cuda:0", "cuda:1", "cuda:2", "cuda:3", "cuda:0"]),
+        (2, "cuda", ["cuda:0", "cuda:1", "cuda:0", "cuda:1", "cuda:0"]),
+        (4, "cuda:2", ["cuda:2"] * 5),
+        (4, "cpu", ["cpu"] * 5),
+        (1, "auto", ["auto"] * 5),
+        (0, "auto", ["auto"] * 5),
+    ],
+)
+def test_the_jobs_of_a_sweep_are_dealt_over_the_cards(monkeypatch, cards, name, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cards > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    assert [device_of_job(name, job) for job in range(5)] == expected

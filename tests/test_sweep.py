@@ -504,7 +504,7 @@ def test_ctrl_c_lets_the_runs_of_all_cores_write_a_checkpoint(made_up_root, tmp_
     assert "0 of 2 runs finished, 2 interrupted in" in ended.out
     for seed in (0, 1):
         (log,) = folder.glob(f"seed-{seed}*/run.log")
-        assert f"{log.parent.name}: stopped: epoch" in log.read_text("utf-8")
+        assert f"{log.parent.name}: stopped: " in log.read_text("utf-8")  # in an epoch, or drawing
 
 
 def test_more_jobs_in_a_sweeps_folder_are_counted_alone(made_up_root, tmp_path):

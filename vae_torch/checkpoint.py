@@ -39,7 +39,11 @@ from vae_torch.config import (
 )
 from vae_torch.files import write_atomically
 from vae_torch.parts.complete import complete
-from vae_torch.parts.registry import load_plugins, loaded_plugins
+from vae_torch.parts.likelihoods import likelihoods
+from vae_torch.parts.networks import networks
+from vae_torch.parts.posteriors import posteriors
+from vae_torch.parts.priors import priors
+from vae_torch.parts.registry import Table, load_plugins, loaded_plugins, plugins_with
 from vae_torch.vae import VAE
 
 _MAGIC = b"VAETORCH"
@@ -454,6 +458,11 @@ def save_run(vae: VAE, run_dir: str | Path) -> Path:
         for part in ("encoder", "posterior", "decoder", "likelihood", "prior")
         if made[part] is None
     ]
+    tables: dict[str, Table[Any]] = {
+        "encoder": networks, "decoder": networks, "posterior": posteriors,
+        "likelihood": likelihoods, "prior": priors,
+    }  # fmt: skip
+    parts = [table[made[part]] for part, table in tables.items() if part not in own]
     config = Config(
         seed=0,
         device="auto",
@@ -480,7 +489,7 @@ def save_run(vae: VAE, run_dir: str | Path) -> Path:
         likelihood_options=made["likelihood_options"],
         prior_options=made["prior_options"],
         posterior_options=made["posterior_options"],
-        plugins=list(loaded_plugins()),
+        plugins=plugins_with(parts),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {

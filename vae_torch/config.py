@@ -470,6 +470,10 @@ class SampleConfig(Group):
     ]
     seed: NoiseSeed
     y: Annotated[CountOrZero | None, about("the class, for a conditional model")] = None
+    reconstruct: Annotated[
+        Switch, about("the first n test images beside their reconstructions, in place of samples")
+    ] = False
+    data_root: DataRoot = None
     plugins: Plugins = field(default_factory=list)
 
 

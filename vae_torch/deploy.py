@@ -32,9 +32,14 @@ def portable_files(vae: VAE, formats: Sequence[str]) -> dict[str, bytes]:
         The files by name.
 
     Raises:
-        ConfigError: The posterior is no Gaussian, a library is absent, or torch cannot export a
-            part, or not exactly.
+        ConfigError: The posterior is no Gaussian, the model sees labels, a library is absent, or
+            torch cannot export a part, or not exactly.
     """
+    if vae.classes:
+        raise ConfigError(
+            f"formats=[{','.join(formats)}] with model.conditional=true: these files take no "
+            "labels; leave the formats out"
+        )
     weight = next(vae.parameters())
     x, z = torch.rand(3, *vae.input_shape).to(weight), torch.randn(3, vae.latent_dim).to(weight)
     gaussian_of(vae.encode(x), f"formats=[{','.join(formats)}]")

@@ -27,6 +27,12 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def device_of_job(name: str, job: int) -> str:
+    """Which of this machine's GPUs the job of a sweep takes, where it names none: each in turn."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return f"cuda:{job % count}" if count > 1 and name in ("auto", "cuda") else name
+
+
 def device_name(device: torch.device) -> str:
     """Device, its model where it has a name, and the threads that a CPU run used."""
     if device.type == "cuda":

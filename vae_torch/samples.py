@@ -1,5 +1,6 @@
 """Samples that people ask for: warmer or cooler ones, and drawn pixels as well as expected ones."""
 
+import inspect
 from typing import Literal
 
 import torch
@@ -7,7 +8,6 @@ from torch import Tensor
 
 from vae_torch.config import ConfigError
 from vae_torch.parts.likelihoods import Bernoulli, ContinuousBernoulli, Gaussian
-from vae_torch.parts.priors import StandardNormal
 from vae_torch.vae import VAE
 
 
@@ -27,7 +27,8 @@ def draw_samples(
         vae: The model.
         n: How many.
         y: Of a conditional model: a class, or (n,) of one for each image.
-        temperature: Standard deviations of the prior, or of its mixture's components, times this.
+        temperature: Standard deviations of the prior times this: of its mixture's components, of a
+            flow's noise, of both layers.
             Below 1 come fewer odd images and less variety; 0 decodes the centres.
         pixels: `mean` for expected pixels given z, `draw` for samples of p(x|z).
         seed: The same images for the same seed.
@@ -53,19 +54,15 @@ def draw_samples(
 
 def _latents(vae: VAE, n: int, temperature: float, generator: torch.Generator) -> Tensor:
     """(n, latent_dim)."""
+    draw = vae.prior.sample
     if temperature == 1:
-        return vae.prior.sample(n, generator)  # type: ignore[no-any-return]
-    if isinstance(vae.prior, StandardNormal):
-        return temperature * vae.prior.sample(n, generator)
-    if not hasattr(vae.prior, "components"):
+        return draw(n, generator)  # type: ignore[no-any-return]
+    if "temperature" not in inspect.signature(draw).parameters:
         raise ConfigError(
-            f"temperature={temperature} with a prior that is neither standard nor a mixture: it "
-            "has no standard deviations to scale; use temperature=1.0"
+            f"temperature={temperature} with a prior of your own whose sample() takes none; give "
+            "it one, sample(n, generator, *, temperature=1.0), or use temperature=1.0"
         )
-    means, logvars, log_weights = vae.prior.components()
-    chosen = torch.multinomial(log_weights.exp(), n, replacement=True, generator=generator)
-    noise = torch.randn(n, means.shape[-1], generator=generator, device=means.device)
-    return means[chosen] + temperature * torch.exp(0.5 * logvars[chosen]) * noise  # type: ignore[no-any-return]
+    return draw(n, generator, temperature=temperature)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()

@@ -95,17 +95,24 @@ def task(cfg: DictConfig) -> float:
     # the child knows neither Hydra's logging nor the resolvers, which joblib's workers get from it
     log_settings = OmegaConf.to_container(job.job_logging, resolve=True)
     try:  # joblib itself gives up all jobs when the worker of one is killed
-        return in_a_child(logged_job, log_settings, cfg, run_dir, overrides)
+        return in_a_child(logged_job, log_settings, cfg, run_dir, overrides, job.job.num)
     except KilledError as error:
         return note_failure(run_dir, str(error), overrides)
 
 
 def logged_job(
-    log_settings: dict[str, Any], cfg: DictConfig, run_dir: Path, overrides: Sequence[str]
+    log_settings: dict[str, Any],
+    cfg: DictConfig,
+    run_dir: Path,
+    overrides: Sequence[str],
+    number: int,
 ) -> float:
     """`sweep_job` in a process that Hydra knows nothing of."""
+    from vae_torch.machine import device_of_job
+
     register()
     configure_log(OmegaConf.create(log_settings))
+    cfg.device = device_of_job(cfg.device, number)
     return sweep_job(cfg, run_dir, overrides)
 
 

@@ -34,11 +34,13 @@ class FlowPrior(nn.Module):
         """(..., latent_dim) -> (...), nats."""
         return self.flow().log_prob(z)  # type: ignore[no-any-return]
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """(n, latent_dim) draws."""
+    def sample(
+        self, n: int, generator: torch.Generator | None = None, *, temperature: float = 1.0
+    ) -> Tensor:
+        """(n, latent_dim) draws; the temperature is the noise's (Kingma and Dhariwal, 2018)."""
         weight = next(self.parameters())
         noise = torch.randn(n, self.latent_dim, generator=generator, device=weight.device)
-        return self.flow().transform.inv(noise.to(weight))  # type: ignore[no-any-return]
+        return self.flow().transform.inv(temperature * noise.to(weight))  # type: ignore[no-any-return]
 
 
 @posteriors.register("flow")

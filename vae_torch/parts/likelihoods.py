@@ -232,6 +232,16 @@ class DiscretizedLogistic(nn.Module):
         log_weights, means, _ = self._logistics(params)
         return (log_weights.exp() * means.clamp(0, 1)).sum(-1)
 
+    def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draws of pixels, each one of the levels: (..., *shape, outputs) -> (..., *shape)."""
+        log_weights, means, log_scales = self._logistics(params)
+        weights = log_weights.exp().reshape(-1, self.mixtures)
+        chosen = torch.multinomial(weights, 1, generator=generator).reshape(*means.shape[:-1], 1)
+        mean, scale = (t.gather(-1, chosen).squeeze(-1) for t in (means, log_scales.exp()))
+        uniform = torch.rand(mean.shape, generator=generator, device=params.device).to(params)
+        x = (mean + scale * torch.logit(uniform, 1e-6)).clamp(0, 1)
+        return (x * (self.levels - 1)).round() / (self.levels - 1)
+
     def _logistics(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Log-weights, centres and log-scales, (..., *shape, mixtures) each."""
         *weights, means, log_scales = params.unflatten(-1, (-1, self.mixtures)).unbind(-2)

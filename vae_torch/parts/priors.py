@@ -48,10 +48,12 @@ class StandardNormal(nn.Module):
         """(..., latent_dim) -> (...), nats."""
         return -0.5 * (z**2 + math.log(2 * math.pi)).sum(-1)
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self, n: int, generator: torch.Generator | None = None, *, temperature: float = 1.0
+    ) -> Tensor:
         """(n, latent_dim) draws, on the generator's device."""
         device = generator.device if generator is not None else None
-        return torch.randn(n, self.latent_dim, generator=generator, device=device)
+        return temperature * torch.randn(n, self.latent_dim, generator=generator, device=device)
 
     def kl_per_dim(self, q: Posterior) -> Tensor | None:
         """KL(q(z|x) || N(0, 1)) of each dimension, (B, latent_dim) nats, for a Gaussian."""
@@ -76,9 +78,11 @@ class Mixture(nn.Module):
         """(..., latent_dim) -> (...), nats."""
         return log_mixture(z, *self.components())
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self, n: int, generator: torch.Generator | None = None, *, temperature: float = 1.0
+    ) -> Tensor:
         """(n, latent_dim) draws."""
-        return _sample_mixture(n, *self.components(), generator)
+        return _sample_mixture(n, *self.components(), generator, temperature)
 
 
 @priors.register("vamp")
@@ -116,9 +120,11 @@ class VampPrior(nn.Module):
         """(..., latent_dim) -> (...), nats."""
         return log_mixture(z, *self.components())
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self, n: int, generator: torch.Generator | None = None, *, temperature: float = 1.0
+    ) -> Tensor:
         """(n, latent_dim) draws."""
-        return _sample_mixture(n, *self.components(), generator)
+        return _sample_mixture(n, *self.components(), generator, temperature)
 
 
 def log_mixture(z: Tensor, means: Tensor, logvars: Tensor, log_weights: Tensor) -> Tensor:
@@ -144,7 +150,8 @@ def _sample_mixture(
     logvars: Tensor,
     log_weights: Tensor,
     generator: torch.Generator | None,
+    temperature: float,
 ) -> Tensor:
     chosen = torch.multinomial(log_weights.exp(), n, replacement=True, generator=generator)
     noise = torch.randn(n, means.shape[-1], generator=generator, device=means.device)
-    return means[chosen] + torch.exp(0.5 * logvars[chosen]) * noise
+    return means[chosen] + temperature * torch.exp(0.5 * logvars[chosen]) * noise

@@ -14,7 +14,7 @@ what the package gives it.
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -211,6 +211,16 @@ def load_plugins(names: Sequence[str]) -> None:
 def loaded_plugins() -> dict[str, str]:
     """The plug-ins of this process, by the module that each is."""
     return dict(_loaded)
+
+
+def plugins_with(parts: Iterable[Callable[..., Any]]) -> list[str]:
+    """Those plug-ins of this process that define one of these parts."""
+    modules = [f"{part.__module__}." for part in parts]
+    return [
+        name
+        for name, module in _loaded.items()
+        if any(each.startswith(f"{module}.") for each in modules)
+    ]
 
 
 def _place(part: Callable[..., Any]) -> str:

@@ -119,12 +119,14 @@ class TwoLayerPrior(nn.Module):
         below: DiagonalGaussian = self.bottom(self.see_top(z2))
         return torch.stack([self.top.log_prob(z2), below.log_prob(z1)], -1)
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self, n: int, generator: torch.Generator | None = None, *, temperature: float = 1.0
+    ) -> Tensor:
         """(n, latent_dim) draws."""
-        z2 = self.top.sample(n, generator)
+        z2 = self.top.sample(n, generator, temperature=temperature)
         below: DiagonalGaussian = self.bottom(self.see_top(z2))
         noise = torch.randn(below.mean.shape, generator=generator, device=z2.device)
-        return torch.cat([z2, below.rsample(noise)], -1)
+        return torch.cat([z2, below.rsample(temperature * noise)], -1)
 
     def kl_per_layer(self, q: Posterior, z: Tensor) -> Tensor | None:
         """Log q - log p of each layer at draws z (K, B, latent_dim), averaged over them: (B, 2)."""

@@ -218,6 +218,11 @@ def _run(
             records.close()
 
 
+def _has_bf16(device: torch.device) -> bool:
+    with torch.cuda.device(device):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
 def _prepare_machine(config: Config) -> torch.device:
     """Threads, matrix products and torch's seed; warns of settings that are slow or empty here."""
     device = resolve_device(config.device)
@@ -225,6 +230,12 @@ def _prepare_machine(config: Config) -> torch.device:
     set_products(config.precision, device)
     if config.precision == "bf16" and device.type == "cpu" and (factor := bf16_factor()) > 1:
         log.warning(slow_bf16(factor))
+    if config.precision == "bf16" and device.type == "cuda" and not _has_bf16(device):
+        log.warning(
+            "precision=bf16: %s has no bf16 arithmetic and emulates it, which is slow; use "
+            "precision=medium",
+            device_name(device),
+        )
     if config.train.epochs <= (early := config.objective.early_epochs):
         log.warning("objective.early_epochs=%d: the run has no epoch of more samples", early)
     torch.manual_seed(config.seed)  # of the initial weights; the rest has generators of its own
