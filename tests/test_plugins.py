@@ -40,6 +40,9 @@ def test_parts_of_ones_own_train_from_the_command_line(own_run):
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert {"test/elbo", "train/mse", "test/mse", "train/loss"} <= last.keys()
     assert "train/elbo" not in last  # the objective has not computed it
+    better = json.loads((folder / "summary.json").read_text())["better"]
+    assert better["test/mse"] == "lower"
+    assert better["test/kl"] is None
     vae, config = load_run(folder, plugins=["tests.my_parts"])
     assert config.model.options == {"width": 16, "dropout": 0.1}
     assert config.prior_options == {"scale": 2.0}

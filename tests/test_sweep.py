@@ -331,6 +331,16 @@ def test_a_metric_without_a_better_direction_has_no_winner(tmp_path):
             assert ranked.rows[0].values == (first,)
             assert f"model.latent_dim={first} leads" in ranked.verdict()
     assert direction_of("test/novel_loss") is None
+    for path in tmp_path.glob("*/summary.json"):  # as a run with the plug-in writes it
+        record = json.loads(path.read_text()) | {"better": {"test/novel_loss": "lower"}}
+        path.write_text(json.dumps(record))
+    assert summarize(read_runs(tmp_path), metric="test/novel_loss").rows[0].values == (2,)
+
+
+def test_figures_have_the_digits_that_their_errors_leave(tmp_path):
+    for seed, elbo in enumerate((-100.123, -104.567, -103.2)):  # ± 1.3
+        made_up_run(tmp_path / str(seed), seed, elbo)
+    assert "| -102.6 ± 2.3 | 3 |" in to_markdown(summarize(read_runs(tmp_path)), tmp_path)
 
 
 def test_small_figures_keep_their_digits(tmp_path):

@@ -2,6 +2,7 @@ import json
 import math
 import shutil
 from contextlib import nullcontext
+from copy import deepcopy
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from tests.conftest import REPOSITORY
-from vae_torch import VAE, ObjectiveConfig, mnist_loaders, train
+from vae_torch import VAE, ObjectiveConfig, compose, mnist_loaders, train
 from vae_torch.checkpoint import CheckpointError, Checkpoints, load_checkpoint, save_checkpoint
 from vae_torch.config import ConfigError, OptimizerConfig
 from vae_torch.data import ImageDataset, Images, image_loader
+from vae_torch.evaluate import importance_log_px
 from vae_torch.training.errors import DivergedError, StoppedError
 from vae_torch.training.loop import _DEFAULT_ADAM
 from vae_torch.training.schedules import beta_at, lr_factor, samples_at
@@ -723,6 +725,36 @@ def test_versions_of_torch_are_compared_as_versions(monkeypatch, version, able, 
     monkeypatch.setattr(torch, "__version__", kind(version))
     with nullcontext() if able else pytest.raises(ConfigError, match=r"needs torch 2\.14"):
         check_can_compile()
+
+
+def test_importance_weighted_runs_are_judged_by_their_final_bound():
+    """Also while they train with fewer samples, or with a smaller weight of the KL."""
+    x = torch.rand(300, 36, generator=torch.Generator().manual_seed(0)).round()
+    objective = ObjectiveConfig(
+        name="iwae", num_samples=20, early_samples=1, early_epochs=1, beta_warmup_epochs=2
+    )
+    torch.manual_seed(0)
+    vae = VAE((36,), 2, 8)
+    models = []
+    history = train(
+        vae,
+        x,
+        x,
+        epochs=3,
+        objective=objective,
+        callbacks=[lambda _, v: models.append(deepcopy(v))],
+    )
+    for model, found in zip(models, history["test/iw_elbo"], strict=True):
+        bounds = [
+            importance_log_px(model, x, num_samples=20, seed=s).log_px.mean() for s in range(4)
+        ]
+        error = torch.stack(bounds).std()
+        assert abs(found - torch.stack(bounds).mean()) < 5 * error
+    assert history["test/iw_elbo"][2] == -history["test/loss"][2]
+    assert history["test/iw_elbo"][0] > history["test/elbo"][0] + 0.01
+    assert compose(["objective=iwae"]).train.monitor == "test/iw_elbo"
+    assert compose([]).train.monitor == "test/elbo"
+    assert "test/iw_elbo" not in train(VAE((36,), 2, 8), x, x, epochs=1)
 
 
 def momentum(parameters):

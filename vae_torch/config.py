@@ -146,7 +146,7 @@ Device = Annotated[
 ]
 RunFolder = Annotated[Folder, about("the run's folder")]
 DataRoot = Annotated[Folder | None, about("where the images are; null: where the run had them")]
-Checkpoint = Annotated[Which, about("last, or best: the highest test elbo")]
+Checkpoint = Annotated[Which, about("last, or best: by train.monitor")]
 NoiseSeed = Annotated[Seed, about("random seed of all noise")]
 
 
@@ -312,8 +312,8 @@ class TrainConfig(Group):
     monitor: Annotated[
         str,
         Field(min_length=1),
-        about("the metric by which the best epoch, and the best run of a sweep, are chosen"),
-    ] = "test/elbo"
+        about("the metric that chooses the best epoch and the best run; auto: the bound trained"),
+    ] = "auto"
     ema: Annotated[Decay, about("decay of averaged weights a step; 0: keep none")] = 0.0
     prune_after: Annotated[
         CountOrZero, about("epochs until a sweep's run that is behind stops; 0: none does")

@@ -17,18 +17,14 @@ from vae_torch.parts.posteriors import gaussian_near
 from vae_torch.seeds import Stream, seeded_generator
 from vae_torch.vae import VAE, in_eval_mode
 
-# Nats below an image's log p(x): a square in which even the highest point times its area is lower
-# is left as it is, though a narrow peak may stand between its points.
+# Nats below an image's log p(x): a square that cannot hold more is left as it is.
 _NEGLIGIBLE = 20.0
-
-# What an encoder says about its images must not decide the size of the work. Of the first squares,
-# no more than this many lie between 0 and the edge.
+# Nats. A square is not resolved while quartering it changes its own integral by more than the
+# first; while log p(x, z) at a place that the encoder or the prior names is higher by more than the
+# second than at all of the square's points; or while it varies by more than the third over it.
+_CHANGE, _ABOVE, _RANGE = 0.5, 1.0, 16.0
+# Of the first squares, no more than this many lie between 0 and the edge, however far it is.
 _TO_THE_EDGE = 16
-# An encoder's deviations count up to this many of the prior's, whose mass bounds the posterior's.
-_WIDEST = 4.0
-# A posterior that fits changes p(x|z) p(z) by 4.5 nats within three of its deviations. One that
-# changes it by less than this is taken to be wider than it says.
-_FLAT = 0.5
 # Squares of one size: so many and so many more an image, and pairs of a square with an image, which
 # take 36 bytes each.
 _SQUARES, _SQUARES_PER_IMAGE, _PAIRS = 2**15, 64, 2**26
@@ -42,7 +38,7 @@ class Quadrature(NamedTuple):
     """log p(x) by numerical integration over the latent space."""
 
     log_px: Tensor  # (N,) nats
-    residual: float  # nats by which the mean still moved in the last refinements
+    residual: float  # nats: bound on the mean error over images, by what the last refinements moved
     side: float  # of the smallest squares
     half_width: float  # the squares cover ± this in each dimension
     squares: int  # of all sizes that were integrated over
@@ -58,18 +54,19 @@ def exact_log_px(
     The plane is cut into squares, which cover all posteriors and all components of the prior and
     are widened by a quarter until that moves no mean. Each has 8 x 8 Gauss-Legendre points, and a
     log-likelihood that is affine in x turns many images at all of these points into one matrix
-    product. A square is quartered for the images to whose log p(x) that makes a difference, and for
-    those whose narrow posterior lies in it, so that ever smaller squares see ever fewer images.
+    product. A square is quartered for the images to whose log p(x) that makes a difference, and
+    for those of which it may hide a peak: where p(x, z) still changes much from point to point, or
+    is higher at the encoder's mean or at a component of the prior than at any of the points. So
+    ever smaller squares see ever fewer images.
 
-    Time and memory are bounded whatever the encoder says. Its deviations are enlarged where
-    p(x|z) p(z) does not change within them, and cut where the prior has no mass; an integral that
-    still needs too many squares is refused.
+    What the encoder says decides neither the result nor the work: its means are places to look
+    at, and its deviations are not used. An integral that needs too many squares is refused.
 
     Args:
         vae: A model with latent_dim 1 or 2.
         x: (N, *shape) in [0, 1].
         tolerance: Nats. A square is small enough for an image once quartering it moves log p(x) by
-            less than half of this; what all of these together moved the mean is the residual.
+            less than half of this; what all of these together moved it by is the residual.
         progress: Show a bar on a terminal.
 
     Raises:
@@ -86,8 +83,8 @@ def exact_log_px(
 
 def _integrate(vae: VAE, x: Tensor, tolerance: float, bar: Any) -> Quadrature:
     dims, everything = vae.latent_dim, torch.arange(len(x), device=x.device)
-    narrow = _NarrowPlaces(vae, x)
-    reach = max(5.0, narrow.reach())
+    places = _Places(vae, x)
+    reach = max(5.0, places.reach)
     side = max(min(max(2.0, reach / 8), 8.0), reach / _TO_THE_EDGE)
     levels = 20 + max(0, math.ceil(math.log2(side / 8)))
 
@@ -112,7 +109,7 @@ def _integrate(vae: VAE, x: Tensor, tolerance: float, bar: Any) -> Quadrature:
         quartered += _quarter(vae, x, ring, side)
         squares += len(ring)
         before, total, n = total, _sum_of(quartered, nothing), wider
-        moved = (total - before).mean().abs().item()
+        moved = (total - before).abs().mean().item()
         if moved < tolerance / 10:
             break
     else:
@@ -126,14 +123,18 @@ def _integrate(vae: VAE, x: Tensor, tolerance: float, bar: Any) -> Quadrature:
     for _ in range(levels):
         side /= 2
         total = _sum_of(quartered, settled)
-        cells = []
-        for centers, images, parent, values, tops in quartered:
-            now = total[images]
-            gain = torch.exp(values.logsumexp(1) - now) - torch.exp(parent - now)
-            small = tops + dims * math.log(side) < (now - _NEGLIGIBLE).unsqueeze(1)
-            must = narrow.within(centers, side, images)
-            fine = (gain.abs() < tolerance / 2) & ~must.any(1)
-            done = fine.unsqueeze(1) | (small & ~must)  # (images, children)
+        cells, area = [], dims * math.log(side)
+        for centers, images, parent, values, tops, lows in quartered:
+            now, found = total[images], values.logsumexp(1)
+            gain = (torch.exp(found - now) - torch.exp(parent - now)).abs()
+            floor = (now - _NEGLIGIBLE).unsqueeze(1)
+            named = places.highest_within(centers, side, images)  # (images, children)
+            # between two of the 8 points log p(x, z) rises by no more than it does elsewhere
+            ranges = (tops - lows).nan_to_num()
+            small = torch.maximum(tops + ranges / 8, named) + area < floor
+            fine = (gain < tolerance / 2) & ~((found - parent).abs() > _CHANGE)
+            resolved = (named <= tops + _ABOVE) & (ranges < _RANGE)
+            done = small | (fine.unsqueeze(1) & resolved)
             more = values.masked_fill(~done, -math.inf).logsumexp(1)
             settled[images] = torch.logaddexp(settled[images], more)
             gains[images] += gain.masked_fill(~fine, 0.0)
@@ -142,7 +143,7 @@ def _integrate(vae: VAE, x: Tensor, tolerance: float, bar: Any) -> Quadrature:
                 if open_.any():
                     cells.append(_Cell(center, images[open_], values[open_, j]))
         if not cells:
-            residual = gains.mean().abs().item() + width_residual
+            residual = gains.mean().item() + width_residual
             return Quadrature(settled.double(), residual, side, half_width, squares)
         _refuse_too_many(len(cells), sum(len(cell.images) for cell in cells), len(x), side)
         quartered = _quarter(vae, x, cells, side)
@@ -178,7 +179,8 @@ class _Quartered(NamedTuple):
     images: Tensor  # (M,)
     parent: Tensor  # (M,) what the whole cell was thought to be worth
     values: Tensor  # (M, children) log of the integrals
-    tops: Tensor  # (M, children) log of the highest p(x|z) p(z) seen
+    tops: Tensor  # (M, children) log of the highest p(x, z) seen
+    lows: Tensor  # (M, children) and of the lowest
 
 
 def _quarter(vae: VAE, x: Tensor, cells: list[_Cell], side: float) -> list[_Quartered]:
@@ -201,7 +203,8 @@ def _quarter(vae: VAE, x: Tensor, cells: list[_Cell], side: float) -> list[_Quar
             block = pairwise(vae.likelihood, rows, out) + log_pz
             block = block.unflatten(1, (len(corners), -1))  # (M, children, points)
             values = (block + log_w).logsumexp(2)
-            found.append(_Quartered(centers, cell.images, cell.value, values, block.amax(2)))
+            ends = (block.amax(2), block.amin(2))
+            found.append(_Quartered(centers, cell.images, cell.value, values, *ends))
     return found
 
 
@@ -220,8 +223,8 @@ def _ring(like: Tensor, inner: int, outer: int, side: float, dims: int) -> Tenso
     return side * centers[centers.abs().amax(1) > inner]
 
 
-class _NarrowPlaces:
-    """Where posteriors or the prior's components may be too narrow for the points of a cell.
+class _Places:
+    """Where to look for peaks: the encoder's means, and the centres of the prior's components.
 
     Raises:
         QuadratureError: The encoder or the prior gives no numbers.
@@ -229,64 +232,41 @@ class _NarrowPlaces:
 
     def __init__(self, vae: VAE, x: Tensor) -> None:
         noise = seeded_generator(x.device, 0, Stream.FIT, 3)
-        means, logvars = gaussian_near(vae.encode(x), noise)
-        self.core = (torch.zeros_like(means[:1]), torch.ones_like(means[:1]))
-        self.components: tuple[Tensor, Tensor] | None = None
-        widest = _WIDEST
+        self.means, _ = gaussian_near(vae.encode(x), noise)
+        parts = [x.new_zeros(1, vae.latent_dim)]
+        spreads = torch.zeros_like(parts[0])
         if find := getattr(vae.prior, "components", None):  # the standard normal has none
-            centers, spreads, _ = find()
-            self.components = (centers, torch.exp(0.5 * spreads))
-            widest *= max(1.0, self.components[1].max().item())
-        places = [means, logvars, *(self.components or ())]
-        if not (all(place.isfinite().all() for place in places) and math.isfinite(widest)):
+            centers, logvars, _ = find()
+            parts.append(centers)
+            spreads = torch.cat([spreads, torch.exp(0.5 * logvars)])
+        self.shared = torch.cat(parts)  # 0, where every decoder was trained, and the components
+        if not all(place.isfinite().all() for place in (self.means, self.shared, spreads)):
             raise QuadratureError("the posteriors or the prior's components are not finite")
-        deviations = torch.exp(0.5 * logvars).clamp(1e-9, widest)
-        self.means, self.deviations = means, _widened(vae, x, means, deviations, widest)
+        some = list(zip(x.split(1000), self.means.split(1000), strict=True))  # bounds the memory
+        at_means = [vae.likelihood.log_prob(part, vae.decode(mean)) for part, mean in some]
+        self.at_means = torch.cat(at_means) + vae.log_prior(self.means)  # (N,)
+        out = vae.decode(self.shared)
+        shared = [pairwise(vae.likelihood, part, out) for part, _ in some]
+        self.at_shared = torch.cat(shared) + vae.log_prior(self.shared)  # (N, places)
+        # a mean where p(x, z) is lower than at 0 does not say where the mass is
+        good = self.means[self.at_means > self.at_shared[:, 0]].abs().flatten()
+        edges = torch.cat([good, (self.shared.abs() + 6 * spreads).flatten()])
+        self.reach = float(edges.max())  # how far from 0 they come
 
-    def reach(self) -> float:
-        """How far from 0 they come."""
-        reach = (self.means.abs() + 6 * self.deviations).max()
-        if self.components:
-            reach = torch.maximum(reach, (self.components[0].abs() + 6 * self.components[1]).max())
-        return float(reach)
-
-    def within(self, centers: Tensor, side: float, images: Tensor) -> Tensor:
-        """Whether an image must not settle for a cell: (C, dims) and (M,) -> (M, C)."""
-        found = _narrow(self.means[images], self.deviations[images], centers, side)
-        if self.components:
-            found = found | _narrow(*self.components, centers, side).any(0)
-        return found | _narrow(*self.core, centers, side)  # where every decoder was trained
-
-
-def _widened(vae: VAE, x: Tensor, means: Tensor, deviations: Tensor, widest: float) -> Tensor:
-    """Deviations (N, dims), doubled until p(x|z) p(z) changes within three of them, or `widest`."""
-
-    def log_joint(images: Tensor, z: Tensor) -> Tensor:  # (N,) and (K, N, dims) -> (K, N)
-        log_px: Tensor = vae.likelihood.log_prob(x[images], vae.decode(z))
-        return log_px + vae.log_prior(z)
-
-    dims = means.shape[1]
-    axes = torch.eye(dims).to(means).unsqueeze(1)  # (dims, 1, dims)
-    found = deviations.clone()
-    for images in torch.arange(len(x), device=x.device).split(1000):  # bounds the memory
-        at_means = log_joint(images, means[images].unsqueeze(0))
-        while len(images):
-            steps = 3 * found[images] * axes  # (dims, N, dims)
-            around = torch.cat([means[images] + steps, means[images] - steps])
-            change = (log_joint(images, around) - at_means).abs()
-            flat = change.unflatten(0, (2, dims)).amax(0).T < _FLAT  # (N, dims)
-            flat &= found[images] < widest
-            found[images] = torch.where(flat, 2 * found[images], found[images]).clamp(max=widest)
-            again = flat.any(1)
-            images, at_means = images[again], at_means[:, again]
-    return found
+    def highest_within(self, centers: Tensor, side: float, images: Tensor) -> Tensor:
+        """Highest log p(x, z) of places in cells: (C, dims) and (M,) -> (M, C), or -inf."""
+        inside = _inside(self.means[images], centers, side)
+        found = torch.where(inside, self.at_means[images].unsqueeze(1), -math.inf)
+        shared = _inside(self.shared, centers, side)
+        for j in shared.any(0).nonzero().flatten().tolist():
+            top = self.at_shared[images][:, shared[:, j]].amax(1)
+            found[:, j] = torch.maximum(found[:, j], top)
+        return found
 
 
-def _narrow(means: Tensor, deviations: Tensor, centers: Tensor, side: float) -> Tensor:
-    """Gaussians (M, dims) that are narrow beside a cell and have mass in it: (M, C)."""
-    off = (means.unsqueeze(1) - centers).abs()
-    near = (off < 0.5 * side + 3 * deviations.unsqueeze(1)).all(-1)
-    return near & (16 * deviations < side).any(-1, keepdim=True)
+def _inside(z: Tensor, centers: Tensor, side: float) -> Tensor:
+    """Whether places are in cells: (M, dims) and (C, dims) -> (M, C)."""
+    return ((z.unsqueeze(1) - centers).abs() <= 0.5 * side).all(-1)
 
 
 def check_few_latents(vae: VAE) -> None:

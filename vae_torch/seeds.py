@@ -21,6 +21,7 @@ class Stream(IntEnum):
     CHOICE = 7  # the images whose posteriors are fitted: (seed, CHOICE)
     ANNEAL = 8  # annealed chains: (seed, first image, ANNEAL), and (seed, ANNEAL, 1) both ways
     PROPOSAL = 9  # fitted proposals: (seed, first image, PROPOSAL)
+    SIMULATED = 10  # images drawn from the model, and the images they are compared with
     AUGMENT = 16  # how training images are moved: (seed, epoch, AUGMENT, step)
 
 

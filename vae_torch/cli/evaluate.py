@@ -21,6 +21,7 @@ _WIDTH = 100  # columns of the printed card
 _LABEL = 24  # of them for the names
 
 PER_IMAGE = "evaluation.npz"  # beside the card: the values behind its means
+PARTIAL = "evaluation.npz.part"  # while an evaluation is under way: the images that are done
 
 # What each figure is, in a few words; the card has the whole definitions.
 _MEANINGS = {
@@ -45,6 +46,9 @@ _MEANINGS = {
     "log_px_ais": "log p(x) by annealing",
     "ais_difference": "log_px_ais - log_px",
     "effective_samples": "of {samples:,} per image",
+    "interval_coverage": "z inside the encoder's 95%",
+    "sample_auc": "samples told from test images",
+    "nearest_train_image": "distance of samples to it",
     "fitted_gap": "gap of images drawn at random",
     "approximation_gap": "its part due to Gaussian q(z|x)",
     "amortisation_gap": "its part due to the encoder",
@@ -69,8 +73,10 @@ def evaluate_run(config: EvaluateConfig) -> None:
     from vae_torch.checkpoint import CheckpointError, load_checkpoint, refuse_other_data
     from vae_torch.data import data_hash, image_dataset, loaders_of
     from vae_torch.evaluate import evaluate_images
+    from vae_torch.evaluation.partial import Partial
     from vae_torch.figures import log_px_map
     from vae_torch.files import replaced, write_atomically
+    from vae_torch.runs.identity import versions
     from vae_torch.runs.records import add_evaluation
 
     vae, run_config, device = open_run(config, config.eval.checkpoint)
@@ -104,6 +110,11 @@ def evaluate_run(config: EvaluateConfig) -> None:
     few = min(max(8, chunk // config.eval.num_samples), 256)
     one_class = vae.given(0) if vae.classes else vae
     tell_duration(one_class, test_set.first(few)[0], len(test_set), config, chunk)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    samples = (config.eval.num_samples, config.eval.fit_samples, config.eval.seed)
+    partial = Partial(run_dir / PARTIAL, repr((sha256, hashes, samples, versions())))
+    if partial.begun:
+        print("resuming an evaluation that was stopped")
     card, per_image = evaluate_images(
         vae,
         test_loader,
@@ -116,6 +127,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
         exact=config.eval.exact,
         seed=config.eval.seed,
         progress=True,
+        store=partial,
     )
     card["data"] = {
         "name": run_config.data.name,
@@ -127,13 +139,14 @@ def evaluate_run(config: EvaluateConfig) -> None:
     card["checkpoint"] = {
         "name": config.eval.checkpoint,
         "epoch": epoch,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "sha256": sha256,
     }
     print_card(card)
     arrays: Any = {name: each.cpu().numpy() for name, each in per_image.items()}
     with replaced(run_dir / PER_IMAGE) as part, part.open("wb") as file:
         np.savez_compressed(file, **arrays)
     write_atomically(written, (json.dumps(card, indent=2) + "\n").encode())
+    partial.remove()
     picture = None
     if vae.latent_dim == 2 and "log_px_exact" in per_image:
         x, labels = test_set.first(2000)

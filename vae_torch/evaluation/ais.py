@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vae_torch.bars import bar
+from vae_torch.config import ConfigError
 from vae_torch.parts.likelihoods import Bernoulli
 from vae_torch.seeds import Stream, seeded_generator
 from vae_torch.vae import VAE, in_eval_mode
@@ -64,6 +65,7 @@ def annealed_log_px(
         ValueError: A number is below 1, `VAE.check` refuses x, or log p(x|z) has no gradient.
     """
     _check_counts(temperatures, chains, leapfrogs, chunk)
+    check_gradient(vae)
     x = vae.check(x)
     found = []
     steps = range(0, len(x), max(1, chunk // chains))
@@ -131,6 +133,24 @@ def sandwich_log_px(
     down, _ = _anneal(vae, x, exact, sizes, leapfrogs, noise, back=True, words=words[1])
     count = math.log(chains)
     return Sandwich(x, up.logsumexp(0) - count, count - down.logsumexp(0))
+
+
+def check_gradient(vae: VAE) -> None:
+    """Whether chains can move.
+
+    Raises:
+        ConfigError: log p(x|z) has no gradient.
+    """
+    weight = next(vae.parameters())
+    with torch.enable_grad():
+        z = weight.new_zeros(1, vae.latent_dim, requires_grad=True)
+        log_px = vae.likelihood.log_prob(weight.new_zeros(1, *vae.input_shape), vae.decode(z))
+        found = torch.autograd.grad(log_px.sum() + 0 * weight.sum(), z, allow_unused=True)[0]
+    if found is None:
+        raise ConfigError(
+            f"eval.ais: likelihood {type(vae.likelihood).__name__} has no gradient by z, which "
+            "Hamiltonian Monte Carlo needs; leave eval.ais out"
+        )
 
 
 def _check_counts(temperatures: int, chains: int, leapfrogs: int, rows: int) -> None:
@@ -225,11 +245,6 @@ def _evaluate(vae: VAE, x: Tensor, z: Tensor) -> _State:
         z = z.detach().requires_grad_()
         log_px_given_z = vae.likelihood.log_prob(x, vae.decode(z))
         log_pz = vae.log_prior(z)
-        if not log_px_given_z.requires_grad:
-            raise ValueError(
-                "log p(x|z) has no gradient by z: Hamiltonian Monte Carlo needs one; leave "
-                "eval.ais out"
-            )
         (grad_px,) = torch.autograd.grad(log_px_given_z.sum(), z)
         (grad_pz,) = torch.autograd.grad(log_pz.sum(), z)
     return _State(z.detach(), log_px_given_z.detach(), log_pz.detach(), grad_px, grad_pz)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vae_torch.data import Data, as_loader
-from vae_torch.evaluation.ais import annealed_log_px
+from vae_torch.evaluation.ais import annealed_log_px, check_gradient
 from vae_torch.evaluation.bounds import bounds_of, elbo_of, posterior_elbo
 from vae_torch.evaluation.figures import (
     Figures,
@@ -22,7 +22,9 @@ from vae_torch.evaluation.figures import (
 )
 from vae_torch.evaluation.importance import fit_posterior, importance_log_px
 from vae_torch.evaluation.latents import put_latents
+from vae_torch.evaluation.partial import Partial
 from vae_torch.evaluation.proposals import fitted_log_px
+from vae_torch.evaluation.simulated import put_simulated
 from vae_torch.evaluation.verdict import verdict
 from vae_torch.images import Batch
 from vae_torch.parts.likelihoods import Bernoulli, Gaussian
@@ -114,10 +116,12 @@ def evaluate_images(
     exact: bool | None = None,
     seed: int = 0,
     progress: bool = False,
+    store: Partial | None = None,
 ) -> Evaluation:
     """`evaluate_model`, with the values of each image beside the card.
 
-    Args and errors are those of `evaluate_model`.
+    Args and errors are those of `evaluate_model`; `store` keeps what is done of log_px and of
+    log_px_encoder, so that an evaluation that was killed resumes.
 
     Returns:
         The card, and by name the values of each image of `loader`, in its order.
@@ -128,6 +132,8 @@ def evaluate_images(
             raise ValueError(f"{name}={given}: must be 1 or more")
     if exact:
         check_few_latents(vae)
+    if ais is not None:
+        check_gradient(vae)
     if train_loader is not None:
         train_loader = as_loader(train_loader, vae.input_shape)
     batch = whole_set(vae, loader)
@@ -150,6 +156,7 @@ def evaluate_images(
             0,
         )
     put_latents(card, vae, batch, train_loader)
+    put_simulated(card, vae, batch, train_loader)
 
     said = []
     if exact or (exact is None and vae.latent_dim <= 2):
@@ -168,8 +175,8 @@ def evaluate_images(
                 0,
                 more={"residual": grid.residual},
             )
-    _put_log_px(card, vae, batch, fit_samples, chunk, progress)
-    how: dict[str, Any] = {"seed": seed, "chunk": chunk, "progress": progress}
+    how: dict[str, Any] = {"seed": seed, "chunk": chunk, "progress": progress, "store": store}
+    _put_log_px(card, vae, batch, fit_samples, how)
     sampled = partial(importance_log_px, num_samples=num_samples, **how)
     estimate = by_class(vae, batch, sampled)
     card.put(
@@ -187,10 +194,13 @@ def evaluate_images(
         unit="samples",
         more={"share_below_10": (estimate.effective_samples < 10).double().mean().item()},
     )
+    card.compare("log_px", "log_px_encoder")
+    if "log_px_exact" in card.per_image:
+        card.compare("log_px", "log_px_exact")
     if ais is not None:
         _put_annealed(card, vae, batch, ais, progress)
     if train is not None:
-        _put_train_log_px(card, vae, train, fit_samples, chunk, progress)
+        _put_train_log_px(card, vae, train, fit_samples, how)
     _put_gap(card, vae, batch, fit_images, progress)
     said += verdict(card.figures, num_samples)
     if "entropy_floor" in card.figures:
@@ -239,9 +249,8 @@ def _chosen(images: int, count: int, seed: int) -> Tensor:
 
 
 def _put_log_px(
-    card: Figures, vae: VAE, batch: Batch, num_samples: int, chunk: int, progress: bool
+    card: Figures, vae: VAE, batch: Batch, num_samples: int, how: dict[str, Any]
 ) -> None:
-    how: dict[str, Any] = {"seed": card.seed, "chunk": chunk, "progress": progress}
     found = by_class(vae, batch, partial(fitted_log_px, num_samples=num_samples, **how))
     card.put(
         "log_px",
@@ -276,17 +285,17 @@ def _put_annealed(card: Figures, vae: VAE, batch: Batch, images: int, progress: 
 
 
 def _put_train_log_px(
-    card: Figures, vae: VAE, train: _Train, num_samples: int, chunk: int, progress: bool
+    card: Figures, vae: VAE, train: _Train, num_samples: int, settings: dict[str, Any]
 ) -> None:
     """Put log p(x) and the gap of training images, by the method of the evaluated ones."""
     log_px, how, samples = None, "by integration", 0
     if "log_px_exact" in card.per_image:
         with suppress(QuadratureError):
-            log_px = by_class(vae, train.batch, partial(exact_log_px, progress=progress)).log_px
+            found = partial(exact_log_px, progress=settings["progress"])
+            log_px = by_class(vae, train.batch, found).log_px
     if log_px is None:
         how, samples = "as log_px", num_samples
-        settings: dict[str, Any] = {"seed": card.seed, "chunk": chunk, "progress": progress}
-        fitted = partial(fitted_log_px, num_samples=samples, **settings)
+        fitted = partial(fitted_log_px, num_samples=samples, name="fitted_train", **settings)
         log_px = by_class(vae, train.batch, fitted).log_px
     log_px = log_px.double()
     whose = f"{len(log_px):,} training images, drawn at random"
@@ -390,3 +399,5 @@ def _put_gap(card: Figures, vae: VAE, batch: Batch, fit_images: int, progress: b
         1000,
         of=chosen,
     )
+    card.compare("approximation_gap", "amortisation_gap")
+    card.bound("gap", "fitted_gap", "approximation_gap", "amortisation_gap")

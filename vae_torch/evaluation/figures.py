@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,11 +40,13 @@ class Figures:
         of: Tensor | None = None,
         standard_error: Any = None,
         num_images: int | None = None,
+        stored: bool = True,
         more: dict[str, Any] | None = None,
     ) -> None:
         """Add a figure: a tensor is averaged, with its standard error; other values stand.
 
-        A tensor has one value per image, or per image that `of` numbers.
+        A tensor has one value per image, or per image that `of` numbers; or, where it is not
+        `stored`, per image of another kind.
         """
         images = self.images if num_images is None else num_images
         if isinstance(value, Tensor):
@@ -53,7 +56,8 @@ class Figures:
             if of is not None:
                 each = value.new_full((self.images,), math.nan)
                 each[of] = value
-            self.per_image[name] = each
+            if stored:
+                self.per_image[name] = each
             value = value.mean().item()
         self.figures[name] = {
             "value": value,
@@ -65,6 +69,36 @@ class Figures:
             "seed": self.seed,
             **(more or {}),
         }
+
+    def compare(self, name: str, other: str) -> None:
+        """Note on a figure how far it is above another, image by image, with the paired error."""
+        both = self.per_image[name] - self.per_image[other]
+        both = both[both.isfinite()]
+        above = self.figures[name].setdefault("above", {})
+        above[other] = [both.mean().item(), standard_error_of(both)]
+
+    def bound(self, *names: str) -> None:
+        """Note on figures the 95% interval of their mean over images."""
+        for name in names:
+            values = self.per_image[name]
+            finite = values[values.isfinite()].cpu().numpy()
+            self.figures[name]["interval_95"] = bootstrap_interval(finite, self.seed)
+
+
+def bootstrap_interval(values: np.ndarray, seed: int) -> list[float] | None:
+    """95% bootstrap-t interval of a mean, which allows for a skewed tail; None below ten values.
+
+    Efron and Tibshirani, *An Introduction to the Bootstrap* (1993), section 12.5.
+    """
+    n, random = len(values), np.random.default_rng(seed)
+    if n < 10 or values.std() == 0:
+        return None
+    found = []
+    for _ in range(1000):
+        some = values[random.integers(n, size=n)]
+        found.append((some.mean() - values.mean()) / max(some.std(ddof=1), 1e-300))
+    high, low = np.quantile(found, [0.025, 0.975]) * values.std(ddof=1)
+    return [float(values.mean() - low), float(values.mean() - high)]
 
 
 def whole_set(vae: VAE, loader: Data) -> Batch:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vae_torch.bars import bar
 from vae_torch.evaluation.pareto import pareto_k
+from vae_torch.evaluation.partial import Partial, in_parts
 from vae_torch.parts.objectives import log_weights
 from vae_torch.parts.posteriors import DiagonalGaussian, Posterior, gaussian_near
 from vae_torch.seeds import Stream, seeded_generator
@@ -33,6 +34,7 @@ def importance_log_px(
     chunk: int = 1024,
     proposal: tuple[Tensor, Tensor] | None = None,
     progress: bool = False,
+    store: Partial | None = None,
 ) -> ImportanceEstimate:
     """Log 1/K Σ_k p(x, z_k) / q(z_k|x): Burda et al. (2016), equation 8 with a large K.
 
@@ -48,6 +50,7 @@ def importance_log_px(
             answer.
         proposal: Mean and log-variance, (N, latent_dim) each, to draw from instead of q(z|x).
         progress: Show a bar on a terminal.
+        store: Keeps what is done, and knows what was done before.
 
     Raises:
         ValueError: num_samples or chunk is below 1, or `VAE.check` refuses x.
@@ -56,11 +59,9 @@ def importance_log_px(
         raise ValueError(f"num_samples={num_samples}, chunk={chunk}: both must be 1 or more")
     x = vae.check(x)
     q = vae.encode(x) if proposal is None else DiagonalGaussian(*proposal)
-    together = max(1, chunk // num_samples)  # images
-    log_px, effective, tails = [], [], []
-    steps = range(0, len(x), together)
-    for start in bar(steps, "log p(x)", show=progress):
-        part = slice(start, start + together)
+
+    def estimate(start: int, stop: int) -> Tensor:
+        part = slice(start, stop)
         eps = torch.stack(
             [
                 torch.randn(
@@ -69,7 +70,7 @@ def importance_log_px(
                     generator=seeded_generator(x.device, seed, i, Stream.IMPORTANCE),
                     device=x.device,
                 )
-                for i in range(start, min(start + together, len(x)))
+                for i in range(start, stop)
             ],
             1,
         ).to(x.dtype)  # (K, images, latent_dim)
@@ -84,10 +85,19 @@ def importance_log_px(
             ]
         ).double()  # (K, images)
         total = log_w.logsumexp(0)
-        log_px.append(total - math.log(num_samples))
-        effective.append(torch.exp(2 * total - (2 * log_w).logsumexp(0)))
-        tails.append(pareto_k(log_w))
-    return ImportanceEstimate(torch.cat(log_px), torch.cat(effective), torch.cat(tails))
+        effective = torch.exp(2 * total - (2 * log_w).logsumexp(0))
+        return torch.stack([total - math.log(num_samples), effective, pareto_k(log_w)], 1)
+
+    rows = in_parts(
+        estimate,
+        len(x),
+        max(1, chunk // num_samples),
+        name="encoder",
+        store=store,
+        vae=vae,
+        progress=progress,
+    )
+    return ImportanceEstimate(*rows.T)
 
 
 @in_eval_mode

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vae_torch.bars import bar
 from vae_torch.evaluation.pareto import pareto_k
+from vae_torch.evaluation.partial import Partial, in_parts
 from vae_torch.parts.likelihoods import pairwise
 from vae_torch.parts.posteriors import gaussian_near
 from vae_torch.seeds import Stream, seeded_generator
@@ -20,6 +20,8 @@ from vae_torch.vae import VAE, in_eval_mode
 # Draws from the prior, the same for all images: where one of them fits an image well, the fit gets
 # a second start from there, in case the encoder does not know of that mode.
 _POINTS, _NEIGHBOURS, _STARTS = 8192, 8, 4
+# Where log p is not affine in x, a point costs an image a pass over its pixels.
+_DEAR_POINTS = 512
 _HOPELESS = 15.0  # a start that many nats below the best place adds nothing to p(x)
 
 _STEPS, _DRAWS, _RATE = 100, 8, 0.1  # of the fit: Adam, in units of the encoder's deviations
@@ -57,6 +59,8 @@ def fitted_log_px(
     seed: int = 0,
     chunk: int = 1024,
     progress: bool = False,
+    store: Partial | None = None,
+    name: str = "fitted",
 ) -> FittedEstimate:
     """Log 1/K Σ_k p(x, z_k) / r(z_k), with proposals r that are fitted to each image.
 
@@ -75,6 +79,8 @@ def fitted_log_px(
         seed: Of the noise.
         chunk: Decoder rows at once.
         progress: Show a bar on a terminal.
+        store: Keeps what is done, and knows what was done before.
+        name: Of the images, in `store`.
 
     Raises:
         ValueError: num_samples or chunk is below 1, or `VAE.check` refuses x.
@@ -85,17 +91,18 @@ def fitted_log_px(
     with torch.no_grad():
         points = _shared_points(vae, seed, chunk)
     together = min(max(1, chunk // _DRAWS), max(1, _FEW_ENTRIES // vae.latent_dim**2))
-    rows = []
-    for start in bar(range(0, len(x), together), "log p(x)", show=progress):
-        part = x[start : start + together]
+
+    def estimate(start: int, stop: int) -> Tensor:
+        part, rows = x[start:stop], []
         fits = _fit(vae, part, points, seed)
         for i in range(len(part)):
             noise = seeded_generator(x.device, seed, start + i, Stream.PROPOSAL)
-            own = fits.owner == i
-            rows.append(
-                _estimate(vae, part[i : i + 1], fits.of(own), points, num_samples, chunk, noise)
-            )
-    return FittedEstimate(*torch.stack(rows, 1))
+            own = fits.of(fits.owner == i)
+            rows.append(_estimate(vae, part[i : i + 1], own, points, num_samples, chunk, noise))
+        return torch.stack(rows)
+
+    rows = in_parts(estimate, len(x), together, name=name, store=store, vae=vae, progress=progress)
+    return FittedEstimate(*rows.T)
 
 
 class _Points(NamedTuple):
@@ -112,7 +119,8 @@ class _Points(NamedTuple):
 def _shared_points(vae: VAE, seed: int, chunk: int) -> _Points:
     weight = next(vae.parameters())
     noise = seeded_generator(weight.device, seed, Stream.PROPOSAL)
-    z = vae.prior.sample(_POINTS, noise).to(weight)
+    count = _POINTS if hasattr(vae.likelihood, "affine") else _DEAR_POINTS
+    z = vae.prior.sample(count, noise).to(weight)
     params = torch.cat([vae.decode(some) for some in z.split(chunk)])
     neighbours = torch.cat(
         [

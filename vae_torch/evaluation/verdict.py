@@ -61,26 +61,46 @@ def verdict(card: dict[str, Any], num_samples: int) -> list[str]:
             f"importance sampling, which is a lower bound too, on {images:,} images."
         )
     if "log_px_encoder" in value:
-        short = value["log_px"] - value["log_px_encoder"]
+        short, error = _above(card, "log_px", "log_px_encoder")
         if num_samples < _FEW_SAMPLES:
             said.append(
                 f"log_px_encoder comes from {num_samples} samples per image, too few to compare "
                 "with published figures. Try eval.num_samples=5000."
             )
-        elif short > 0.1:
+        elif short > max(0.1, 2 * error):
             said.append(
                 f"log_px_encoder, the estimate that papers report, is {short:.2f} nats below "
                 "log_px. Compare models by log_px."
             )
     if "log_px_exact" in value:
-        off = value["log_px"] - value["log_px_exact"]
-        said.append(
-            f"Importance sampling is {abs(off):.3f} nats {'above' if off > 0 else 'below'} the "
-            "integral, which is the truth here."
-        )
+        off, error = _above(card, "log_px", "log_px_exact")
+        residual = card["log_px_exact"]["residual"]
+        how = f"{abs(off):.3f} nats {'above' if off > 0 else 'below'} the integral"
+        if off > max(0.01, 4 * error) + residual:  # no estimate from below should be
+            said.append(
+                f"log_px is {how}, which has missed a part of p(x): do not trust log_px_exact."
+            )
+        else:
+            said.append(
+                f"log_px is {how}, which is the truth here within {residual:.2g} in the mean."
+            )
+    if "interval_coverage" in value:
+        held, error = value["interval_coverage"], card["interval_coverage"]["standard_error"]
+        if abs(held - 0.95) > max(0.02, 2 * error):
+            said.append(
+                f"The encoder's 95% intervals hold {100 * held:.1f} ± {100 * error:.1f}% of the z "
+                f"that images were drawn from: q(z|x) is too {'narrow' if held < 0.95 else 'wide'}."
+            )
+    if "nearest_train_image" in value:
+        near, of_test = value["nearest_train_image"], card["nearest_train_image"]["of_test_images"]
+        if near < 0.5 * of_test:
+            said.append(
+                f"Samples are {near:.2f} from the nearest training image, test images {of_test:.2f}"
+                ": the model copies training images."
+            )
     if value["fitted_gap"] > 1:
         parts = ("approximation_gap", "amortisation_gap")
-        larger, smaller = sorted(parts, key=lambda name: value[name], reverse=True)
+        larger = max(parts, key=lambda name: float(value[name]))
         remedies = {
             "approximation_gap": "a Gaussian fits the true posterior badly. Try more latent "
             "dimensions or objective=iwae",
@@ -89,7 +109,8 @@ def verdict(card: dict[str, Any], num_samples: int) -> list[str]:
         }
         images = card["fitted_gap"]["num_images"]
         whose = f"the bound's gap of {value['fitted_gap']:.1f} nats ({images:,} images)"
-        if value[larger] - value[smaller] > 2 * _joint_error(card, larger, smaller):
+        lead, error = _above(card, *parts)
+        if abs(lead) > 2 * error:
             said.append(f"Most of {whose} is the {larger}: {remedies[larger]}.")
         else:
             said.append(
@@ -138,6 +159,12 @@ def _overfitting(card: dict[str, Any]) -> list[str]:
             + " Try data.binarize=dynamic or a smaller encoder; log_px is not affected."
         )
     return said
+
+
+def _above(card: dict[str, Any], name: str, other: str) -> tuple[float, float]:
+    """By how much a figure is above another on the same images, with the paired error."""
+    difference, error = card[name]["above"][other]
+    return difference, math.inf if error is None else error
 
 
 def _joint_error(card: dict[str, Any], *names: str) -> float:

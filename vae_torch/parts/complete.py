@@ -9,7 +9,7 @@ from vae_torch.parts import flows, tcvae, two_layer  # noqa: F401 - they fill th
 from vae_torch.parts.likelihoods import likelihoods
 from vae_torch.parts.metrics import metric_of
 from vae_torch.parts.networks import networks
-from vae_torch.parts.objectives import objectives
+from vae_torch.parts.objectives import monitor_of, objectives
 from vae_torch.parts.posteriors import posteriors
 from vae_torch.parts.priors import priors
 from vae_torch.parts.registry import Table
@@ -21,10 +21,14 @@ def complete(config: Config) -> Config:
     Raises:
         ConfigError: A part is not known, or has no such option, or a value is of another type.
     """
-    metric_of(config.train.monitor)
     model, objective = config.model, config.objective
+    monitor = config.train.monitor
+    if monitor == "auto":
+        monitor = monitor_of(objectives[objective.name])
+    metric_of(monitor)
     return replace(
         config,
+        train=replace(config.train, monitor=monitor),
         model=replace(model, options=_options(networks, model.name, model.options)),
         objective=replace(
             objective, options=_options(objectives, objective.name, objective.options)

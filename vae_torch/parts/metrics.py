@@ -35,8 +35,8 @@ _NATS = "nats per image"
 metrics: dict[str, Metric] = {
     **dict.fromkeys(
         (
-            "elbo", "train_elbo", "reconstruction", "log_px", "log_px_exact", "log_px_encoder",
-            "log_px_ais", "train_log_px",
+            "elbo", "iw_elbo", "train_elbo", "reconstruction", "log_px", "log_px_exact",
+            "log_px_encoder", "log_px_ais", "train_log_px",
         ),
         Metric("higher", unit=_NATS),
     ),

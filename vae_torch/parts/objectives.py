@@ -235,6 +235,11 @@ def as_objective(objective: "ObjectiveConfig | Objective") -> Objective:
     return made
 
 
+def monitor_of(objective: Any) -> str:
+    """The metric that chooses the best epoch where none is named: the bound that is trained."""
+    return f"test/{getattr(objective, 'bound_name', 'elbo')}"
+
+
 def draw_noise(
     objective: Objective, samples: int, images: int, latent_dim: int, generator: torch.Generator
 ) -> Noise:
@@ -342,6 +347,8 @@ class IWAE:
         estimator: `standard` or `dreg`; the second needs a Gaussian posterior.
         resample: Whether the gradient goes through one draw.
     """
+
+    bound_name = "iw_elbo"  # what -loss is called at beta 1
 
     def __init__(
         self,

@@ -41,6 +41,7 @@ class Run:
     metrics: dict[str, float] = field(default_factory=dict)  # final test/elbo, ..., log_px
     data_sha256: dict[str, str] = field(default_factory=dict)  # of the images, by split
     protocols: dict[str, dict[str, Any]] = field(default_factory=dict)  # of the card's figures
+    better: dict[str, str | None] = field(default_factory=dict)  # higher or lower, by metric
     epochs: list[dict[str, Any]] = field(default_factory=list)  # of metrics.jsonl
 
     def at(self, key: str) -> Any:
@@ -92,6 +93,7 @@ def read_run(path: Path) -> Run:
             run.state = "finished"
             run.metrics = {k: v for k, v in summary["final"].items() if is_number(v)}
             run.metrics["seconds"] = summary["seconds"]
+            run.better = dict(summary.get("better") or {})
             hashes = summary.get("data_sha256") or {}
             run.data_sha256 = {split: str(sha256) for split, sha256 in hashes.items()}
             card = _json(path / "evaluation.json") or {}

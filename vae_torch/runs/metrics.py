@@ -6,7 +6,7 @@ from vae_torch.parts.metrics import metrics
 from vae_torch.runs.folders import Run
 
 _DENSITIES = (
-    "elbo", "train_elbo", "reconstruction", "log_px", "log_px_exact", "log_px_encoder",
+    "elbo", "iw_elbo", "train_elbo", "reconstruction", "log_px", "log_px_exact", "log_px_encoder",
     "log_px_ais", "train_log_px", "loss",
 )  # fmt: skip
 _OBJECTIVE = tuple(f"objective.{key}" for key in ("name", "beta", "free_bits", "num_samples"))
@@ -68,6 +68,6 @@ def basis_of(run: Run, metric: str) -> dict[str, Any]:
         basis.setdefault("data.binarize", run.settings.get("data.binarize"))
     if last_part(metric) in _DENSITIES:
         basis["likelihood"] = run.settings.get("likelihood")
-    if last_part(metric) == "loss":
+    if last_part(metric) in ("loss", "iw_elbo"):
         basis |= {key: run.settings.get(key) for key in _OBJECTIVE}
     return basis

@@ -29,7 +29,7 @@ def behind_median(run_dir: Path, *, metric: str = "test/elbo", least: int = 5) -
 
     Its best value so far is worse than the median of what the sweep's other runs had after as many
     epochs. A relative of the median rule of Golovin et al., *Google Vizier* (2017), section 3.2.2,
-    which compares with running averages instead.
+    which compares the best value so far with running averages of completed runs instead.
 
     Args:
         run_dir: The run's folder, beside those of the others.

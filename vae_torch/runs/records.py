@@ -36,6 +36,7 @@ from vae_torch.figures import (
 )
 from vae_torch.files import write_atomically
 from vae_torch.images import Batch
+from vae_torch.parts.metrics import metrics
 from vae_torch.runs.identity import git_commit, versions
 from vae_torch.training.errors import StoppedError
 from vae_torch.vae import VAE
@@ -249,6 +250,11 @@ class Records:
         summary = {
             "final": final,
             "unit": "nats per image; elbo and reconstruction: higher is better",
+            "better": {
+                name: known.better
+                for name in final
+                if (known := metrics.get(name.rpartition("/")[2]))
+            },
             "epochs": len(history["epoch"]),
             "best_test_elbo": max(history["test/elbo"]),
             "seconds": round(sum(history["seconds"]), 1),

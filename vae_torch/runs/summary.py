@@ -62,7 +62,13 @@ class Summary:
 
     @property
     def digits(self) -> int:
-        """Decimals that show four digits of the largest mean, and two at least."""
+        """Decimals that show two digits of the smallest standard error of a row's mean.
+
+        Without any error, four digits of the largest mean, and two decimals at least.
+        """
+        errors = [row.sd / math.sqrt(len(row.runs)) for row in self.rows if row.sd > 0]
+        if errors:
+            return min(max(0, 1 - math.floor(math.log10(min(errors)))), 8)
         largest = max((abs(row.mean) for row in self.rows), default=0.0)
         if not 0 < largest < math.inf:
             return 2
@@ -193,6 +199,9 @@ def summarize_each(
     groups, left_out = _comparable(chosen, metric, known)
     groups = groups or [[]]
     direction = higher_is_better if higher_is_better is not None else direction_of(metric)
+    recorded = {run.better.get(metric) for group in groups for run in group}
+    if direction is None and len(recorded) == 1:  # of a plug-in that is not loaded here
+        direction = {"higher": True, "lower": False}.get(str(*recorded))
     summaries = [
         Summary(
             metric,

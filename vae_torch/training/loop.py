@@ -23,7 +23,7 @@ from vae_torch.config import (
 from vae_torch.data import Data, as_batch, as_loader, batches_in
 from vae_torch.evaluation.bounds import bound_metrics
 from vae_torch.images import as_images, check_pixels
-from vae_torch.parts.objectives import Objective, as_objective, draw_noise
+from vae_torch.parts.objectives import Objective, as_objective, draw_noise, monitor_of
 from vae_torch.training.errors import ADVICE, DivergedError, EndRun, StoppedError
 from vae_torch.training.progress import Metrics, Progress, plain
 from vae_torch.training.schedules import beta_at, learning_rate, samples_at
@@ -58,7 +58,7 @@ def train(
     precision: str = "fp32",
     compile: bool = False,
     seed: int = 0,
-    monitor: str = "test/elbo",
+    monitor: str = "auto",
     callbacks: Sequence[Callback] = (),
     patience: int | None = None,
     min_delta: float = 0.0,
@@ -93,7 +93,8 @@ def train(
             for it, as `scripts/train.py` does.
         compile: Loss, gradient and optimiser as one graph (torch.compile; on CUDA a CUDA graph).
         seed: Of the noise, and of the order of images that come as one tensor or array.
-        monitor: The metric by which `checkpoints` keep the best epoch: see `parts.metrics`.
+        monitor: The metric by which `checkpoints` keep the best epoch: see `parts.metrics`. `auto`
+            is the bound that is trained.
         callbacks: Each is called after every epoch with its metrics and the model they belong to.
             What it returns is added to the metrics, under names such as `test/mse`. It may raise
             `EndRun`: the run ends, and is complete.
@@ -151,6 +152,7 @@ def train(
     opt = own(list(vae.parameters())) if own else make_optimizer(vae, settings)
     averaged = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema else None
     evaluated: VAE = averaged.module if averaged else vae  # type: ignore[assignment]
+    monitor = monitor_of(minimise) if monitor == "auto" else monitor
     run = Progress(vae, averaged, opt, batches, seed, monitor=monitor)
     if checkpoints:
         run.resume(checkpoints)
@@ -312,10 +314,17 @@ def _means(
     if tests is None:
         run.refuse_broken_weights()
     else:
-        batches = _until(stop, tests)
-        test = bound_metrics(
-            evaluated, batches, objective, num_samples=samples, beta=beta, seed=run.seed
-        )
+
+        def measured(samples: int | None, beta: float) -> Metrics:
+            batches = _until(stop, tests)
+            return bound_metrics(
+                evaluated, batches, objective, num_samples=samples, beta=beta, seed=run.seed
+            )
+
+        test = measured(samples, beta)
+        if name := getattr(objective, "bound_name", None):  # comparable between all epochs
+            final = samples == getattr(objective, "num_samples", samples) and beta == 1
+            test[name] = -(test if final else measured(None, 1.0))["loss"]
     if not math.isfinite(test.get("loss", 0.0)):
         raise DivergedError(
             f"epoch {run.epoch + 1}: the test loss is {test['loss']} after the last step, "

@@ -1,0 +1,83 @@
+"""What images drawn from the model tell, and the intervals of means, against known values."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from tests.test_evaluate import PIXELS, linear_gaussian
+from vae_torch import VAE
+from vae_torch.evaluation.figures import Figures, bootstrap_interval
+from vae_torch.evaluation.simulated import auc, put_simulated
+from vae_torch.images import Batch
+from vae_torch.parts.likelihoods import likelihoods
+
+
+def figures_of(vae, x, train=None, seed=0):
+    card = Figures(len(x), seed)
+    put_simulated(card, vae, Batch(x), train)
+    return card.figures
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(1.0, 0.95), (0.5, 0.6729), (2.0, 0.99991)])
+def test_coverage_of_a_known_posterior(factor, expected):
+    """Of N(0, 1), 67.29% lie within 0.98."""
+    vae, _ = linear_gaussian(2)
+    vae.posterior.logvar.bias.data += 2 * math.log(factor)
+    found = figures_of(vae, torch.rand(2000, PIXELS).double())["interval_coverage"]
+    assert abs(found["value"] - expected) < 4 * max(found["standard_error"], 1e-4)
+
+
+def constant_model(*probabilities):
+    torch.manual_seed(0)
+    vae = VAE((len(probabilities),), 1, 4)
+    vae.decoder.out.weight.data.zero_()
+    vae.decoder.out.bias.data = torch.tensor(probabilities).logit()
+    return vae
+
+
+@pytest.mark.parametrize(("p", "expected"), [(0.3, 0.5), (0.8, 0.75)])
+def test_samples_are_told_from_images_as_often_as_they_can_be(p, expected):
+    """One pixel is 1 in 30% of the samples, in p of the images: the area is (1 + |p - 0.3|) / 2."""
+    random = torch.Generator().manual_seed(1)
+    x = torch.bernoulli(torch.tensor([p, 0.5]).expand(2000, 2), generator=random)
+    found = figures_of(constant_model(0.3, 0.5), x)["sample_auc"]
+    assert abs(found["value"] - expected) < 4 * found["standard_error"]
+    assert found["standard_error"] < 0.015
+
+
+def test_the_area_under_a_curve_has_the_error_of_its_repetitions():
+    random = np.random.default_rng(0)
+    found = np.array([auc(random.normal(1, 1, 60), random.normal(0, 1, 40)) for _ in range(400)])
+    assert abs(found[:, 0].mean() - 0.7602) < 0.01  # Φ(1/√2)
+    assert found[:, 1].mean() == pytest.approx(found[:, 0].std(), rel=0.1)
+    assert auc(np.ones(3), np.ones(4))[0] == 0.5
+
+
+def test_copies_lie_on_training_images():
+    x = torch.eye(4)[torch.arange(40) % 4]
+    model = constant_model(1 - 1e-6, 1e-6, 1e-6, 1e-6)  # draws the first of them always
+    found = figures_of(model, torch.ones(40, 4), [x, x])["nearest_train_image"]
+    assert found["value"] == pytest.approx(0, abs=1e-3)
+    assert found["of_test_images"] == pytest.approx(math.sqrt(3), rel=1e-5)
+
+
+def test_what_cannot_be_sampled_has_no_such_figures():
+    assert figures_of(constant_model(0.3, 0.5), torch.rand(50, 2)) == {}  # grey under Bernoulli
+    model = VAE((4,), 1, 4, likelihood="discretized_logistic")
+    assert isinstance(model.likelihood, likelihoods["discretized_logistic"])
+    assert figures_of(model, torch.rand(50, 4)) == {}
+
+
+def test_intervals_of_a_skewed_mean_hold_it():
+    """Log-normal values, as gaps are: mean ± 2 errors holds the mean in 87%."""
+    random, held, usual = np.random.default_rng(0), [], []
+    for seed in range(150):
+        values = random.lognormal(0, 1, 50)
+        low, high = bootstrap_interval(values, seed)
+        held.append(low < math.exp(0.5) < high)
+        usual.append(abs(values.mean() - math.exp(0.5)) < 2 * values.std(ddof=1) / math.sqrt(50))
+    assert np.mean(held) > 0.9
+    assert np.mean(held) > np.mean(usual)
+    assert bootstrap_interval(np.ones(20), 0) is None

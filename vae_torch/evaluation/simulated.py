@@ -1,0 +1,137 @@
+"""What images drawn from the model tell: of the encoder, and of the model itself."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vae_torch.config import ConfigError
+from vae_torch.data import Data, images_of
+from vae_torch.evaluation.figures import Figures
+from vae_torch.images import Batch
+from vae_torch.parts.likelihoods import Bernoulli, Gaussian
+from vae_torch.parts.posteriors import DiagonalGaussian
+from vae_torch.samples import draw_pixels
+from vae_torch.seeds import Stream, seeded_generator
+from vae_torch.vae import VAE
+
+_IMAGES, _NEAREST = 2000, 500  # of each kind, for the test and for distances
+_NORMAL_95 = 1.959964  # standard deviations
+
+
+@torch.no_grad()
+def put_simulated(card: Figures, vae: VAE, batch: Batch, train_loader: Data | None) -> None:
+    """Put a calibration of q(z|x) and a two-sample test on the card, where images can be drawn.
+
+    Bernoulli pixels are drawn as 0 or 1, so evaluated grey images are other than samples for that
+    alone, and the figures are left out.
+
+    Args:
+        card: Gets the figures.
+        vae: The model.
+        batch: All evaluated images, with labels where the model sees some.
+        train_loader: Adds the distance of samples to the nearest training image.
+    """
+    x, seed = batch.x, card.seed
+    grey = isinstance(vae.likelihood, Bernoulli) and not ((x == 0) | (x == 1)).all()
+    if grey or len(x) < 10:
+        return
+    noise = seeded_generator(x.device, seed, Stream.SIMULATED)
+    order = torch.randperm(len(x), generator=seeded_generator("cpu", seed, Stream.SIMULATED))
+    chosen, samples, held = order[:_IMAGES].to(x.device), [], []
+    for at in chosen.split(1000):
+        model = vae.of(Batch(x[at], None if batch.y is None else batch.y[at]))
+        z = model.prior.sample(len(at), noise).to(x)
+        try:
+            drawn = _pixels(model, model.decode(z), noise)
+        except ConfigError:  # a likelihood that cannot be sampled
+            return
+        samples.append(drawn)
+        q = model.encode(drawn)
+        if isinstance(q, DiagonalGaussian):
+            held.append((z - q.mean).abs() < _NORMAL_95 * torch.exp(0.5 * q.logvar))
+    if held:
+        _put_coverage(card, torch.cat(held).double())
+    _put_auc(card, x[chosen], torch.cat(samples))
+    if train_loader is not None:
+        _put_nearest(card, x[chosen], torch.cat(samples), train_loader)
+
+
+def _pixels(vae: VAE, params: Tensor, noise: torch.Generator) -> Tensor:
+    if isinstance(vae.likelihood, Gaussian):  # not held inside [0, 1], unlike images to look at
+        normal = torch.randn(params.shape, generator=noise, device=params.device).to(params)
+        return params + torch.exp(0.5 * vae.likelihood.logvar) * normal
+    return draw_pixels(vae, params, noise)
+
+
+def _put_coverage(card: Figures, held: Tensor) -> None:
+    """How often the encoder's intervals hold the z that an image was drawn from: (N, latent_dim).
+
+    Talts et al., *Validating Bayesian Inference Algorithms with Simulation-Based Calibration*
+    (2018): for exact posteriors that is their nominal share, whatever the model.
+    """
+    card.put(
+        "interval_coverage",
+        held.mean(1),
+        "share of the z that images were drawn from inside the encoder's 95% intervals",
+        1,
+        unit="share of latents",
+        stored=False,
+        more={"per_dim": held.mean(0).tolist()},
+    )
+
+
+def _put_auc(card: Figures, x: Tensor, drawn: Tensor) -> None:
+    """Whether a classifier tells samples from images, trained on half of both."""
+    try:
+        from sklearn.ensemble import RandomForestClassifier
+    except ImportError:
+        return
+    half = len(x) // 2
+    parts = [part.flatten(1).float().cpu().numpy() for part in (drawn, x)]
+    labels = np.repeat([0, 1], half)
+    forest = RandomForestClassifier(200, random_state=card.seed)
+    forest.fit(np.concatenate([part[:half] for part in parts]), labels)
+    low, high = (forest.predict_proba(part[half:])[:, 1] for part in parts)
+    value, error = auc(high, low)
+    card.put(
+        "sample_auc",
+        value,
+        "area under the ROC curve of a random forest that tells test images from samples; 0.5: it "
+        "cannot",
+        1,
+        unit="share of pairs",
+        standard_error=error,
+        num_images=len(x),
+    )
+
+
+def auc(high: np.ndarray, low: np.ndarray) -> tuple[float, float]:
+    """How often a score of the first is above one of the second, with its standard error.
+
+    DeLong, DeLong and Clarke-Pearson, *Comparing the Areas under Two or More Correlated Receiver
+    Operating Characteristic Curves* (1988).
+    """
+    above = (high[:, None] > low) + 0.5 * (high[:, None] == low)
+    variance = above.mean(1).var(ddof=1) / len(high) + above.mean(0).var(ddof=1) / len(low)
+    return float(above.mean()), float(np.sqrt(variance))
+
+
+def _put_nearest(card: Figures, x: Tensor, drawn: Tensor, train_loader: Data) -> None:
+    """How near samples are to training images, beside how near the evaluated images are."""
+    drawn = drawn[:_NEAREST]
+    both = torch.cat([drawn, x[:_NEAREST]]).flatten(1)
+    nearest = both.new_full((len(both),), torch.inf)
+    for batch in train_loader:
+        found = torch.cdist(both, images_of(batch).to(both).flatten(1)).amin(1)
+        nearest = torch.minimum(nearest, found)
+    of_samples, of_images = nearest.double().split(len(drawn))
+    card.put(
+        "nearest_train_image",
+        of_samples,
+        "Euclidean distance of samples to the nearest training image; much less than that of test "
+        "images: the model copies",
+        1,
+        unit="of pixels",
+        stored=False,
+        more={"of_test_images": of_images.mean().item()},
+    )
