@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import math
+import re
 import shutil
 import struct
 import sys
@@ -23,6 +24,7 @@ from vae_torch.cli.sample import sample_run
 from vae_torch.config import ConfigError, SampleConfig
 from vae_torch.deploy import portable_files
 from vae_torch.parts.likelihoods import DiscretizedLogistic
+from vae_torch.runs.origin import start_from
 from vae_torch.runs.run import run
 
 
@@ -496,6 +498,10 @@ def test_damaged_and_foreign_releases_are_one_line(release, tmp_path, damage, li
     assert line in str(error.value)
     assert str(folder) in str(error.value)
     assert "\n" not in str(error.value)
+    if damage is not with_a_wider_model:  # whose weights no run has been asked to fit
+        start = compose([f"train.init_from={folder}", f"data.root={tmp_path}"])
+        with pytest.raises(CheckpointError, match=f"^train.init_from={re.escape(str(folder))}: "):
+            start_from(VAE(intermediate_dim=16), start)
 
 
 def test_a_release_with_a_plug_in_says_so_and_is_refused_without_it(source, release, tmp_path):
