@@ -641,7 +641,7 @@ def test_card_adds_up_and_says_what_it_is(trained):
     error = exact.std().item() / math.sqrt(len(x))
     assert card["log_px_exact"]["standard_error"] == pytest.approx(error, rel=1e-6)
     assert card["train_elbo"]["num_images"] == 600
-    assert any("Importance sampling" in sentence for sentence in card["verdict"])
+    assert any("the integral" in sentence for sentence in card["verdict"])
     assert "a score" in card["verdict"][-1]  # of grey pixels
 
 
@@ -841,9 +841,8 @@ def test_an_integral_over_nan_is_refused():
         with pytest.raises(QuadratureError, match=words):
             exact_log_px(vae, x)
     vae, x = linear_gaussian(2)
-    vae.posterior.mean.bias.data[0] = 1e200  # whose square is infinite
-    with pytest.raises(QuadratureError, match="too large"):
-        exact_log_px(vae, x)
+    vae.posterior.mean.bias.data[0] = 1e200  # is no place to look at, and hides none
+    torch.testing.assert_close(exact_log_px(vae, x).log_px, vae.true_log_px, atol=1e-3, rtol=0)
 
 
 def test_the_integral_takes_a_prior_of_ones_own():
