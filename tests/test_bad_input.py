@@ -276,7 +276,7 @@ def test_a_mistake_is_told_in_one_line(place, made_up_root, line, words):
     assert len(said) < 600
 
 
-@pytest.mark.parametrize("name", ["a run", "Läufe/数字", "x" * 200, "a=b,c=d", "it's"])
+@pytest.mark.parametrize("name", ["Läufe/数字", "x" * 200, "it's a=b,c=d"])
 def test_folders_may_have_any_name(made_up_root, tmp_path, name):
     root = tmp_path / f"data {name}"[:200]
     shutil.copytree(made_up_root, root)

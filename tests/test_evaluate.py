@@ -278,7 +278,7 @@ def test_gaps_of_a_bad_encoder_equal_their_closed_form():
     assert card["gap"]["value"] == pytest.approx(expected, abs=4 * error)
 
 
-@pytest.mark.parametrize("latent_dim", [2, 3])
+@pytest.mark.parametrize("latent_dim", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_figures_that_are_subtracted_are_of_the_same_images(latent_dim):
     vae, x = linear_gaussian(latent_dim)
     vae.posterior.mean.bias.data += 0.4
@@ -434,7 +434,7 @@ def test_a_verdict_claims_no_more_than_its_errors_allow():
             assert "60,000 training images is 5.0 ± 0.7 nats better than that of the 100" in said[0]
 
 
-@pytest.mark.parametrize("ratio", [1.0, 4.0, 0.25])
+@pytest.mark.parametrize("ratio", [1.0, 4.0])
 def test_a_sigma_that_is_far_from_the_residual_is_told_with_what_it_costs(ratio):
     vae, x = linear_gaussian(2)
     vae.posterior.logvar.bias.data.fill_(-40)  # each z is the mean
@@ -611,8 +611,8 @@ def test_parts_of_the_aggregate_kl_sum_to_the_kl(trained):
     vae, _, test_loader = trained
     card = evaluate_model(vae, test_loader, num_samples=2, fit_images=2)
     x = torch.cat([x for x, _ in test_loader])
-    sums = torch.stack([torch.stack(aggregate_kl(vae, x, seed=s)).sum(0).mean() for s in range(20)])
-    error = sums.std().item() / math.sqrt(20)
+    sums = torch.stack([torch.stack(aggregate_kl(vae, x, seed=s)).sum(0).mean() for s in range(8)])
+    error = sums.std().item() / math.sqrt(8)
     assert sums.mean().item() == pytest.approx(card["kl"]["value"], abs=4 * error)
 
 

@@ -253,13 +253,13 @@ LONGER = ("train.epochs=4",)
         (None, None),
         (("step", 7), None),
         (("step", 7, "", signal.SIGTERM), ("step", 9)),
-        (None, ("after", 1, "metrics.jsonl")),
         *(
             pytest.param(None, moment, marks=pytest.mark.slow)
             for moment in (
                 ("read", 1),
                 ("half", 1, "last.pt"),
                 ("after", 1, "last.pt"),
+                ("after", 1, "metrics.jsonl"),
                 ("step", 1),
                 ("before", 1, "summary.json"),
             )
@@ -478,6 +478,7 @@ def test_a_clipped_run_with_a_schedule_resumes_with_the_same_bits(made_up_root, 
         assert [row["train/lr"] for row in rows] == pytest.approx([lr, lr, lr / 10])
 
 
+@pytest.mark.slow
 def test_a_plateau_goes_on_in_a_longer_run(settings, tmp_path):
     plateau = ["optimizer.schedule=plateau", "optimizer.step_epochs=1", "train.min_delta=1000"]
     run(settings(*plateau, "train.epochs=4"), tmp_path / "whole")
@@ -587,6 +588,7 @@ def test_a_run_that_stopped_early_goes_on_when_it_is_told_to(made_up_root, whole
     assert "stopped_early" not in json.loads((tmp_path / "summary.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_sweep_counts_what_stopped_early_as_done(made_up_root, tmp_path):
     settings = [o for o in order(made_up_root, "", *PATIENT) if not o.startswith("hydra.run.dir")]
     sweep = ["-m", *settings, "seed=0,1", f"sweep.dir={tmp_path}"]

@@ -53,7 +53,7 @@ def test_parts_of_ones_own_train_from_the_command_line(own_run):
 
 def test_a_run_with_parts_of_ones_own_is_evaluated_and_summarised(own_run):
     folder, _ = own_run
-    few = ("eval.num_samples=50", "eval.fit_samples=50", "eval.fit_images=3", "eval.limit=20")
+    few = ("eval.num_samples=50", "eval.fit_samples=50", "eval.fit_images=1", "eval.limit=8")
     done = run_script("evaluate.py", f"run={folder}", PLUGIN, *few)
     assert done.returncode == 0, done.stderr
     card = json.loads((folder / "evaluation.json").read_text())

@@ -83,11 +83,11 @@ def test_a_run_and_its_card_need_nothing_that_only_linux_has(elsewhere, small, t
     (run,) = read_runs(tmp_path)
     assert run.state == "finished"
     done = elsewhere(
-        "evaluate.py", run_dir, "eval.num_samples=5", "eval.limit=20", "eval.fit_images=2"
+        "evaluate.py", run_dir, "eval.num_samples=5", "eval.limit=5", "eval.fit_images=1"
     )
     assert done.returncode == 0, done.stderr
     card = json.loads((run_dir / "evaluation.json").read_text("utf-8"))
-    assert card["elbo"]["value"] == pytest.approx(run.metrics["test/elbo"], abs=20)
+    assert card["elbo"]["value"] == pytest.approx(run.metrics["test/elbo"], abs=60)
 
 
 @pytest.mark.slow

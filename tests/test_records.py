@@ -128,8 +128,10 @@ def written(config, run_dir, vae, x, labels):
     return run_dir
 
 
-@pytest.mark.parametrize("shape", [(3, 12, 20), (3, 20, 12), (1, 12, 20), (20, 12)])
-@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "labelled"),
+    [((3, 12, 20), True), ((3, 20, 12), False), ((1, 12, 20), True), ((20, 12), False)],
+)
 def test_records_of_colour_rectangles_and_unlabelled_images(
     config, tmp_path, caplog, shape, labelled
 ):

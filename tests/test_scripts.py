@@ -94,8 +94,6 @@ def test_multirun_names_its_runs_by_their_overrides(small, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     runs = sorted(p.parent for p in tmp_path.glob("*/summary.json"))
-    card = run_script("evaluate.py", f"run={runs[0]}", "eval.num_samples=5", "eval.limit=5")
-    assert card.returncode == 0, card.stderr
     names = [run.name for run in runs]
     assert len(names) == 2
     assert names[0].startswith("model.latent_dim-2_")  # what is swept comes first
@@ -114,7 +112,7 @@ def test_evaluation_card_of_a_run(small, tmp_path):
     assert run_script("train.py", *small, f"hydra.run.dir={run_dir}").returncode == 0
     before = set(REPOSITORY.iterdir())
     card = run_script(
-        "evaluate.py", f"run={run_dir}", "eval.num_samples=20", "eval.limit=50", "eval.fit_images=5"
+        "evaluate.py", f"run={run_dir}", "eval.num_samples=20", "eval.limit=10", "eval.fit_images=2"
     )
     assert card.returncode == 0, card.stderr
     assert set(REPOSITORY.iterdir()) == before
@@ -169,7 +167,7 @@ def test_a_trial_leaves_the_results_table_alone(made_up_root, tmp_path):
     assert "only=nothing" in refused.stderr
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "explore", "encode", "summarize"])
+@pytest.mark.parametrize("name", ["train", "evaluate"])
 def test_without_the_environment_a_script_says_how_to_enter_it(name):
     bare = [sys.executable, "-S", f"scripts/{name}.py"]  # finds no installed package
     done = subprocess.run(bare, cwd=REPOSITORY, capture_output=True, text=True)
