@@ -1,6 +1,7 @@
 """Contracts of the estimators, each against a value that is known another way."""
 
 import copy
+import functools
 import importlib
 import json
 import math
@@ -32,6 +33,8 @@ from vae_torch.evaluate import (
     posterior_elbo,
     verdict,
 )
+from vae_torch.evaluation import card as card_module
+from vae_torch.evaluation import proposals
 from vae_torch.evaluation.figures import Figures
 from vae_torch.evaluation.latents import put_latents
 from vae_torch.images import Batch
@@ -234,6 +237,7 @@ def test_a_posterior_is_fitted_to_one_image_too(likelihood):
         assert alone.item() == pytest.approx(together[i].item(), abs=0.05)
 
 
+@pytest.mark.usefixtures("rough")
 def test_the_card_of_one_image_claims_nothing_about_many(trained):
     vae, _, test_loader = trained
     x, labels = next(iter(test_loader))
@@ -308,6 +312,7 @@ def test_figures_that_are_subtracted_are_of_the_same_images(latent_dim):
     assert not torch.equal(other["fitted_gap"].isfinite(), fitted)
 
 
+@pytest.mark.usefixtures("rough")
 def test_the_training_bound_has_an_error_and_a_count(trained):
     vae, train_loader, test_loader = trained
     few = next(iter(test_loader))[0][:10]
@@ -332,6 +337,7 @@ def test_the_training_bound_has_an_error_and_a_count(trained):
     assert [len(card["kl_per_dim"][key]) for key in ("value", "standard_error")] == [2, 2]
 
 
+@pytest.mark.usefixtures("rough")
 @pytest.mark.parametrize("exact", [None, True])
 def test_an_integral_that_fails_loses_nothing_else(trained, monkeypatch, exact):
     vae, _, test_loader = trained
@@ -349,6 +355,7 @@ def test_an_integral_that_fails_loses_nothing_else(trained, monkeypatch, exact):
     assert card == whole
 
 
+@pytest.mark.usefixtures("rough")
 def test_an_extreme_encoder_gets_a_card(trained):
     vae, _, test_loader = trained
     vae = copy.deepcopy(vae)
@@ -465,8 +472,17 @@ def run_of_the_script(made_up_root, tmp_path_factory):
 
 
 @pytest.fixture
-def script(monkeypatch):
+def rough(monkeypatch):
+    """Proposals that are hardly fitted, where the figures themselves do not matter."""
+    monkeypatch.setattr(proposals, "_POINTS", 64)
+    monkeypatch.setattr(proposals, "_STEPS", 20)
+    monkeypatch.setattr(card_module, "fit_posterior", functools.partial(fit_posterior, steps=20))
+
+
+@pytest.fixture
+def script(monkeypatch, rough):
     """The command in this process, which keeps its processor settings."""
+    del rough
     for name in ("tune_cpu", "set_products"):
         monkeypatch.setattr(machine, name, lambda *_: None)
     return importlib.import_module("vae_torch.cli.evaluate")
@@ -625,7 +641,7 @@ def test_card_adds_up_and_says_what_it_is(trained):
     error = exact.std().item() / math.sqrt(len(x))
     assert card["log_px_exact"]["standard_error"] == pytest.approx(error, rel=1e-6)
     assert card["train_elbo"]["num_images"] == 600
-    assert any("Importance sampling" in sentence for sentence in card["verdict"])
+    assert any("the integral" in sentence for sentence in card["verdict"])
     assert "a score" in card["verdict"][-1]  # of grey pixels
 
 
@@ -825,9 +841,8 @@ def test_an_integral_over_nan_is_refused():
         with pytest.raises(QuadratureError, match=words):
             exact_log_px(vae, x)
     vae, x = linear_gaussian(2)
-    vae.posterior.mean.bias.data[0] = 1e200  # whose square is infinite
-    with pytest.raises(QuadratureError, match="too large"):
-        exact_log_px(vae, x)
+    vae.posterior.mean.bias.data[0] = 1e200  # is no place to look at, and hides none
+    torch.testing.assert_close(exact_log_px(vae, x).log_px, vae.true_log_px, atol=1e-3, rtol=0)
 
 
 def test_the_integral_takes_a_prior_of_ones_own():
@@ -882,6 +897,7 @@ def test_estimators_refuse_images_of_another_shape(small_vae, call):
         call(small_vae, torch.rand(3, 3, 28, 28))
 
 
+@pytest.mark.usefixtures("rough")
 def test_a_card_of_images_in_every_form_is_the_same(trained):
     vae, train_loader, test_loader = trained
     x, y = (torch.cat(parts)[:10] for parts in zip(*test_loader, strict=True))

@@ -13,7 +13,6 @@ from vae_torch.evaluate import importance_log_px
 from vae_torch.evaluation.ais import annealed_log_px, sandwich_log_px
 from vae_torch.evaluation.pareto import pareto_k
 from vae_torch.evaluation.proposals import fitted_log_px
-from vae_torch.parts.likelihoods import likelihoods
 from vae_torch.quadrature import exact_log_px
 
 
@@ -99,7 +98,7 @@ def test_fitted_proposals_do_not_depend_on_what_the_encoder_says(logvar):
 
 
 @pytest.mark.parametrize("prior", ["standard", "mixture", "vamp"])
-@pytest.mark.parametrize("likelihood", list(likelihoods))
+@pytest.mark.parametrize("likelihood", ["bernoulli", "continuous_bernoulli", "gaussian"])
 def test_fitted_proposals_equal_the_integral_under_every_prior_and_likelihood(prior, likelihood):
     torch.manual_seed(3)
     vae = VAE((PIXELS,), 2, 8, prior=prior, prior_components=4, likelihood=likelihood).double()

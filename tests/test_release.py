@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import math
+import re
 import shutil
 import struct
 import sys
@@ -23,6 +24,7 @@ from vae_torch.cli.sample import sample_run
 from vae_torch.config import ConfigError, SampleConfig
 from vae_torch.deploy import portable_files
 from vae_torch.parts.likelihoods import DiscretizedLogistic
+from vae_torch.runs.origin import start_from
 from vae_torch.runs.run import run
 
 
@@ -384,7 +386,8 @@ def test_what_cannot_be_verified_is_one_line(made_up_root, evaluated, release, t
 def test_the_pretrained_releases_are_whole():
     pytest.importorskip("safetensors", reason="safetensors is not installed")
     folders = [path.parent for path in sorted((REPOSITORY / "pretrained").glob("*/SHA256SUMS"))]
-    assert "default" in [folder.name for folder in folders]
+    if not folders:
+        pytest.skip("there is no release in pretrained/")
     for folder in folders:
         lines = (folder / "SHA256SUMS").read_text().splitlines()
         sums = {name: digest for digest, name in map(str.split, lines)}
@@ -496,6 +499,10 @@ def test_damaged_and_foreign_releases_are_one_line(release, tmp_path, damage, li
     assert line in str(error.value)
     assert str(folder) in str(error.value)
     assert "\n" not in str(error.value)
+    if damage is not with_a_wider_model:  # whose weights no run has been asked to fit
+        start = compose([f"train.init_from={folder}", f"data.root={tmp_path}"])
+        with pytest.raises(CheckpointError, match=f"^train.init_from={re.escape(str(folder))}: "):
+            start_from(VAE(intermediate_dim=16), start)
 
 
 def test_a_release_with_a_plug_in_says_so_and_is_refused_without_it(source, release, tmp_path):

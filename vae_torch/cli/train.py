@@ -222,10 +222,11 @@ def result_of(cfg: DictConfig, value: float) -> str:
     from vae_torch.parts.metrics import metric_of, score
     from vae_torch.runs.run import judged_on
 
-    monitor = cfg.train.monitor
+    config = run_settings(cfg)
+    monitor = config.train.monitor
     name, metric = monitor.removeprefix("test/"), metric_of(monitor)
     unit = f" {metric.unit}" if metric.unit else ""
-    return f"{judged_on(run_settings(cfg))} {name} {score(monitor, value):.{metric.digits}f}{unit}"
+    return f"{judged_on(config)} {name} {score(monitor, value):.{metric.digits}f}{unit}"
 
 
 def tell_what_next(run_dir: Path, result: str, plugins: Sequence[str]) -> None:

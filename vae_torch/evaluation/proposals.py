@@ -20,8 +20,6 @@ from vae_torch.vae import VAE, in_eval_mode
 # Draws from the prior, the same for all images: where one of them fits an image well, the fit gets
 # a second start from there, in case the encoder does not know of that mode.
 _POINTS, _NEIGHBOURS, _STARTS = 8192, 8, 4
-# Where log p is not affine in x, a point costs an image a pass over its pixels.
-_DEAR_POINTS = 512
 _HOPELESS = 15.0  # a start that many nats below the best place adds nothing to p(x)
 
 _STEPS, _DRAWS, _RATE = 100, 8, 0.1  # of the fit: Adam, in units of the encoder's deviations
@@ -119,8 +117,7 @@ class _Points(NamedTuple):
 def _shared_points(vae: VAE, seed: int, chunk: int) -> _Points:
     weight = next(vae.parameters())
     noise = seeded_generator(weight.device, seed, Stream.PROPOSAL)
-    count = _POINTS if hasattr(vae.likelihood, "affine") else _DEAR_POINTS
-    z = vae.prior.sample(count, noise).to(weight)
+    z = vae.prior.sample(_POINTS, noise).to(weight)
     params = torch.cat([vae.decode(some) for some in z.split(chunk)])
     neighbours = torch.cat(
         [
