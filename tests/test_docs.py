@@ -193,7 +193,8 @@ def check_script(name: str, arguments: list[str]) -> None:
         from scripts.reproduce import ReproduceConfig
         from vae_torch.cli.settings_line import parser, settings_of
 
-        settings_of(parser(name, "", ReproduceConfig).parse_args(arguments), ReproduceConfig)
+        given = [word for word in arguments if "=" in word]  # not `verify` and its names
+        settings_of(parser(name, "", ReproduceConfig).parse_args(given), ReproduceConfig)
     elif name == "summarize":
         assert all(a in ("--metric", "--group-by", "--where") or a[0] != "-" for a in arguments)
     elif name == "compare":
