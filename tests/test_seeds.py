@@ -26,5 +26,6 @@ def test_the_numbers_stay_since_every_run_depends_on_them():
         "CHOICE": 7,
         "ANNEAL": 8,
         "PROPOSAL": 9,
+        "SIMULATED": 10,
         "AUGMENT": 16,
     }
