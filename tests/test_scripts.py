@@ -120,7 +120,7 @@ def test_evaluation_card_of_a_run(small, tmp_path):
     for name in ("elbo", "log_px", "log_px_exact", "mutual_information", "linear_probe_accuracy"):
         assert f"{stored[name]['value']:.3f}" in card.stdout
     assert stored["log_px_encoder"]["num_samples"] == 20
-    assert stored["log_px"]["num_images"] == 50
+    assert stored["log_px"]["num_images"] == 10
     events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
     points = events.Scalars("trained/log_px")
     assert points[-1].value == pytest.approx(stored["log_px"]["value"])
