@@ -409,7 +409,7 @@ CAMPAIGN = {
             ("evaluation", 2),
             ("after", 1, "metrics.jsonl"),
             ("half", 1, "samples.png"),
-            ("half", 1, "000003.png"),
+            ("after", 1, "reconstructions.png"),
             ("before", 1, "summary.json"),
         ],
     ),
