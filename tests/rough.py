@@ -14,3 +14,19 @@ def hardly_fitted(put=setattr):
     put(proposals, "_STEPS", 10)
     put(card, "_TRAIN_IMAGES", 10)
     put(card, "fit_posterior", functools.partial(importance.fit_posterior, steps=10))
+
+
+def few_points(put=setattr):
+    """Of the prior, to look for modes in: for a model whose posteriors have one."""
+    put(importlib.import_module("vae_torch.evaluation.proposals"), "_POINTS", 256)
+
+
+def undrawn(put=setattr):
+    """No pictures of the model at the end of a run, where nobody looks at them."""
+    put(importlib.import_module("vae_torch.runs.records").Records, "figures", lambda *_: None)
+
+
+# As `before` of a command line.
+ROUGH, FEW_POINTS, UNDRAWN = (
+    [f"{__name__}:{function.__name__}"] for function in (hardly_fitted, few_points, undrawn)
+)

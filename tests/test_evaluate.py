@@ -484,18 +484,6 @@ def run_of_the_script(made_up_root, tmp_path_factory):
 
 
 @pytest.fixture
-def rough(monkeypatch):
-    """Proposals that are hardly fitted, where the figures themselves do not matter."""
-    hardly_fitted(monkeypatch.setattr)
-
-
-@pytest.fixture
-def few_points(monkeypatch):
-    """Of the prior, to look for modes: those of these tests have one mode."""
-    monkeypatch.setattr(proposals, "_POINTS", 256)
-
-
-@pytest.fixture
 def script(monkeypatch, rough):
     """The command in this process, which keeps its processor settings."""
     del rough
@@ -967,7 +955,7 @@ def test_nothing_to_evaluate_is_said(small_vae):
 
 def test_a_killed_evaluation_resumes(run_of_the_script, script, monkeypatch, capsys):
     """A kill leaves what was last written; the rest is computed, and the card is the same."""
-    from vae_torch.evaluation import partial, proposals
+    from vae_torch.evaluation import partial
 
     config = asked(run_of_the_script, limit=45, exact=False, chunk=80, overwrite=True)  # 10 a part
     script.evaluate_run(config)
