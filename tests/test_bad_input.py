@@ -231,7 +231,7 @@ VALUES = [
     ("seed=-1", "seed=-1: must be between 0 and 4294967295"),
     ("seed=4294967296", "seed=4294967296"),
     ("device=gpu", "device=gpu: must be auto, cpu, cuda or cuda:N"),
-    ("precision=fp16", "precision=fp16: must be one of fp32, medium, bf16"),
+    ("precision=fp8", "precision=fp8: must be one of fp32, medium, bf16"),
     ("threads=0", "threads=0"),
     ("likelihood=poisson", "likelihood=poisson: must be one of bernoulli"),
     ("likelihood=gaussian data.binarize=dynamic", "use likelihood=bernoulli, or"),
