@@ -399,6 +399,10 @@ class EvalConfig(Group):
     fit_samples: Annotated[
         Count, about("importance samples per image from its fitted proposal, of log_px")
     ] = 1000
+    log_px_images: Annotated[
+        Count | None,
+        about("images, drawn at random, that get log_px; a bound of all adds the rest; null: all"),
+    ] = None
     ais: Annotated[
         Count | None, about("images, drawn at random, that get annealed importance sampling too")
     ] = None
