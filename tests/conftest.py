@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests import rough as cheap
 from vae_torch import VAE
 from vae_torch.data import idx_bytes
 
@@ -82,6 +83,26 @@ def small_floats_stay():
 def small_vae() -> VAE:
     torch.manual_seed(0)
     return VAE((784,), latent_dim=2, intermediate_dim=16)
+
+
+@pytest.fixture
+def rough(monkeypatch):
+    """Evaluation cards that are hardly fitted, where their estimates do not matter."""
+    cheap.hardly_fitted(monkeypatch.setattr)
+
+
+@pytest.fixture
+def few_points(monkeypatch):
+    """Proposals are looked for among a few points of the prior, where posteriors have one mode."""
+    cheap.few_points(monkeypatch.setattr)
+
+
+@pytest.fixture(scope="module")
+def undrawn():
+    """Runs of this process draw no pictures of their model."""
+    with pytest.MonkeyPatch.context() as patch:
+        cheap.undrawn(patch.setattr)
+        yield
 
 
 @pytest.fixture
