@@ -241,12 +241,12 @@ def small():
     [
         (
             lambda: small().encode(X),
-            "sees labels, and there are none: give y, a class from 0 to",
+            "is conditional and needs labels: give y, a class from 0 to",
         ),
-        (lambda: small()(X), "sees labels, and there are none"),
-        (lambda: small().reconstruct(X), "sees labels, and there are none"),
-        (lambda: small().sample(3), "sees labels, and there are none"),
-        (lambda: train(small(), X, epochs=1), "sees labels, and there are none.*a loader gives"),
+        (lambda: small()(X), "is conditional and needs labels"),
+        (lambda: small().reconstruct(X), "is conditional and needs labels"),
+        (lambda: small().sample(3), "is conditional and needs labels"),
+        (lambda: train(small(), X, epochs=1), "is conditional and needs labels.*a loader gives"),
         (lambda: small().sample(3, y=3), "y has values from 3 to 3; labels are whole numbers"),
         (lambda: small().encode(X, torch.tensor([0, -1])), "y has values from -1 to 0"),
         (lambda: small().encode(X, torch.tensor([0.0, 1.0])), "y is torch.float32; labels are"),
@@ -254,7 +254,7 @@ def small():
         (lambda: small().sample(3, y=torch.zeros(2, dtype=int)), r"2 labels for \(3,\) images"),
         (lambda: small().given(torch.zeros(2, 2, dtype=int)), r"y has shape \(2, 2\)"),
         (lambda: train(small(), [(X, torch.tensor([0, 5]))], epochs=1), "from 0 to 5; labels"),
-        (lambda: VAE((PIXELS,))(X, y=1), "y is given and the model sees no labels"),
+        (lambda: VAE((PIXELS,))(X, y=1), "y is given, but the model has no labels"),
         (lambda: VAE((PIXELS,), classes=0), "classes is 0; it must be a whole number"),
         (lambda: VAE((PIXELS,), classes=3, prior="vamp"), "prior=vamp .*prior=mixture"),
         (

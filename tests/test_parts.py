@@ -233,7 +233,7 @@ def test_the_parts_of_the_tcvae_sum_to_the_kl():
         ({"prior_options": {"width": "wide"}, "prior": "flow"}, "prior_options.width=wide: input"),
         ({"prior_options": {"width": 3}}, "prior_options.width: no option of prior=standard"),
         ({"likelihood_options": {"mixtures": 2.5}, "likelihood": "discretized_logistic"}, "2.5"),
-        ({"train.monitor": "test/psnr"}, "test/psnr: nobody has said which direction is better"),
+        ({"train.monitor": "test/psnr"}, "test/psnr: unknown whether higher or lower is better"),
     ],
 )
 def test_an_option_that_a_part_has_not_is_refused_in_one_line(config, values, words):

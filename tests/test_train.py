@@ -620,7 +620,7 @@ def test_what_cannot_be_read_again_and_again_is_refused():
         (TensorDataset(x), "TensorDataset gives single images; pass .*DataLoader"),
         (7, "images are a int; pass a DataLoader"),
         ([{"x": x}], "a batch is a dict without images in front"),
-        ([], "0 batches to train on"),
+        ([], "0 training batches"),
         (DataLoader(Stream([]), batch_size=None), "epoch 1: the training loader gave no batch"),
         (Once(), "epoch 2: the training loader gave no batch"),
     ):
