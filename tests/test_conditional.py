@@ -94,7 +94,7 @@ def test_the_card_is_of_each_image_given_its_class(vae, batch):
     torch.testing.assert_close(per_image["log_px_exact"], truth, atol=2e-3, rtol=0)
     torch.testing.assert_close(per_image["log_px"], truth, atol=0.2, rtol=0)
     assert card["log_px"]["definition"].startswith("log p(x|y)")
-    assert "given each image's label" in card["verdict"][-1]
+    assert "sees each image's label" in card["verdict"][-1]
 
 
 @pytest.mark.parametrize(
