@@ -150,7 +150,7 @@ REFUSED = [
     ("train.py objective=iwae objective.early_samples=2", "set both or neither"),
     (
         "train.py objective=iwae objective.early_samples=5 objective.early_epochs=2",
-        "num_samples=5: must be 1 or more, and fewer than come later",
+        "num_samples=5: must be 1 or more, and below",
     ),
     (
         "train.py objective=iwae objective.resample=true objective.early_samples=1 "

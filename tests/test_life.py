@@ -503,7 +503,7 @@ def test_a_plateau_goes_on_in_a_longer_run(settings, tmp_path):
         ("optimizer.warmup_steps=-1", "optimizer.warmup_steps=-1: must be a whole number"),
         ("optimizer.schedule=step", "set optimizer.schedule=step (or plateau) and"),
         ("optimizer.step_epochs=3", "set optimizer.schedule=step (or plateau) and"),
-        ("optimizer.step_factor=0.5", "it is of optimizer.schedule=step and plateau"),
+        ("optimizer.step_factor=0.5", "it is for optimizer.schedule=step and plateau"),
         (
             "optimizer.schedule=plateau",
             "optimizer.step_epochs=null with optimizer.schedule=plateau",
