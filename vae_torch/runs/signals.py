@@ -50,7 +50,7 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         self._before = {}
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers here only
+        if threading.current_thread() is threading.main_thread():  # only here are handlers allowed
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._note)
         return self

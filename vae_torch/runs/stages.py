@@ -94,7 +94,7 @@ def begin_stage(checkpoints: Checkpoints, state: dict[str, Any]) -> None:
 def growth_is_due(config: Config, epoch: int) -> bool:
     """Whether this epoch is a frame of the animation; the last epoch always is."""
     every = config.train.figure_every
-    return bool(every and (epoch <= 10 or epoch % every == 0))  # frequent at first, when it changes fast
+    return bool(every and (epoch <= 10 or epoch % every == 0))  # often at first
 
 
 def stopped_early(history: dict[str, list[Any]], config: Config) -> dict[str, Any] | None:
