@@ -175,7 +175,7 @@ REFUSED = [
     ("train.py train.resume=interrupted seed=3", "had seed=0, this one has 3"),
     (
         "train.py train.resume=others",
-        "others/checkpoints/last.pt: .* other images .* data root .* name the folder with the original",
+        "others/checkpoints/last.pt: .* other images .* data root .* name the folder",
     ),
     ("train.py train.resume=no-history", "no-history/checkpoints/history.jsonl: damaged"),
     ("train.py experiment=open --config-dir broken", "experiment/open.yaml: line 4: no YAML"),

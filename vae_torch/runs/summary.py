@@ -101,8 +101,8 @@ class Summary:
         unit = f" {self.unit}" if self.unit else ""
         if len(first.runs) < 2 or len(second.runs) < 2:
             return (
-                f"{name} leads by {lead:.3g}{unit}. With one seed each, nobody knows how much of it "
-                "is chance: add seed=0,1,2."
+                f"{name} leads by {lead:.3g}{unit}. With one seed each, nobody knows how much of "
+                "it is chance: add seed=0,1,2."
             )
         error, p = welch(first, second)
         sure = p < _SIGNIFICANT
