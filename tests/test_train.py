@@ -147,7 +147,9 @@ def test_bf16_follows_fp32(made_up_root):
     ]
     assert elbos[0] != elbos[1]
     assert elbos[0] == pytest.approx(elbos[1], abs=2.0)
-    with pytest.raises(ValueError, match="precision is 'fp16'; it must be one of fp32, medium, bf16"):
+    with pytest.raises(
+        ValueError, match="precision is 'fp16'; it must be one of fp32, medium, bf16"
+    ):
         train(new_vae(), *loaders(made_up_root), epochs=1, precision="fp16")
 
 

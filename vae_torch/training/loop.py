@@ -123,7 +123,9 @@ def train(
             read only once.
     """
     if precision not in CHOICES["precision"]:
-        raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(CHOICES['precision'])}")
+        raise ValueError(
+            f"precision is {precision!r}; it must be one of {', '.join(CHOICES['precision'])}"
+        )
     weight = next(vae.parameters())
     device, dtype = weight.device, weight.dtype
     if patience is not None and (patience < 1 or test_loader is None):
