@@ -168,7 +168,7 @@ def test_what_needs_a_gaussian_says_so():
     batch, noise = Batch(torch.rand(3, 20)), Noise(torch.randn(2, 3, 2))
     for settings, words in (
         (ObjectiveConfig(name="iwae", num_samples=2, estimator="dreg"), "dreg needs a Gaussian"),
-        (ObjectiveConfig(free_bits=1.0), "free_bits=1.0: .*posterior=gaussian"),
+        (ObjectiveConfig(free_bits=1.0), "free_bits=1.0 needs .*posterior=gaussian"),
         (ObjectiveConfig(name="tcvae"), "tcvae needs a Gaussian"),
         (ObjectiveConfig(name="keras"), "posterior=gaussian"),
     ):
