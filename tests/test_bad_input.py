@@ -106,7 +106,7 @@ REFUSED = [
     ("train.py model.latent_dim=2,3", "model.latent_dim=2,3: several values make a sweep; add -m"),
     ("train.py foo", "foo: write key=value"),
     ("train.py outputs/2026-01-01", "outputs/2026-01-01: write key=value"),
-    ("train.py sweep.dir=new", "sweep.dir=new: this is no sweep; add -m"),
+    ("train.py sweep.dir=new", "sweep.dir=new: this is not a sweep; add -m"),
     ("train.py where=nowhere", "where=nowhere: must be one of cores, here"),
     ("train.py -m seed=0,1 hydra/launcher=joblib", "hydra/launcher=joblib: type where=cores"),
     ("train.py -m device=cpu,auto", "device: 2 jobs would share the folder"),

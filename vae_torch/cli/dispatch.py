@@ -1,4 +1,4 @@
-"""`vae-torch COMMAND ...`: the commands where the package is installed without its checkout."""
+"""`vae-torch COMMAND ...`: the commands of an installed package without its checkout."""
 
 import importlib
 import sys
@@ -16,7 +16,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Hand the rest of the line to a command."""
+    """Pass the rest of the line to a command."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name not in COMMANDS:
         wrong = name not in ("-h", "--help")
