@@ -122,8 +122,8 @@ print("a batch of test images:", tuple(x.shape), "from", x.min().item(), "to", x
 # %% [markdown]
 # ## 2. The encoder, the decoder and the sampler between them
 #
-# The encoder maps 784 pixels to 512 units and then to a Gaussian over two latents. The sampler draws
-# a latent from it, and the decoder maps it back to pixels.
+# The encoder maps 784 pixels to 512 units and then to a Gaussian over two latents. The sampler
+# draws a latent from it, and the decoder maps it back to pixels.
 
 # %%
 vae = VAE(input_shape=(784,), latent_dim=2, intermediate_dim=512)
