@@ -400,7 +400,7 @@ def stored_model(
         raise _unfit(path, error) from None
     odd = [name for name, value in state["model"].items() if not isinstance(value, Tensor)]
     if odd:
-        raise _unfit(path, TypeError(f"{odd[0]} is no tensor"))
+        raise _unfit(path, TypeError(f"{odd[0]} is not a tensor"))
     epoch = state.get("epoch")
     own = state.get("own_parts", [])
     return StoredModel(
@@ -521,7 +521,7 @@ def classes_in(state: dict[str, Any]) -> int | None:
     """Number of classes of a conditional model, else None.
 
     Raises:
-        TypeError: It is no number of classes.
+        TypeError: It is not a number of classes.
     """
     classes = state.get("classes")
     if classes is None or (type(classes) is int and 0 < classes < 2**20):

@@ -380,7 +380,7 @@ class Config(Group):
     ] = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested dict, as it is stored in checkpoints and summaries."""
+        """Plain nested dict, as stored in checkpoints and summaries."""
         return asdict(self)
 
 

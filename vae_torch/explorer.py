@@ -89,7 +89,7 @@ def explorer_page(
         notes: What the viewer must know first, a banner each.
         data_name: A name of `data.name`; decides the names of classes.
         class_names: Names of the classes by label, if the data has some.
-        available: Number of images, the first of which are in x; N if absent.
+        available: Number of images in the data; x holds the first ones. N if absent.
         points: Largest number of images, from the first on.
 
     Raises:

@@ -209,7 +209,7 @@ def _quarter(vae: VAE, x: Tensor, cells: list[_Cell], side: float) -> list[_Quar
 
 
 def _sum_of(quartered: list[_Quartered], settled: Tensor) -> Tensor:
-    """Log p(x) of every image as far as it is known: (N,)."""
+    """Log p(x) of every image, from what is integrated so far: (N,)."""
     total = settled.clone()
     for cell in quartered:
         total[cell.images] = torch.logaddexp(total[cell.images], cell.values.logsumexp(1))

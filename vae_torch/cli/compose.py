@@ -227,7 +227,7 @@ def as_hydra_takes_it(argument: str) -> str:
 def in_our_words(error: Exception, arguments: Sequence[str], schema: type[Any] = Config) -> str:
     """One line about settings that Hydra cannot compose."""
     if isinstance(error, UnicodeDecodeError):
-        return f"a settings file is no UTF-8 text ({error.reason}); correct the file"
+        return f"a settings file is not UTF-8 text ({error.reason}); correct the file"
     if isinstance(error, YAMLError):
         where, reason, path = "", str(error), "a settings file"
         if isinstance(error, MarkedYAMLError) and error.problem_mark:

@@ -5,7 +5,7 @@ import sys
 
 COMMANDS = {
     "train": "one run, or with -m a sweep",
-    "evaluate": "what a run is worth: the evaluation card",
+    "evaluate": "how good a run is: the evaluation card",
     "encode": "latents, ELBO and log p(x) of images, as a file",
     "explore": "a page to walk through a run's latent space",
     "sample": "images from a run's model",

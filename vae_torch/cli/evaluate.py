@@ -97,7 +97,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
     state = load_checkpoint(path)
     epoch = state.get("epoch")
     if not isinstance(epoch, int):
-        raise CheckpointError(f"{path}: does not say of which epoch it is")
+        raise CheckpointError(f"{path}: does not record its epoch")
     refuse_other_data(path, state, hashes, run_config.data.root)
     if config.eval.limit:
         run_config.data.limit_test = config.eval.limit

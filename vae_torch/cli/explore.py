@@ -58,9 +58,9 @@ def explore_run(config: ExploreConfig) -> Path:
     except DataError as error:
         print(f"no points: {error}", file=sys.stderr)
         notes.append(
-            f"The images of {run_config.data.name} were not available when this page was made, "
-            "so no points are shown. Everything else works. To see points, write the page again with "
-            "data_root=FOLDER."
+            f"The images of {run_config.data.name} were not available when the page was made, "
+            "so no points are shown. Everything else works. To see points, make the page again "
+            "with data_root=FOLDER."
         )
     page = explorer_page(
         vae,

@@ -49,7 +49,7 @@ def as_loader(
     """Images in any form as an iterable of batches that can be repeated.
 
     Args:
-        data: A DataLoader or another iterable of batches, which stays as it is; or the images
+        data: A DataLoader or another iterable of batches, which is unchanged; or the images
             themselves, (N, *shape) bytes or floats in [0, 1]: a tensor, an array, or `Images`.
         input_shape: Shape of the model's images.
         batch_size: Batch size of a loader that is made here, as are the next three.

@@ -211,7 +211,7 @@ def compiled_step(
                 update(gradients, lr)
             return means
 
-        # A graph's constants do not change while it lives, so only tensors that are no parameters
+        # A graph's constants do not change while it lives, so only tensors other than parameters
         # are checked before a step; all checks would take 4% of it. `isolate_recompiles` gives each
         # graph its own cache: without these checks a shared one could serve another model.
         options = {
