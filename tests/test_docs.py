@@ -28,7 +28,8 @@ GUIDES = [REPOSITORY / "README.md", *sorted(DOCS.rglob("*.md"))]
 PRIVATE_WORDS = (
     r"go(es)? on with", r"step by hand", r"in turns", r"to be had", r"has had", r"of which",
     r"for who\b", r"such as are", r"what is to be said", r"draws of z", r"\bfor to\b",
-    r"(matrix|fp32|bf16) products?\b", r"wants? (torch|a C\+\+)",
+    r"(matrix|fp32|bf16) products?\b", r"wants? (torch|a C\+\+)", r"\bgoes on\b",
+    r"draws? from the prior", r"what an? \w+ is worth",
 )  # fmt: skip
 
 
@@ -77,6 +78,15 @@ def test_no_sentence_has_more_than_thirty_words(page):
 def test_pages_use_the_words_of_the_field(page):
     text = prose(page.read_text("utf-8"))
     assert not [word for word in PRIVATE_WORDS if re.search(word, text)]
+
+
+@pytest.mark.parametrize("folder", ["vae_torch", "scripts", "conf", "docs"])
+def test_code_and_messages_use_the_words_of_the_field(folder):
+    files = [p for s in ("py", "yaml", "html") for p in (REPOSITORY / folder).rglob(f"*.{s}")]
+    assert files
+    texts = {relative(file): " ".join(file.read_text("utf-8").split()) for file in files}
+    found = {name: [w for w in PRIVATE_WORDS if re.search(w, t)] for name, t in texts.items()}
+    assert not {name: words for name, words in found.items() if words}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=relative)

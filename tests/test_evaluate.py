@@ -982,7 +982,7 @@ def test_a_killed_evaluation_resumes(run_of_the_script, script, monkeypatch, cap
     monkeypatch.setattr(proposals, "_fit", counted)
     capsys.readouterr()
     script.evaluate_run(config)
-    assert "resuming an evaluation" in capsys.readouterr().out
+    assert "resuming an interrupted evaluation" in capsys.readouterr().out
     assert fitted[:3] == [10, 10, 5]  # and those of training images
     assert (run_of_the_script / "evaluation.json").read_text() == card
     for name, each in np.load(run_of_the_script / "evaluation.npz").items():

@@ -413,7 +413,7 @@ def test_a_run_becomes_a_page(made_up_root, tmp_path):
     assert done.returncode == 0, done.stderr
     data = data_of((run_dir / "explorer.html").read_text())
     assert data["points"] == 0
-    assert "not to be had from disk" in data["notes"][-1]
+    assert "were not available when the page was made" in data["notes"][-1]
 
 
 # What it does.

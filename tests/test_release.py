@@ -371,7 +371,7 @@ def test_what_cannot_be_verified_is_one_line(made_up_root, evaluated, release, t
     seal_again(other / "foreign", "evaluation.json")
     for asked, folder, line in (
         (["verify", "bare"], other, "evaluation.json: No such file"),
-        (["verify", "foreign"], other, "its run had other images or labels than lie under"),
+        (["verify", "foreign"], other, "its run had other images or labels than data root"),
         (["verify", "nothing"], other, "nothing: no such folder"),
         (["verify"], tmp_path / "none", "holds no release"),
         (["check"], other, "check: must be verify, or a setting"),

@@ -25,7 +25,7 @@ from vae_torch.config import Config, ConfigError
 from vae_torch.deploy import SUFFIXES, portable_files
 from vae_torch.release import CARD, SETTINGS, SUMS, WEIGHTS, safetensors_torch, sha256_of
 
-# The first so many test images, whose exact log p(x) can be checked in seconds.
+# Number of test images whose exact log p(x) a reader can check in seconds.
 FIRST = 500
 
 
@@ -45,7 +45,7 @@ def export_run(
         run_dir: The run's folder.
         out: The release's folder; made here, so it must be absent or empty.
         checkpoint: `last`, or `best`.
-        half: Store the weights as 16-bit floats; `load_run` makes 32-bit floats of them again.
+        half: Store the weights as 16-bit floats; `load_run` converts them back to 32-bit.
         formats: Add encoder and decoder as `onnx` or `torchscript`: see `vae_torch.deploy`.
         explorer: Add the page that `scripts/explore.py` has written in the run's folder.
         plugins: With formats: modules with parts of your own that the run has.
@@ -55,8 +55,8 @@ def export_run(
 
     Raises:
         CheckpointError: Not a run folder, no checkpoint in it, or a damaged one.
-        ConfigError: `out` is not empty, a weight is too large for 16 bits, a format cannot be had,
-            there is no page, or safetensors is absent.
+        ConfigError: `out` is not empty, a weight is too large for 16 bits, a format is not
+            available, there is no page, or safetensors is not installed.
         OSError: `out` cannot be written.
     """
     safetensors = safetensors_torch()
@@ -114,7 +114,7 @@ def export_run(
 
 
 def _without_folders(config: Config) -> dict[str, Any]:
-    """Settings that say nothing about the machine that the run was made on."""
+    """Settings without the folders of the machine that made the run."""
     values = config.to_dict()
     values["data"]["root"] = "data"
     values["train"]["resume"] = values["train"]["init_from"] = None
@@ -123,7 +123,7 @@ def _without_folders(config: Config) -> dict[str, Any]:
 
 
 def _card_of(run_dir: Path, checkpoint: Path) -> dict[str, Any] | None:
-    """The run's evaluation card, where it is of these very weights."""
+    """The run's evaluation card, if it is of these very weights."""
     try:
         card: dict[str, Any] = json.loads((run_dir / CARD).read_text("utf-8"))
         if card["checkpoint"]["sha256"] != sha256_of(checkpoint.read_bytes()):
@@ -138,7 +138,7 @@ def _card_of(run_dir: Path, checkpoint: Path) -> dict[str, Any] | None:
 
 
 def _test_loss(run_dir: Path) -> float | None:
-    """What the run's last epoch had; the objective of a run need not be the card's elbo."""
+    """The test loss of the run's last epoch; the objective need not be the card's elbo."""
     try:
         summary = json.loads((run_dir / "summary.json").read_text("utf-8"))
         return float(summary["final"]["test/loss"])

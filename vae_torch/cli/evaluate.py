@@ -21,10 +21,10 @@ _LONG = timedelta(minutes=10)  # an evaluation that calls for fewer images
 _WIDTH = 100  # columns of the printed card
 _LABEL = 24  # of them for the names
 
-PER_IMAGE = "evaluation.npz"  # beside the card: the values behind its means
-PARTIAL = "evaluation.npz.part"  # while an evaluation is under way: the images that are done
+PER_IMAGE = "evaluation.npz"  # beside the card: the values per image
+PARTIAL = "evaluation.npz.part"  # finished images of an unfinished evaluation
 
-# What each figure is, in a few words; the card has the whole definitions.
+# Each figure in a few words; the card has the whole definitions.
 _MEANINGS = {
     "elbo": "lower bound on log p(x)",
     "reconstruction": "E log p(x|z), z from q(z|x)",
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def evaluate_run(config: EvaluateConfig) -> None:
-    """Load a run, evaluate it on its own test set, write the card."""
+    """Load a run, evaluate it on its test set, write the card."""
     import numpy as np
     import torch
 
@@ -82,9 +82,9 @@ def evaluate_run(config: EvaluateConfig) -> None:
 
     vae, run_config, device = open_run(config, config.eval.checkpoint)
     run_dir = Path(config.run)
-    # what stays in a core's cache, or what keeps a GPU busy
+    # fits into a core's cache, or keeps a GPU busy
     chunk = config.eval.chunk or (65536 if device.type == "cuda" else 1024)
-    vae = vae.to(memory_format=torch.channels_last)  # convolutions decode a third faster
+    vae = vae.to(memory_format=torch.channels_last)  # makes convolutions a third faster
     if config.eval.exact and vae.latent_dim > 2:
         raise ConfigError(
             f"eval.exact=true: integration needs latent_dim 1 or 2, this run has {vae.latent_dim}; "
@@ -104,7 +104,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
     state = load_checkpoint(path)
     epoch = state.get("epoch")
     if not isinstance(epoch, int):
-        raise CheckpointError(f"{path}: does not say of which epoch it is")
+        raise CheckpointError(f"{path}: does not record its epoch")
     refuse_other_data(path, state, hashes, run_config.data.root)
     if config.eval.limit:
         run_config.data.limit_test = config.eval.limit
@@ -123,7 +123,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
     protocol = (sha256, hashes, samples, estimated, versions())
     partial = Partial(run_dir / PARTIAL, repr(protocol))
     if partial.begun:
-        print("resuming an evaluation that was stopped")
+        print("resuming an interrupted evaluation")
     card, per_image = evaluate_images(
         vae,
         test_loader,
@@ -166,18 +166,18 @@ def evaluate_run(config: EvaluateConfig) -> None:
 
 
 def refuse_smaller(config: EvaluateConfig, images: int, integrates: bool) -> str:
-    """Keep a card of this checkpoint that has more images or samples, or an integral.
+    """Refuse to replace a card of this checkpoint that has more images or samples, or an integral.
 
-    Returns what to say of a card that will be replaced.
+    Returns words about a card that will be replaced.
     """
     asked, path = config.eval, Path(config.run) / "evaluation.json"
     try:
         card = json.loads(path.read_text("utf-8"))
         name, sha256 = (card["checkpoint"][key] for key in ("name", "sha256"))
-        fitted = "log_px_encoder" in card  # cards of older versions have no other log_px
+        fitted = "log_px_encoder" in card  # older cards have only one log_px
         encoder = card["log_px_encoder" if fitted else "log_px"]
         annealed = card.get("log_px_ais", {"num_images": 0})
-        known = [  # what it is, how many that card has of it, and how many the next one would
+        known = [  # name, its value in that card, and its value in the next
             ("images", encoder["num_images"], images),
             (
                 "images with log_px",
@@ -216,12 +216,12 @@ def refuse_smaller(config: EvaluateConfig, images: int, integrates: bool) -> str
 
 
 def tell_duration(vae: Any, x: Any, images: int, config: EvaluateConfig, chunk: int) -> None:
-    """Say how long the longest part will take for all images, judged by a few: x (B, *shape)."""
+    """Print the time that the longest part will take, estimated from a few images x (B, *shape)."""
     from vae_torch.evaluate import importance_log_px
 
     samples = config.eval.num_samples
     took = 0.0
-    for _ in range(2):  # the first time warms up
+    for _ in range(2):  # the first one warms up
         began = time.perf_counter()
         importance_log_px(vae, x, num_samples=samples, chunk=chunk).log_px.sum().item()
         took = time.perf_counter() - began
@@ -235,7 +235,7 @@ def tell_duration(vae: Any, x: Any, images: int, config: EvaluateConfig, chunk: 
 
 
 def print_card(card: dict[str, Any]) -> None:
-    """The card as a table, then its verdict, in lines of at most a hundred characters."""
+    """Print the card as a table, then its verdict, in lines of a hundred characters or less."""
     data, checkpoint = card["data"], card["checkpoint"]
     print(
         f"\n{data['name']}, {data['split']} images, binarize={data['binarize']}; "
@@ -255,7 +255,7 @@ def print_card(card: dict[str, Any]) -> None:
 
 
 def _line(name: str, entry: dict[str, Any], card: dict[str, Any]) -> str:
-    """One figure: value ± standard error, unit, of how many images, what it is."""
+    """One figure: value ± standard error, unit, number of images, meaning."""
     value, error = entry["value"], entry["standard_error"]
     number = f"{value:.3f}" if isinstance(value, float) else str(value)
     spread = f"± {error:.3f}" if error is not None else ""

@@ -33,19 +33,19 @@ from vae_torch.quadrature import QuadratureError, check_few_latents, exact_log_p
 from vae_torch.seeds import Stream, seeded_generator
 from vae_torch.vae import VAE, in_eval_mode
 
-# Importance samples from q(z|x) of every image, where only some get log_px: the difference of the
-# two hardly varies between images, so that some tell the mean of all.
+# Importance samples from q(z|x) of every image, where only some get log_px. The difference of the
+# two hardly varies between images, so a few hundred give the mean of all.
 _FEW_SAMPLES = 20
 
-# Whose log p(x) tells whether the model overfits: all of them would take longer than the test set.
+# Images whose log p(x) shows overfitting: all of them would take longer than the test set.
 _TRAIN_IMAGES = 1000
 
 
 class Evaluation(NamedTuple):
-    """The evaluation card, and the values behind its means."""
+    """The evaluation card, and the values per image behind its means."""
 
     card: dict[str, Any]
-    per_image: dict[str, Tensor]  # by figure, (N,) float64; NaN for images that were not fitted
+    per_image: dict[str, Tensor]  # by name, (N,) float64; NaN for images that were not fitted
 
 
 def evaluate_model(
@@ -63,32 +63,31 @@ def evaluate_model(
     seed: int = 0,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """The evaluation card.
+    """Measure the evaluation card of a trained model.
 
     Args:
         vae: The model.
-        loader: Of the test set: batches x, [x] or (x, label, ...), or all images as one tensor or
-            array.
-        train_loader: Adds the training bound, log p(x) of a thousand training images and, where
-            both sets have labels, probes of the latents fitted on it.
-        num_samples: Importance samples from q(z|x), of log_px_encoder.
-        fit_samples: Importance samples from fitted proposals, of log_px.
-        fit_images: How many images get a posterior of their own, to split the gap. The seed chooses
-            them at random.
-        log_px_images: How many images get log_px and log_px_encoder. The seed chooses them at
-            random, and the mean of all images is that of a bound of all, by 20 importance samples,
-            plus the mean difference of these. None samples for every image.
-        ais: How many images get an annealed estimate too, as a check of log_px. The seed chooses
-            them at random; None leaves it out.
+        loader: Test set: batches x, [x] or (x, label, ...), or all images as one tensor or array.
+        train_loader: Training set. It adds the training bound, log p(x) of a thousand training
+            images and, where both sets have labels, probes of the latents fitted on it.
+        num_samples: Importance samples from q(z|x), for log_px_encoder.
+        fit_samples: Importance samples from fitted proposals, for log_px.
+        fit_images: Number of images that get a fitted posterior, to split the gap; chosen at random
+            by the seed.
+        log_px_images: Number of images that get log_px and log_px_encoder, chosen at random by the
+            seed. The mean of all images is that of a quick bound of all, by 20 importance samples,
+            plus the mean difference on these. None computes every image.
+        ais: Number of images that also get an annealed estimate, as a check of log_px; chosen at
+            random by the seed. None leaves it out.
         chunk: Decoder rows at once.
-        exact: Integrate log p(x) over the latents; None does so for one or two of them.
-        seed: Of all noise.
+        exact: Integrate log p(x) over the latents; None does so for one or two latents.
+        seed: Random seed of all noise.
         progress: Show bars on a terminal.
 
     Returns:
-        Each figure as `{"value", "standard_error", "unit", "definition", "num_samples",
-        "num_images", "seed"}`, by name, and under `verdict` a list of sentences. An integral that
-        does not settle is left out, and the verdict says so.
+        Each figure by name, as `{"value", "standard_error", "unit", "definition", "num_samples",
+        "num_images", "seed"}`, and under `verdict` a list of sentences. An integral that does not
+        settle is left out, and the verdict says so.
 
     Raises:
         ValueError: num_samples, fit_samples, fit_images, log_px_images, ais or chunk is below 1;
@@ -130,11 +129,11 @@ def evaluate_images(
 ) -> Evaluation:
     """`evaluate_model`, with the values of each image beside the card.
 
-    Args and errors are those of `evaluate_model`; `store` keeps what is done of log_px and of
-    log_px_encoder, so that an evaluation that was killed resumes.
+    Arguments and errors are those of `evaluate_model`. `store` keeps the finished part of log_px
+    and log_px_encoder, so that an interrupted evaluation resumes.
 
     Returns:
-        The card, and by name the values of each image of `loader`, in its order.
+        The card, and by name the values of each image of `loader`, in order.
     """
     counts = {
         "num_samples": num_samples,
@@ -238,21 +237,21 @@ def evaluate_images(
         )
     if vae.classes:
         said.append(
-            "The model is given each image's label: log p(x|y) is what an image of a known class "
-            "is worth. It does not compare with log p(x) of models that see no label."
+            "The model sees each image's label, so its figures are of log p(x|y). They do not "
+            "compare with log p(x) of models without labels."
         )
     return Evaluation({**card.figures, "verdict": said}, card.per_image)
 
 
 class _Train(NamedTuple):
-    """Training images, at random, and their bound."""
+    """Some training images, chosen at random, and their ELBO."""
 
     batch: Batch  # x (M, *shape)
     elbo: Tensor  # (M,)
 
 
 def _put_train_elbo(card: Figures, vae: VAE, train_loader: Iterable[Any], count: int) -> _Train:
-    """Put the bound of all training images; return `count` of them, or _TRAIN_IMAGES."""
+    """Put the bound of all training images on the card; return at most `count` of them."""
     batches = checked(vae, train_loader)
     bound, _, _ = bounds_of(vae, batches, card.seed)
     card.put(
@@ -270,7 +269,7 @@ def _put_train_elbo(card: Figures, vae: VAE, train_loader: Iterable[Any], count:
 
 
 def _chosen(images: int, count: int, seed: int) -> Tensor:
-    """The places of `count` of them, at random, in order."""
+    """Indices of `count` images, chosen at random, in order."""
     choice = torch.randperm(images, generator=seeded_generator("cpu", seed, Stream.CHOICE))
     return choice[:count].sort().values
 
@@ -309,7 +308,7 @@ def _put_annealed(card: Figures, vae: VAE, batch: Batch, images: int, progress: 
     chosen = _chosen(len(batch.x), images, card.seed).to(batch.x.device)
     annealed = partial(annealed_log_px, seed=card.seed, progress=progress)
     found = by_class(vae, batch.rows(chosen), annealed)
-    how = f"annealed importance sampling from the prior, {len(chosen)} images drawn at random"
+    how = f"annealed importance sampling from the prior, {len(chosen)} images chosen at random"
     chains = len(found.log_weights)
     card.put("log_px_ais", found.log_px, f"log p(x) by {how}; a lower bound too", chains, of=chosen)
     card.put(
@@ -324,7 +323,7 @@ def _put_annealed(card: Figures, vae: VAE, batch: Batch, images: int, progress: 
 def _put_train_log_px(
     card: Figures, vae: VAE, train: _Train, num_samples: int, settings: dict[str, Any]
 ) -> None:
-    """Put log p(x) and the gap of training images, by the method of the evaluated ones."""
+    """Put log p(x) and the gap of training images, measured as for the test images."""
     log_px, how, samples = None, "by integration", 0
     if "log_px_exact" in card.per_image:
         with suppress(QuadratureError):
@@ -335,7 +334,7 @@ def _put_train_log_px(
         fitted = partial(fitted_log_px, num_samples=samples, name="fitted_train", **settings)
         log_px = by_class(vae, train.batch, fitted).log_px
     log_px = log_px.double()
-    whose = f"{len(log_px):,} training images, drawn at random"
+    whose = f"{len(log_px):,} training images, chosen at random"
     for name, values, definition in (
         ("train_log_px", log_px, f"log p(x) {how}, of {whose}"),
         ("train_gap", log_px - train.elbo, f"log p(x) {how} - elbo, of {whose}"),
@@ -359,7 +358,7 @@ def _put_bound(card: Figures, vae: VAE, batch: Batch) -> None:
     analytic = per_dim is not None
     card.put("elbo", elbo, "reconstruction - kl, a lower bound on log p(x)", 1)
     card.put("reconstruction", reconstruction, "E_q log p(x|z), summed over pixels", 1)
-    how = "in closed form" if analytic else "a Monte Carlo estimate from one draw of z"
+    how = "in closed form" if analytic else "a Monte Carlo estimate from one sample of z"
     card.put("kl", kl, f"KL(q(z|x) || p(z)), {how}", 0 if analytic else 1)
     if per_dim is not None:
         card.put(
@@ -385,7 +384,7 @@ def _put_bound(card: Figures, vae: VAE, batch: Batch) -> None:
 
 
 def _put_residual(card: Figures, likelihood: Gaussian, pixels: int) -> None:
-    """Put how far pixels lie from a Gaussian's centres, which E_q log p(x|z) and sigma tell."""
+    """Put the distance of pixels from a Gaussian's centres, from E_q log p(x|z) and sigma."""
     logvar = likelihood.logvar.item()
     nats = -2 * card.per_image["reconstruction"].mean().item() / pixels
     square = math.exp(logvar) * (nats - logvar - math.log(2 * math.pi))
@@ -419,8 +418,8 @@ def _put_gap(card: Figures, vae: VAE, batch: Batch, fit_images: int, progress: b
     card.put(
         "fitted_gap",
         log_px - encoder_elbo,
-        f"log p(x) - elbo of {len(x)} images, drawn at random by the seed; the sum of the "
-        f"approximation_gap and the amortisation_gap, which are of the same images; {how}",
+        f"log p(x) - elbo of {len(x)} images, chosen at random by the seed; the sum of the "
+        f"approximation_gap and the amortisation_gap of the same images; {how}",
         1000,
         of=chosen,
     )

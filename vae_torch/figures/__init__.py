@@ -1,4 +1,4 @@
-"""Every picture: grids as tensors in [0, 1], plots as matplotlib figures.
+"""All pictures: grids as tensors in [0, 1], plots as matplotlib figures.
 
 `save_png` writes either. Nothing here touches pyplot's global state or needs a screen.
 """
