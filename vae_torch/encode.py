@@ -59,7 +59,7 @@ def encode_images(
     Raises:
         ValueError: num_samples or chunk is below 1; no image, or images that `VAE.check` refuses.
 
-    Example:
+    Examples:
         >>> found = encode_images(VAE(latent_dim=2), torch.rand(5, 784), num_samples=10)
         >>> found.mean.shape, found.log_px.shape
         (torch.Size([5, 2]), torch.Size([5]))

@@ -158,7 +158,7 @@ class VAE(nn.Module):
         ValueError: A size below 1, an unknown name, an option that the part does not have, modules
             that do not fit the shape, or classes with a prior that encodes images.
 
-    Example:
+    Examples:
         >>> vae = VAE(latent_dim=2)
         >>> vae(torch.rand(8, 784)).logits.shape
         torch.Size([8, 784])
