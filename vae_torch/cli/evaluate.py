@@ -43,6 +43,7 @@ _MEANINGS = {
     "knn_accuracy": "labels found by 10 neighbours",
     "log_px_exact": "log p(x) by integration",
     "log_px": "log p(x), fitted proposals",
+    "bits_per_dim": "-log_px in bits, by pixel and channel",
     "log_px_encoder": "by {samples:,} samples from q(z|x)",
     "log_px_ais": "log p(x) by annealing",
     "ais_difference": "log_px_ais - log_px",
@@ -259,7 +260,9 @@ def _line(name: str, entry: dict[str, Any], card: dict[str, Any]) -> str:
     value, error = entry["value"], entry["standard_error"]
     number = f"{value:.3f}" if isinstance(value, float) else str(value)
     spread = f"± {error:.3f}" if error is not None else ""
-    unit = {"nats per image": "nats", "share of images": "share"}.get(entry["unit"], entry["unit"])
+    unit = {"nats per image": "nats", "share of images": "share", "bits per dimension": "bits"}.get(
+        entry["unit"], entry["unit"]
+    )
     unit = unit.removesuffix(" dimensions")
     images = entry["num_images"]
     count = f"{images:,} image{'s' if images > 1 else ''}"

@@ -27,7 +27,7 @@ from vae_torch.evaluation.proposals import fitted_log_px
 from vae_torch.evaluation.simulated import put_simulated
 from vae_torch.evaluation.verdict import verdict
 from vae_torch.images import Batch
-from vae_torch.parts.likelihoods import Bernoulli, Gaussian
+from vae_torch.parts.likelihoods import Bernoulli, Gaussian, bits_per_dim
 from vae_torch.parts.objectives import ACTIVE_UNIT_VARIANCE
 from vae_torch.quadrature import QuadratureError, check_few_latents, exact_log_px
 from vae_torch.seeds import Stream, seeded_generator
@@ -300,6 +300,17 @@ def _put_log_px(
             "share_doubtful": found.doubtful.double().mean().item(),
         },
     )
+    log_px = card.figures["log_px"]
+    if (bits := bits_per_dim(vae.likelihood, -1.0, vae.input_shape)) is not None:
+        error = log_px["standard_error"]
+        card.put(
+            "bits_per_dim",
+            -bits * log_px["value"],
+            "-log_px / (log 2 and the number of pixels and channels)",
+            num_samples,
+            unit="bits per dimension",
+            standard_error=None if error is None else bits * error,
+        )
     card.keep("pareto_k", found.pareto_k, some)
     card.keep("rise_from_half", found.rise, some)
 

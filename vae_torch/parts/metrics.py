@@ -49,6 +49,7 @@ metrics: dict[str, Metric] = {
         ),
         Metric(None, unit=_NATS),
     ),
+    "bits_per_dim": Metric("lower", digits=3, unit="bits per dimension"),
     "effective_samples": Metric(None, unit="samples"),
     "active_units": Metric(None, digits=0, unit="dimensions"),
     "linear_probe_accuracy": Metric("higher", digits=3, unit="share of images"),
