@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vae_torch.bars import bar
 from vae_torch.config import ConfigError
+from vae_torch.evaluation.partial import Partial, in_parts
 from vae_torch.parts.likelihoods import Bernoulli
 from vae_torch.seeds import Stream, seeded_generator
 from vae_torch.vae import VAE, in_eval_mode
@@ -42,6 +43,7 @@ def annealed_log_px(
     seed: int = 0,
     chunk: int = 4096,
     progress: bool = False,
+    store: Partial | None = None,
 ) -> AnnealedEstimate:
     """Log p(x) by annealed importance sampling from the prior, with Hamiltonian Monte Carlo.
 
@@ -59,6 +61,7 @@ def annealed_log_px(
         seed: Random seed of all noise.
         chunk: Decoder rows at once: `chunk / chains` images.
         progress: Show a bar on a terminal.
+        store: Keeps finished images, so that an interrupted estimate resumes.
 
     Raises:
         ValueError: A number is below 1, `VAE.check` refuses x, or log p(x|z) has no gradient.
@@ -66,21 +69,20 @@ def annealed_log_px(
     _check_counts(temperatures, chains, leapfrogs, chunk)
     check_gradient(vae)
     x = vae.check(x)
-    found = []
-    steps = range(0, len(x), max(1, chunk // chains))
-    for start in steps:
-        part = x[start : start + steps.step]
+
+    def anneal(start: int, stop: int) -> Tensor:
+        part = x[start:stop]
         noise = seeded_generator(x.device, seed, start, Stream.ANNEAL)
         z = _from_prior(vae, chains * len(part), noise).to(x).unflatten(0, (chains, -1))
         sizes = _tuned(vae, part, z, temperatures, leapfrogs, noise)
-        words = f"AIS, images {start + 1} to {start + len(part)}"
-        log_w, accepted = _anneal(
-            vae, part, z, sizes, leapfrogs, noise, words=words if progress else None
-        )
-        found.append((log_w, accepted))
-    log_w = torch.cat([each for each, _ in found], 1)
-    log_px = log_w.logsumexp(0) - math.log(chains)
-    return AnnealedEstimate(log_px, log_w, torch.cat([accepted for _, accepted in found]))
+        words = f"AIS, images {start + 1} to {stop}" if progress else None
+        log_w, accepted = _anneal(vae, part, z, sizes, leapfrogs, noise, words=words)
+        return torch.cat([log_w, accepted.unsqueeze(0)]).T
+
+    together = max(1, chunk // chains)
+    rows = in_parts(anneal, len(x), together, vae=vae, name="ais", store=store, progress=False)
+    log_w = rows[:, :-1].T
+    return AnnealedEstimate(log_w.logsumexp(0) - math.log(chains), log_w, rows[:, -1])
 
 
 @in_eval_mode

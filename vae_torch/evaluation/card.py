@@ -224,7 +224,7 @@ def evaluate_images(
     if "log_px_exact" in card.per_image:
         card.compare("log_px", "log_px_exact")
     if ais is not None:
-        _put_annealed(card, vae, batch, ais, progress)
+        _put_annealed(card, vae, batch, ais, how)
     if train is not None:
         _put_train_log_px(card, vae, train, fit_samples, how)
     _put_gap(card, vae, batch, min(fit_images, len(some)), progress)
@@ -315,17 +315,20 @@ def _put_log_px(
     card.keep("rise_from_half", found.rise, some)
 
 
-def _put_annealed(card: Figures, vae: VAE, batch: Batch, images: int, progress: bool) -> None:
+def _put_annealed(card: Figures, vae: VAE, batch: Batch, images: int, how: dict[str, Any]) -> None:
     chosen = _chosen(len(batch.x), images, card.seed).to(batch.x.device)
-    annealed = partial(annealed_log_px, seed=card.seed, progress=progress)
+    few = max(8, how["chunk"] // 4)  # an interruption loses the images that are under way
+    annealed = partial(annealed_log_px, **{**how, "chunk": few})
     found = by_class(vae, batch.rows(chosen), annealed)
-    how = f"annealed importance sampling from the prior, {len(chosen)} images chosen at random"
+    words = f"annealed importance sampling from the prior, {len(chosen)} images chosen at random"
     chains = len(found.log_weights)
-    card.put("log_px_ais", found.log_px, f"log p(x) by {how}; a lower bound too", chains, of=chosen)
+    card.put(
+        "log_px_ais", found.log_px, f"log p(x) by {words}; a lower bound too", chains, of=chosen
+    )
     card.put(
         "ais_difference",
         found.log_px - card.per_image["log_px"][chosen],
-        f"log_px_ais - log_px of the same images: {how}",
+        f"log_px_ais - log_px of the same images: {words}",
         chains,
         of=chosen,
     )
