@@ -1,3 +1,4 @@
+import copy
 import os
 from collections import Counter
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from tests import rough as cheap
-from vae_torch import VAE
+from vae_torch import VAE, machine
 from vae_torch.data import idx_bytes
 
 REPOSITORY = Path(__file__).parent.parent
@@ -97,6 +98,13 @@ def few_points(monkeypatch):
     cheap.few_points(monkeypatch.setattr)
 
 
+@pytest.fixture
+def processor_stays(monkeypatch):
+    """Commands that run in this process leave its settings of the processor alone."""
+    for name in ("tune_cpu", "set_products"):
+        monkeypatch.setattr(machine, name, lambda *_: None)
+
+
 @pytest.fixture(scope="module")
 def undrawn():
     """Runs of this process draw no pictures of their model."""
@@ -113,7 +121,14 @@ def composed():
     return lambda *overrides: compose(overrides)
 
 
+@pytest.fixture(scope="session")
+def _default_config():
+    from vae_torch.cli.compose import compose
+
+    return compose()
+
+
 @pytest.fixture
-def config(composed):
-    """The default run's config."""
-    return composed()
+def config(_default_config):
+    """The default run's config, of this test alone."""
+    return copy.deepcopy(_default_config)

@@ -23,8 +23,10 @@ from vae_torch import (
 )
 from vae_torch.checkpoint import load_checkpoint, save_checkpoint
 from vae_torch.cli.compose import compose, compose_run, fresh_hydra, run_settings
-from vae_torch.config import ConfigError
-from vae_torch.data import idx_bytes
+from vae_torch.cli.messages import EndedError
+from vae_torch.cli.settings_line import asked
+from vae_torch.config import ConfigError, EvaluateConfig
+from vae_torch.data import DataError, idx_bytes, loaders_of
 
 RAW = "FashionMNIST/raw"
 SMALL = (
@@ -99,7 +101,6 @@ REFUSED = [
     ("train.py -m device=cpu,auto", "device: 2 jobs would share the folder"),
     ("train.py --config-dir config --config-name mine", "model.latnt_dim: no such key; did you"),
     ("train.py data.name=cifar10", "data.name=cifar10: must be one of mnist"),
-    ("train.py data.hold_out=600", "data.hold_out=600: .* leave some of 600 images"),
     ("train.py data.root=/dev/null", "data.root=/dev/null: .* choose another folder"),
     ("train.py device=cuda:99", "device=cuda:99: .* use device=cpu"),
     ("train.py train.resume=nowhere", "train.resume=nowhere: .* name the folder of a run"),
@@ -123,12 +124,7 @@ REFUSED = [
     ("train.py hydra.run.dir=/dev/null/run", "hydra.run.dir=/dev/null/run: .* choose another"),
     (f"train.py hydra.run.dir={'x' * 5000}", "hydra.run.dir.* choose another folder"),
     ("train.py data.root=large", r"large/.*train-images.*\(600, 32, 32\).* 28x28"),
-    ("train.py data.root=flat", r"flat/.*\(600, 784\)"),
-    ("train.py data.root=wide", r"wide/.*train-images.* of int64; images must be 28x28 bytes"),
-    ("train.py data.root=fewer", "599 labels for 600 images; delete both"),
-    ("train.py data.root=no-labels", "data.root=no-labels, .* put train-labels-idx1-ubyte"),
     ("train.py data.root=no-images", "put t10k-images-idx3-ubyte"),
-    ("train.py data.root=terabytes", "terabytes/.*claims 1,683,627,180,048 bytes; delete"),
     ("train.py -m seed=0,1 'hydra.sweep.subdir=../${hydra.job.num}'", "hydra.sweep.subdir=../"),
     ("evaluate.py", "run is missing: name a run folder"),
     ("evaluate.py run=", "run=: must be a run folder"),
@@ -137,18 +133,11 @@ REFUSED = [
     ("evaluate.py run=cut", "cut/checkpoints/last.pt: damaged"),
     ("evaluate.py run=other", "other/checkpoints/last.pt: does not fit its own config"),
     ("evaluate.py run=good eval.num_samples=0", "eval.num_samples=0"),
-    ("evaluate.py run=good eval.chunk=0", "eval.chunk=0"),
-    ("evaluate.py run=good eval.ais=0", "eval.ais=0: must be a whole number, 1 or more, or null"),
-    ("evaluate.py run=good eval.limit=0", "eval.limit=0"),
-    ("evaluate.py run=good eval.seed=-1", "eval.seed=-1: must be between"),
-    ("evaluate.py run=good eval.checkpoint=../x", "eval.checkpoint=../x: must be one of last"),
-    ("evaluate.py run=good device=tpu", "device=tpu: must be auto, cpu"),
     ("evaluate.py run=good data_root=no-images", "put t10k-images-idx3-ubyte"),
     ("evaluate.py run=others", "others/checkpoints/last.pt: .* other images .* name the folder"),
     ("evaluate.py run=others eval.limit=9", "others/checkpoints/last.pt: .* other images .* name"),
     ("evaluate.py run=good +foo=1", "foo: no such key"),
     ("evaluate.py runn=good", "runn: no such key; did you mean run"),
-    ("evaluate.py run=good eval.exact=perhaps", "eval.exact=perhaps: must be true or false"),
     ("evaluate.py good nowhere", "nowhere: one run at a time"),
     ("evaluate.py -m run=good", "-m; --help"),
     ("evaluate.py nowhere", "run=nowhere: no such folder"),
@@ -209,6 +198,17 @@ COMPOSED = [
         "early_samples=1: there is nothing to choose from",
     ),
     ("objective=keras likelihood=gaussian", "is for likelihood=bernoulli"),
+]
+
+# The same, of evaluate.py.
+OF_A_CARD = [
+    ("eval.chunk=0", "eval.chunk=0"),
+    ("eval.ais=0", "eval.ais=0: must be a whole number, 1 or more, or null"),
+    ("eval.limit=0", "eval.limit=0"),
+    ("eval.seed=-1", "eval.seed=-1: must be between"),
+    ("eval.checkpoint=../x", "eval.checkpoint=../x: must be one of last"),
+    ("eval.exact=perhaps", "eval.exact=perhaps: must be true or false"),
+    ("device=tpu", "device=tpu: must be auto, cpu"),
 ]
 
 # By a value of settings that are composed, or by two that do not go together.
@@ -294,6 +294,39 @@ def test_a_mistake_is_told_in_one_line(place, made_up_root, line, words):
 def test_settings_that_cannot_be_composed_are_told_in_one_line(line, words):
     with pytest.raises(ConfigError, match=words) as error:
         compose(["data=fashion_mnist", *SMALL, *shlex.split(line)])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("line", "words"), OF_A_CARD, ids=lambda value: value[:60])
+def test_a_wrong_value_of_a_card_is_told_in_one_line(line, words):
+    with pytest.raises(EndedError) as ended:
+        asked("evaluate", "", EvaluateConfig, ["run=good", line])
+    assert ended.value.code == 2
+    assert re.search(words, ended.value.reason)
+
+
+# By files of images, whose folder's name precedes what is said of them.
+IMAGES = [
+    ({"root": "flat"}, r"flat/.*\(600, 784\)"),
+    ({"root": "wide"}, r"wide/.*train-images.* of int64; images must be 28x28 bytes"),
+    ({"root": "fewer"}, "599 labels for 600 images; delete both"),
+    ({"root": "no-labels"}, "data.root=no-labels, .* put train-labels-idx1-ubyte"),
+    ({"root": "terabytes"}, "terabytes/.*claims 1,683,627,180,048 bytes; delete"),
+    ({"hold_out": 600}, "data.hold_out=600: .* leave some of 600 images"),
+]
+
+
+@pytest.mark.parametrize(("settings", "words"), IMAGES)
+def test_images_that_cannot_be_taken_are_told_in_one_line(
+    place, made_up_root, composed_once, monkeypatch, settings, words
+):
+    monkeypatch.chdir(place)
+    config = run_settings(composed_once)
+    config.data.root = str(made_up_root)
+    for key, value in settings.items():
+        setattr(config.data, key, value)
+    with pytest.raises((ConfigError, DataError), match=words) as error:
+        loaders_of(config, "cpu")
     assert "\n" not in str(error.value)
 
 

@@ -67,6 +67,7 @@ def on_a_fine_grid(vae, batch, side=0.04):
     return torch.stack(found)
 
 
+@pytest.mark.usefixtures("few_points")
 def test_every_estimate_of_log_px_is_that_of_a_fine_grid(vae, batch):
     batch = batch.rows(slice(4))
     truth = on_a_fine_grid(vae, batch)
@@ -85,6 +86,7 @@ def test_every_estimate_of_log_px_is_that_of_a_fine_grid(vae, batch):
     assert ((truth - other).abs() > 0.1).all()  # the label matters
 
 
+@pytest.mark.usefixtures("few_points")
 def test_the_card_is_of_each_image_given_its_class(vae, batch):
     batch = batch.rows(slice(1, 4))  # of two classes
     card, per_image = evaluate_images(
@@ -359,7 +361,7 @@ def test_images_without_labels_are_refused_before_training(tmp_path):
         VAE.from_config(vamp, (784,), 10)
 
 
-@pytest.mark.parametrize("step", [3, 4, 6])
+@pytest.mark.parametrize("step", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 6))])
 @pytest.mark.parametrize(
     "parts", [("model.conditional=true",), ("posterior=flow", "prior=flow")], ids=str
 )

@@ -18,7 +18,6 @@ from vae_torch import (
     VAE,
     ObjectiveConfig,
     evaluate_model,
-    machine,
     mnist_loaders,
     quadrature,
     train,
@@ -484,11 +483,9 @@ def run_of_the_script(made_up_root, tmp_path_factory):
 
 
 @pytest.fixture
-def script(monkeypatch, rough):
-    """The command in this process, which keeps its processor settings."""
-    del rough
-    for name in ("tune_cpu", "set_products"):
-        monkeypatch.setattr(machine, name, lambda *_: None)
+def script(processor_stays, rough):
+    """The command in this process."""
+    del processor_stays, rough
     return importlib.import_module("vae_torch.cli.evaluate")
 
 

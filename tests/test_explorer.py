@@ -17,6 +17,7 @@ from torch import nn
 
 from tests.command_lines import run_script
 from tests.conftest import made_up_digits
+from tests.rough import UNDRAWN
 from tests.test_figures import BoxOf
 from vae_torch import VAE
 from vae_torch import explorer as module
@@ -384,9 +385,9 @@ def in_the_dark():
 def test_explore_refuses_a_model_that_it_cannot_draw(made_up_root, tmp_path):
     run_dir = tmp_path / "run"
     settings = ["data=fashion_mnist", f"data.root={made_up_root}", "model.intermediate_dim=16"]
-    settings += ["model.latent_dim=3"]
+    settings += ["model.latent_dim=3", "data.limit_train=100", "data.limit_test=50"]
     quiet = ["train.epochs=1", "train.figure_every=0", f"hydra.run.dir={run_dir}"]
-    done = run_script("train.py", *settings, *quiet)
+    done = run_script("train.py", *settings, *quiet, before=UNDRAWN)
     assert done.returncode == 0, done.stderr
     done = run_script("explore.py", f"run={run_dir}", before=["tests.test_explorer:in_the_dark"])
     assert done.returncode == 2
@@ -399,7 +400,7 @@ def test_a_run_becomes_a_page(made_up_root, tmp_path):
     run_dir = tmp_path / "a=run, <b>"
     settings = ["data=fashion_mnist", f"data.root={made_up_root}", "model.intermediate_dim=16"]
     quiet = ["train.epochs=1", "train.figure_every=0", f"hydra.run.dir='{run_dir}'"]
-    done = run_script("train.py", *settings, *quiet)
+    done = run_script("train.py", *settings, *quiet, before=UNDRAWN)
     assert done.returncode == 0, done.stderr
 
     browser = {"BROWSER": "echo opens %s"}

@@ -1,5 +1,6 @@
 """Reading many runs, against tables worked out by hand; and sweeps in which jobs fail."""
 
+import importlib
 import importlib.util
 import json
 import math
@@ -466,10 +467,17 @@ def needs(module):
     )
 
 
+def submitit_starts_no_process():
+    """Its executor for debugging: what a job is given and returns, in a second."""
+    launcher = importlib.import_module("hydra_plugins.hydra_submitit_launcher.submitit_launcher")
+    launcher.LocalLauncher._EXECUTOR = "debug"
+
+
 @pytest.mark.parametrize(
     ("where", "values"),
     [
         ("here", "-1,2"),
+        ("slurm_local in one process", "-1,2"),
         *(
             pytest.param(*each, marks=pytest.mark.slow)
             for each in (("here", "2,-1"), ("cores", "-1,2"), ("slurm_local", "-1,2"))
@@ -478,8 +486,9 @@ def needs(module):
 )
 def test_a_wrong_value_fails_its_own_job_alone(made_up_root, tmp_path, where, values):
     folder = tmp_path / "sweep"
-    sweep = tiny_sweep(made_up_root, folder, *FEW, f"where={where}", "seed=0")
-    done = run_script("train.py", *sweep, f"model.latent_dim={values}", before=UNDRAWN)
+    sweep = tiny_sweep(made_up_root, folder, *FEW, f"where={where.partition(' ')[0]}", "seed=0")
+    before = ["tests.test_sweep:submitit_starts_no_process"] if " " in where else UNDRAWN
+    done = run_script("train.py", *sweep, f"model.latent_dim={values}", before=before)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "1 of 2 runs finished, 1 failed in" in done.stdout
@@ -492,16 +501,6 @@ def test_a_wrong_value_fails_its_own_job_alone(made_up_root, tmp_path, where, va
     assert summary.parent.name.startswith("model.latent_dim-2_")
 
 
-def test_slurms_jobs_are_processes_of_their_own_and_tell_why_they_failed(tmp_path):
-    sweep = ("-m", "where=slurm_local", "model.latent_dim=-1", f"sweep.dir={tmp_path}")
-    done = run_script("train.py", *sweep)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert "0 of 1 runs finished, 1 failed in" in done.stdout
-    (failed,) = tmp_path.glob("*/failed.json")
-    assert "model.latent_dim=-1: must be" in json.loads(failed.read_text())["reason"]
-
-
 def test_an_interrupted_sweep_counts_the_jobs_that_were_asked_for(made_up_root, tmp_path):
     sweep = tiny_sweep(made_up_root, tmp_path / "s", "train.epochs=100000", "seed=0,1,2")
     with start_script("train.py", *sweep) as process:
@@ -512,6 +511,7 @@ def test_an_interrupted_sweep_counts_the_jobs_that_were_asked_for(made_up_root, 
     assert "0 of 3 runs finished, 1 interrupted, 2 not started" in ended.out
 
 
+@pytest.mark.slow
 def test_ctrl_c_lets_the_runs_of_all_cores_write_a_checkpoint(made_up_root, tmp_path):
     folder = tmp_path / "s"
     sweep = tiny_sweep(made_up_root, folder, "train.epochs=100000", "seed=0,1", "where=cores")
@@ -600,7 +600,10 @@ def test_settings_lie_between_the_plugin_and_the_command_line():
 def test_work_in_a_child(tmp_path):
     script = """
 import math, multiprocessing, os, signal, sys
+from vae_torch.cli import children
 from vae_torch.cli.children import KilledError, in_a_child
+
+children._PRELOAD.clear()  # no run is made here
 
 if __name__ == "__main__":
     assert in_a_child(math.sqrt, 2.25) == 1.5
@@ -626,6 +629,36 @@ if __name__ == "__main__":
     (tmp_path / "main.py").write_text(script)
     done = run_script(tmp_path / "main.py")
     assert done.stdout == "all is well\n", done.stderr
+
+
+def test_ctrl_c_waits_for_the_child_that_it_reaches(tmp_path):
+    script = """
+import os, signal, sys, time
+from vae_torch.cli import children
+
+children._PRELOAD.clear()
+
+def stop(*_):
+    print("a checkpoint", flush=True)
+    sys.exit(130)
+
+def work():
+    signal.signal(signal.SIGINT, stop)
+    print("works", flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    try:
+        children.in_a_child(work)
+    except SystemExit as end:
+        print("ended", end.code)
+"""
+    (tmp_path / "main.py").write_text(script)
+    with start_script(tmp_path / "main.py", group=True) as process:
+        process.wait_for("works")
+        os.killpg(process.pid, signal.SIGINT)
+        ended = process.end()
+    assert (ended.out, ended.error) == ("a checkpoint\nended 130\n", "")
 
 
 def first(pattern, folder, process):
