@@ -33,6 +33,7 @@ from vae_torch.cli.messages import Parser, make_folder, refuse, shown, tell_inte
 from vae_torch.config import CHOICES, ConfigError
 from vae_torch.data import ImageDataset, image_loader
 from vae_torch.evaluate import importance_log_px
+from vae_torch.figures import DIGIT_COLOURS, new_axes
 from vae_torch.files import write_atomically
 from vae_torch.machine import (
     bf16_factor,
@@ -381,11 +382,6 @@ def show(report: dict[str, Any]) -> None:
 
 def plot(report: dict[str, Any], path: Path) -> None:
     """The training rows as bars with their ranges."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     rows = {n: r for n, r in report["rows"].items() if not n.startswith("log p")}
     names = sorted(rows, key=lambda n: -rows[n]["median"])
     medians = [rows[n]["median"] for n in names]
@@ -393,15 +389,13 @@ def plot(report: dict[str, Any], path: Path) -> None:
         [rows[n]["median"] - rows[n]["low"] for n in names],
         [rows[n]["high"] - rows[n]["median"] for n in names],
     ]
-    limits = dict.fromkeys(("prod", "Adam"), "#999999")
-    colours = {"ours": "#0072b2", **limits}
-    figure, axes = plt.subplots(figsize=(7, 0.45 * len(names) + 1.2), layout="constrained")
-    axes.barh(names, medians, xerr=spread, color=[colours.get(n[:4], "#e69f00") for n in names])
+    ours, others, limits = DIGIT_COLOURS[0], DIGIT_COLOURS[8], DIGIT_COLOURS[9]
+    colours = {"ours": ours, "matm": limits, "Adam": limits}
+    figure, axes = new_axes(7, 0.45 * len(names) + 1.2)
+    axes.barh(names, medians, xerr=spread, color=[colours.get(n[:4], others) for n in names])
     axes.set_xlabel("seconds per epoch of 60,000 images: median and range")
     axes.set_title(f"{report['processor']}, {report['device']}", fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    figure.savefig(path)
 
 
 def peak_memory_mib() -> int:

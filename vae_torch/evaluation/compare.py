@@ -90,18 +90,17 @@ def compare_runs(first: Path, second: Path) -> list[Comparison]:
 
 def scatter(comparison: Comparison, names: tuple[str, str]) -> "Figure":
     """Each image's value in both runs, and the distribution of the differences."""
-    from matplotlib.figure import Figure
+    from vae_torch.figures import DIGIT_COLOURS, new_axes
 
-    figure = Figure(figsize=(9, 4.2), dpi=120, layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = new_axes(9, 4.2, columns=2)
     a, b = comparison.a, comparison.b
-    left.plot(a, b, ".", markersize=2, alpha=0.4, color="#332288")
+    left.plot(a, b, ".", markersize=2, alpha=0.4, color=DIGIT_COLOURS[0])
     ends = [min(a.min(), b.min()), max(a.max(), b.max())]
-    left.plot(ends, ends, color="#555555", linewidth=0.8)
+    left.plot(ends, ends, color=DIGIT_COLOURS[9], linewidth=0.8)
     left.set_xlabel(f"{comparison.metric}, {names[0]}")
     left.set_ylabel(f"{comparison.metric}, {names[1]}")
-    right.hist(b - a, bins=60, color="#88ccee")
-    right.axvline(comparison.difference, color="#882255")
+    right.hist(b - a, bins=60, color=DIGIT_COLOURS[1])
+    right.axvline(comparison.difference, color=DIGIT_COLOURS[6])
     right.set_xlabel(f"{names[1]} - {names[0]}: {comparison.difference:+.3f}")
     right.set_ylabel("images")
     return figure

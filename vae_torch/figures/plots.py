@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ from vae_torch.parts.posteriors import DiagonalGaussian, kl_per_dim
 from vae_torch.vae import VAE
 
 if TYPE_CHECKING:  # half a second that runs without figures save
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Paul Tol's "muted" scheme, distinct for colour-blind eyes, with grey as the tenth. Its order gives
@@ -67,7 +66,7 @@ def latent_scatter(
     across = means[:, first].numpy()
     spread = np.random.default_rng(0).uniform(-0.3, 0.3, len(classes))  # not all on a line
     up = means[:, more[0]].numpy() if more else classes + spread
-    figure, axes = _figure(7, 6)
+    figure, axes = new_axes(7, 6)
     from matplotlib.patheffects import withStroke
 
     names = np.unique(classes)
@@ -145,7 +144,7 @@ def kl_figure(vae: VAE, x: Tensor, labels: Tensor | None = None) -> "Figure":
     kl = kl_per_dim(means, logvars).mean(0)
     order, n = kl.argsort(descending=True), len(kl)
     active = (variances(means) > ACTIVE_UNIT_VARIANCE)[order].numpy()
-    figure, axes = _figure(max(3.2, min(10, 2 + 0.3 * n)), 4)
+    figure, axes = new_axes(max(3.2, min(10, 2 + 0.3 * n)), 4)
     colours = {"active": DIGIT_COLOURS[0], "inactive": DIGIT_COLOURS[4]}
     for kind, chosen in {"active": active, "inactive": ~active}.items():
         places = np.flatnonzero(chosen)
@@ -187,7 +186,7 @@ def log_px_map(
     if vae.latent_dim != 2:
         raise ValueError(f"latent_dim is {vae.latent_dim}; the map needs 2")
     means = posterior_means(vae, x, labels)
-    figure, axes = _figure(7.5, 6)
+    figure, axes = new_axes(7.5, 6)
     from matplotlib.patches import Ellipse
 
     log_px = log_px.cpu()
@@ -220,10 +219,12 @@ def _images(count: int) -> str:
     return f"{count:,} test {'image' if count == 1 else 'images'}"
 
 
-def _figure(width: float, height: float) -> "tuple[Figure, Axes]":
+def new_axes(width: float, height: float, columns: int = 1) -> "tuple[Figure, Any]":
+    """A figure in the style of all plots, and its axes, or several of them side by side."""
     figure = import_matplotlib()(figsize=(width, height), dpi=110, layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
+    axes = figure.subplots(1, columns)
+    for each in figure.axes:
+        each.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 

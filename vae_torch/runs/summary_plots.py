@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vae_torch.figures import DIGIT_COLOURS
+from vae_torch.figures import DIGIT_COLOURS, new_axes
 from vae_torch.runs.metrics import basis_of
 from vae_torch.runs.summary import ONE_SETTING, Row, Summary
 from vae_torch.runs.values import Key, as_text, is_number, sort_key
@@ -37,7 +37,7 @@ def plots(summary: Summary) -> "dict[str, Figure]":
 
 def _by_key(summary: Summary, i: int) -> "Figure":
     """The metric against one swept key: one line per setting of the others."""
-    figure, axes = _axes()
+    figure, axes = new_axes(8, 4.6)
     lines: dict[Key, list[Row]] = {}
     for row in summary.rows:
         lines.setdefault((*row.values[:i], *row.values[i + 1 :]), []).append(row)
@@ -69,7 +69,7 @@ def _by_key(summary: Summary, i: int) -> "Figure":
 
 def _heat_map(summary: Summary) -> "Figure":
     """The metric over two swept keys."""
-    figure, axes = _axes()
+    figure, axes = new_axes(8, 4.6)
     down, across = (sorted({row.values[i] for row in summary.rows}, key=sort_key) for i in (0, 1))
     table = [[math.nan] * len(across) for _ in down]
     for row in summary.rows:
@@ -97,7 +97,7 @@ def _rate_distortion(summary: Summary) -> "Figure":
 
     Alemi et al., *Fixing a Broken ELBO* (2018), section 2.
     """
-    figure, axes = _axes()
+    figure, axes = new_axes(8, 4.6)
     for row, colour, label in _coloured(summary):
         kl = [run.metrics["test/kl"] for run in row.runs]
         distortion = [-run.metrics["test/reconstruction"] for run in row.runs]
@@ -129,7 +129,7 @@ def _learning_curves(summary: Summary) -> "Figure":
     """The metric by epoch, one line per run."""
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = _axes()
+    figure, axes = new_axes(8, 4.6)
     longest = max(len(run.epochs) for row in summary.rows for run in row.runs)
     skipped = 2 if longest > 5 else 0  # they would flatten the rest
     for row, colour, label in _coloured(summary):
@@ -189,12 +189,3 @@ def _legend(figure: "Figure", order: Sequence[str] = ()) -> None:
 def _two_lines(summary: Summary) -> str:
     """The metric with its unit, and its direction on a second line, for an axis."""
     return summary.heading().replace(" (", "\n(")
-
-
-def _axes() -> "tuple[Figure, Any]":
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.6), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
