@@ -94,7 +94,7 @@ REFUSED = [
     ("train.py =3", "=3: names no key; write key=value"),
     ("train.py train.epoch=2", "train.epoch: no such key; did you mean train.epochs"),
     ("train.py outputs/2026-01-01", "outputs/2026-01-01: write key=value"),
-    ("train.py sweep.dir=new", "sweep.dir=new: this is no sweep; add -m"),
+    ("train.py sweep.dir=new", "sweep.dir=new: this is not a sweep; add -m"),
     ("train.py -m seed=0,1 hydra/launcher=joblib", "hydra/launcher=joblib: type where=cores"),
     ("train.py -m device=cpu,auto", "device: 2 jobs would share the folder"),
     ("train.py --config-dir config --config-name mine", "model.latnt_dim: no such key; did you"),
@@ -108,7 +108,7 @@ REFUSED = [
     ("train.py train.resume=interrupted seed=3", "had seed=0, this one has 3"),
     (
         "train.py train.resume=others",
-        "others/checkpoints/last.pt: .* other images .* data root .* name a folder with those",
+        "others/checkpoints/last.pt: .* other images .* data root .* name the folder",
     ),
     ("train.py train.resume=no-history", "no-history/checkpoints/history.jsonl: damaged"),
     ("train.py experiment=open --config-dir broken", "experiment/open.yaml: line 4: no YAML"),
@@ -132,7 +132,7 @@ REFUSED = [
     ("evaluate.py run=other", "other/checkpoints/last.pt: does not fit its own config"),
     ("evaluate.py run=good eval.num_samples=0", "eval.num_samples=0"),
     ("evaluate.py run=good data_root=no-images", "put t10k-images-idx3-ubyte"),
-    ("evaluate.py run=others", "others/checkpoints/last.pt: .* other images .* name a folder"),
+    ("evaluate.py run=others", "others/checkpoints/last.pt: .* other images .* name the folder"),
     ("evaluate.py run=others eval.limit=9", "others/checkpoints/last.pt: .* other images .* name"),
     ("evaluate.py run=good +foo=1", "foo: no such key"),
     ("evaluate.py runn=good", "runn: no such key; did you mean run"),
@@ -189,7 +189,7 @@ COMPOSED = [
     ("objective=iwae objective.early_samples=2", "set both or neither"),
     (
         "objective=iwae objective.early_samples=5 objective.early_epochs=2",
-        "num_samples=5: must be 1 or more, and fewer than come later",
+        "num_samples=5: must be 1 or more, and below",
     ),
     (
         "objective=iwae objective.resample=true objective.early_samples=1 objective.early_epochs=3",

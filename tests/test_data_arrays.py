@@ -57,7 +57,7 @@ def test_a_layout_that_cannot_be_told_is_asked_for(tmp_path, shape):
     x = RNG.integers(0, 256, shape, np.uint8)
     np.save(tmp_path / "x.npy", x)
     with pytest.raises(
-        ConfigError, match=r"cannot be told; set data\.options\.layout=NCHW or NHWC"
+        ConfigError, match=r"channels first or last; set data\.options\.layout=NCHW or NHWC"
     ):
         load(tmp_path / "x.npy")
     assert load(tmp_path / "x.npy", layout="NCHW").train.images.shape == shape

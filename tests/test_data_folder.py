@@ -251,7 +251,7 @@ def test_text_files_and_hidden_files_are_left_out_and_told(tmp_path, caplog):
     (tmp_path / "._000.png").write_text("x")
     with caplog.at_level(logging.INFO, "vae_torch"):
         assert len(pixels_of(tmp_path)) == len(arrays)
-    assert "1 files that are no images are left out: README.txt" in caplog.text
+    assert "1 files that are not images are left out: README.txt" in caplog.text
 
 
 def test_a_symlink_loop_is_not_followed_and_a_dead_link_is_told(tmp_path):

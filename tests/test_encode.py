@@ -309,7 +309,7 @@ def test_what_cannot_be_encoded_is_refused_in_one_line(colour_run, tmp_path):
         ([run, own], "out is missing"),
         ([own, out], "run is missing: name a run folder"),
         ([run, own, "out=a.txt"], "out=a.txt: must end in .npz, .csv, .parquet"),
-        ([run, own, f"out={tmp_path}/no/a.npz"], "its folder is not there"),
+        ([run, own, f"out={tmp_path}/no/a.npz"], "its folder does not exist"),
         ([run, own, f"out={tmp_path}/a.csv", "reconstructions=true"], "a table holds no images"),
         ([run, out, f"images={tmp_path}/nothing"], "must be a folder of images, or a .npz or .npy"),
         ([run, out, f"images={tmp_path}/a.txt"], "must be a folder of images, or a .npz or .npy"),

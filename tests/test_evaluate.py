@@ -971,7 +971,7 @@ def test_a_killed_evaluation_resumes(run_of_the_script, script, monkeypatch, cap
         fitted.append(len(x))
         return fit(vae, x, *rest)
 
-    monkeypatch.setattr(partial, "_EVERY", 20)
+    monkeypatch.setattr(partial, "_EVERY", 0.0)
     monkeypatch.setattr(partial.Partial, "keep", killed)
     with pytest.raises(KeyboardInterrupt):
         script.evaluate_run(config)
@@ -979,8 +979,8 @@ def test_a_killed_evaluation_resumes(run_of_the_script, script, monkeypatch, cap
     monkeypatch.setattr(proposals, "_fit", counted)
     capsys.readouterr()
     script.evaluate_run(config)
-    assert "resuming an evaluation" in capsys.readouterr().out
-    assert fitted[:3] == [10, 10, 5]  # and those of training images
+    assert "resuming an interrupted evaluation" in capsys.readouterr().out
+    assert fitted[:4] == [10, 10, 10, 5]  # and those of training images
     assert (run_of_the_script / "evaluation.json").read_text() == card
     for name, each in np.load(run_of_the_script / "evaluation.npz").items():
         np.testing.assert_array_equal(each, values[name])

@@ -61,6 +61,16 @@ def test_the_page_asks_for_nothing_from_outside_and_is_small(images):
     assert MAX_BYTES <= 8_000_000
 
 
+def test_a_large_decoder_gets_the_room_that_it_needs():
+    torch.manual_seed(0)
+    page = explorer_page(VAE((3, 64, 64), 8, 200, architecture="conv", likelihood="gaussian"))
+    weights = len(data_of(page)["weights"])
+    assert MAX_BYTES < weights < len(page) < weights + MAX_BYTES // 2
+    monstrous = VAE((3, 64, 64), 8, 900, architecture="conv")
+    with pytest.raises(ExplorerError, match=r"weights, .* larger than 32 MB; .*intermediate_dim"):
+        explorer_page(monstrous)
+
+
 def test_text_of_a_run_cannot_leave_its_place(images):
     evil = "</script><script>alert(1)</script>{{DATA}}"
     page = explorer_page(model(), *images, title=evil, facts=evil, notes=[evil])
@@ -414,7 +424,7 @@ def test_a_run_becomes_a_page(made_up_root, tmp_path):
     assert done.returncode == 0, done.stderr
     data = data_of((run_dir / "explorer.html").read_text())
     assert data["points"] == 0
-    assert "not to be had from disk" in data["notes"][-1]
+    assert "were not available when the page was made" in data["notes"][-1]
 
 
 # What it does.

@@ -159,7 +159,7 @@ def test_a_run_that_was_cut_off_does_not_read_its_source_again(settings, source,
             ["encoder.", "(16, 784) (this run: (8, 784))", "decoder.", "give this run the sizes"],
         ),
         (["model.depth=2"], ["absent"]),
-        (["model=conv"], ["model=mlp, this run model=conv", "no weight would be taken over"]),
+        (["model=conv"], ["model=mlp, this run model=conv", "no weights fit"]),
     ],
 )
 def test_weights_that_do_not_fit_are_listed(settings, source, tmp_path, asked, parts):
@@ -304,8 +304,8 @@ def test_a_longer_run_is_asked_how_its_schedule_goes_on(settings, tmp_path):
     before = (tmp_path / "checkpoints" / "last.pt").read_bytes()
     for asked, line in (
         (["optimizer.schedule=cosine", "train.epochs=4"], "has optimizer.schedule=cosine, which"),
-        (["optimizer.schedule=cosine", "train.epochs=1"], "has done 2 epochs already; it must be"),
-        (["optimizer.schedule=constant"], "has done 2 epochs already; it must be 3 or more"),
+        (["optimizer.schedule=cosine", "train.epochs=1"], "has already done 2 epochs; it must be"),
+        (["optimizer.schedule=constant"], "has already done 2 epochs; it must be 3 or more"),
     ):
         with pytest.raises(ConfigError) as error:
             run(settings(*asked, f"train.resume={tmp_path}"), tmp_path)
@@ -329,7 +329,7 @@ def test_a_longer_run_is_asked_how_its_schedule_goes_on(settings, tmp_path):
     assert [row["train/lr"] for row in rows[2:]] == pytest.approx(expected)
     assert [stage["optimizer.lr"] for stage in summary["stages"]] == [1e-3, lr]
     again.train.epochs = 2
-    with pytest.raises(ConfigError, match="has done 6 epochs already; it must be 7 or more"):
+    with pytest.raises(ConfigError, match="has already done 6 epochs; it must be 7 or more"):
         run(again, tmp_path)
 
 
@@ -512,7 +512,7 @@ def test_a_plateau_goes_on_in_a_longer_run(settings, tmp_path):
         ("optimizer.warmup_steps=-1", "optimizer.warmup_steps=-1: must be a whole number"),
         ("optimizer.schedule=step", "set optimizer.schedule=step (or plateau) and"),
         ("optimizer.step_epochs=3", "set optimizer.schedule=step (or plateau) and"),
-        ("optimizer.step_factor=0.5", "it is of optimizer.schedule=step and plateau"),
+        ("optimizer.step_factor=0.5", "it is for optimizer.schedule=step and plateau"),
         (
             "optimizer.schedule=plateau",
             "optimizer.step_epochs=null with optimizer.schedule=plateau",

@@ -10,8 +10,10 @@ from torch import nn
 from tests.test_evaluate import PIXELS, linear_gaussian
 from vae_torch import VAE, evaluate_model
 from vae_torch.evaluate import importance_log_px
+from vae_torch.evaluation import ais, partial
 from vae_torch.evaluation.ais import annealed_log_px, sandwich_log_px
 from vae_torch.evaluation.pareto import pareto_k
+from vae_torch.evaluation.partial import Partial
 from vae_torch.evaluation.proposals import fitted_log_px
 from vae_torch.quadrature import exact_log_px
 
@@ -57,7 +59,6 @@ def assert_within_noise(result, truth, num_samples=1000):
     assert error.mean() < 0.1
 
 
-@pytest.mark.usefixtures("few_points")
 @pytest.mark.parametrize(("latent_dim", "orthogonal"), [(1, True), (2, False), (5, False)])
 def test_fitted_proposals_equal_the_closed_form_whatever_the_encoder_says(latent_dim, orthogonal):
     vae, x = linear_gaussian(latent_dim, orthogonal=orthogonal, variance=0.1)
@@ -198,6 +199,30 @@ def test_annealing_equals_the_closed_form_at_20_latents():
     assert off.std() / 8 < 0.03
     assert abs(off.mean()) < 0.02 + 2 * off.std() / 8
     assert ((result.acceptance > 0.4) & (result.acceptance < 0.95)).all()
+
+
+def test_killed_annealing_resumes(tmp_path, monkeypatch):
+    torch.manual_seed(3)
+    vae, x = VAE((PIXELS,), 2, 8), torch.rand(5, PIXELS).round()
+    settings = {"temperatures": 3, "chains": 2, "chunk": 4}  # two images at once
+    whole = annealed_log_px(vae, x, **settings)
+    annealed, keep = [], Partial.keep
+
+    def killed(self, name, rows):
+        keep(self, name, rows)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(partial, "_EVERY", 0.0)
+    monkeypatch.setattr(Partial, "keep", killed)
+    with pytest.raises(KeyboardInterrupt):
+        annealed_log_px(vae, x, store=Partial(tmp_path / "part", "a"), **settings)
+    monkeypatch.setattr(Partial, "keep", keep)
+    tuned = ais._tuned
+    monkeypatch.setattr(ais, "_tuned", lambda *a: annealed.append(len(a[1])) or tuned(*a))
+    again = annealed_log_px(vae, x, store=Partial(tmp_path / "part", "a"), **settings)
+    assert annealed == [2, 1]  # without the two of the first part
+    for first, second in zip(whole, again, strict=True):
+        assert torch.equal(first, second)
 
 
 def test_annealing_finds_the_mode_that_the_encoder_misses():

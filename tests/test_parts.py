@@ -169,7 +169,7 @@ def test_what_needs_a_gaussian_says_so():
     batch, noise = Batch(torch.rand(3, 20)), Noise(torch.randn(2, 3, 2))
     for settings, words in (
         (ObjectiveConfig(name="iwae", num_samples=2, estimator="dreg"), "dreg needs a Gaussian"),
-        (ObjectiveConfig(free_bits=1.0), "free_bits=1.0: .*posterior=gaussian"),
+        (ObjectiveConfig(free_bits=1.0), "free_bits=1.0 needs .*posterior=gaussian"),
         (ObjectiveConfig(name="tcvae"), "tcvae needs a Gaussian"),
         (ObjectiveConfig(name="keras"), "posterior=gaussian"),
     ):
@@ -234,7 +234,7 @@ def test_the_parts_of_the_tcvae_sum_to_the_kl():
         ({"prior_options": {"width": "wide"}, "prior": "flow"}, "prior_options.width=wide: input"),
         ({"prior_options": {"width": 3}}, "prior_options.width: no option of prior=standard"),
         ({"likelihood_options": {"mixtures": 2.5}, "likelihood": "discretized_logistic"}, "2.5"),
-        ({"train.monitor": "test/psnr"}, "test/psnr: nobody has said which direction is better"),
+        ({"train.monitor": "test/psnr"}, "test/psnr: unknown whether higher or lower is better"),
     ],
 )
 def test_an_option_that_a_part_has_not_is_refused_in_one_line(config, values, words):

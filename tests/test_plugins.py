@@ -93,7 +93,10 @@ def test_options_of_ones_own_are_swept(tmp_path):
         (["plugins=[absent_parts]"], "plugins=[absent_parts]: no such module"),
         (["plugins=[tests.broken_parts]"], "fails on import (ZeroDivisionError"),
         (["model=mine"], "one of your own needs plugins=[my_parts]"),
-        ([PLUGIN, "model=mine", "model.options.widht=3"], "did you mean width? there are width"),
+        (
+            [PLUGIN, "model=mine", "model.options.widht=3"],
+            "did you mean width? its options are width",
+        ),
         ([PLUGIN, "model=mine", "model.depth=3"], "depth=3 with model=mine: it has no depth"),
         ([PLUGIN, "prior=wyde"], "prior=wyde: must be one of"),
     ],

@@ -168,7 +168,7 @@ def test_samples_come_as_a_picture_or_as_arrays(source, tmp_path):
         ("temperature=-1", "temperature=-1.0: must be a number, 0 or more"),
         (f"out={tmp_path}/none/x.png", "cannot be written"),
         ("pixels=median", "pixels=median: must be one of mean, draw"),
-        ("reconstruct=true pixels=draw", "with reconstruct=true: both are of samples"),
+        ("reconstruct=true pixels=draw", "with reconstruct=true: both are for samples"),
     ):
         with pytest.raises(EndedError) as ended:
             sample_main([f"run={source}", *asked.split()])
@@ -378,7 +378,7 @@ def test_what_cannot_be_verified_is_one_line(made_up_root, evaluated, release, t
     seal_again(other / "foreign", "evaluation.json")
     for asked, folder, line in (
         (["verify", "bare"], other, "evaluation.json: No such file"),
-        (["verify", "foreign"], other, "its run had other images or labels than lie under"),
+        (["verify", "foreign"], other, "its run had other images or labels than data root"),
         (["verify", "nothing"], other, "nothing: no such folder"),
         (["verify"], tmp_path / "none", "holds no release"),
         (["check"], other, "check: must be verify, or a setting"),
@@ -434,7 +434,12 @@ def test_the_command_line_exports_with_the_evaluation_card(source, tmp_path):
     assert done.stdout.strip() == str(tmp_path / "release")
     measured = json.loads((copy / "evaluation.json").read_text())["elbo"]
     card = (tmp_path / "release" / "README.md").read_text()
-    assert f"| elbo | {measured['value']} | {measured['standard_error']} | " in card
+    (row,) = (line for line in card.splitlines() if line.startswith("| `kl`"))
+    assert row.count("|") - row.count(r"\|") == 5  # the bars of KL(q(z|x) || p(z)) end no cell
+    figure = re.search(r"`elbo` \| (\S+) ± (\S+) nats per image \| (\d+) ", card)
+    assert float(figure[1]) == pytest.approx(measured["value"], abs=0.005)
+    assert float(figure[2]) == pytest.approx(measured["standard_error"], abs=0.005)
+    assert int(figure[3]) == measured["num_images"]
     for asked, line in (
         ([f"run={copy}", f"out={tmp_path / 'release'}"], "is not empty; name a new folder"),
         ([f"run={tmp_path / 'none'}", f"out={tmp_path / 'new'}"], "no such folder"),

@@ -147,7 +147,9 @@ def test_bf16_follows_fp32(made_up_root):
     ]
     assert elbos[0] != elbos[1]
     assert elbos[0] == pytest.approx(elbos[1], abs=2.0)
-    with pytest.raises(ValueError, match="precision is 'fp16'; known are fp32, medium, bf16"):
+    with pytest.raises(
+        ValueError, match="precision is 'fp16'; it must be one of fp32, medium, bf16"
+    ):
         train(new_vae(), *loaders(made_up_root), epochs=1, precision="fp16")
 
 
@@ -621,7 +623,7 @@ def test_what_cannot_be_read_again_and_again_is_refused():
         (TensorDataset(x), "TensorDataset gives single images; pass .*DataLoader"),
         (7, "images are a int; pass a DataLoader"),
         ([{"x": x}], "a batch is a dict without images in front"),
-        ([], "0 batches to train on"),
+        ([], "0 training batches"),
         (DataLoader(Stream([]), batch_size=None), "epoch 1: the training loader gave no batch"),
         (Once(), "epoch 2: the training loader gave no batch"),
     ):

@@ -155,9 +155,9 @@ def test_a_config_that_claims_a_huge_model_takes_no_memory(tmp_path, config):
 def test_a_pipe_in_a_files_place_is_not_waited_for(tmp_path, config):
     (tmp_path / "checkpoints").mkdir()
     os.mkfifo(tmp_path / "checkpoints" / "last.pt")
-    with pytest.raises(CheckpointError, match=r"last\.pt: no file"):
+    with pytest.raises(CheckpointError, match=r"last\.pt: not a file"):
         load_run(tmp_path)
-    with pytest.raises(CheckpointError, match=r"last\.pt: no file"):
+    with pytest.raises(CheckpointError, match=r"last\.pt: not a file"):
         Checkpoints(tmp_path / "checkpoints", config).load("cpu")
 
 

@@ -1,4 +1,4 @@
-"""Settings composed by Hydra from `conf/`, validated, and its refusals in this project's words."""
+"""Composes settings with Hydra from `conf/`, validates them, and words its errors."""
 
 import importlib.util
 import os
@@ -36,10 +36,10 @@ from vae_torch.config import (
 
 Settings = TypeVar("Settings")
 
-# What Hydra and YAML raise over settings that cannot be composed.
+# What Hydra and YAML raise for settings that cannot be composed.
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError)
 
-# Keys whose value is a folder, and may have any name.
+# Keys whose value is a folder, with any name.
 PATHS = (
     "hydra.run.dir",
     "hydra.sweep.dir",
@@ -49,8 +49,7 @@ PATHS = (
     "data.root",
 )
 
-# What brings a launcher or sweeper: our choice of it, its plugin's module, and the extra of
-# pyproject.toml.
+# Launchers and sweepers: our choice, the module of its plugin, and the extra in pyproject.toml.
 PLUGINS = {
     "joblib": ("where=cores", "hydra_joblib_launcher", "sweep"),
     "ray": ("where=ray", "hydra_ray_launcher", "ray"),
@@ -61,22 +60,22 @@ PLUGINS = {
 
 
 def conf_dir() -> Path:
-    """`conf/`: of the checkout, or inside the installed package."""
+    """`conf/` of the checkout, or of the installed package."""
     package = Path(__file__).parent.parent
     installed = package / "conf"
     return installed if installed.is_dir() else package.parent / "conf"
 
 
 def register() -> None:
-    """Tell Hydra what `conf/` refers to."""
+    """Register with Hydra what `conf/` refers to."""
     store = ConfigStore.instance()
     skeleton = OmegaConf.create(_skeleton(Config))
-    for key in OPTIONS:  # which keys a part takes, it knows itself
+    for key in OPTIONS:  # the part knows its keys
         OmegaConf.set_struct(OmegaConf.select(skeleton, key), False)
     store.store(name="schema", node=skeleton)
 
     def python_here() -> str:
-        """A shell's command for this Python in this folder: what a Ray worker is to be."""
+        """The shell command of this Python in this folder, for a Ray worker."""
         return shlex.join(["env", f"--chdir={Path.cwd()}", sys.executable])
 
     for resolver in (run_name, after_time, python_here):
@@ -84,7 +83,7 @@ def register() -> None:
 
 
 def load_named_plugins(arguments: Sequence[str]) -> None:
-    """Import what `plugins=[...]` names; Hydra learns of its networks and objectives."""
+    """Import the modules of `plugins=[...]`; register their networks and objectives with Hydra."""
     values = [a.partition("=")[2] for a in arguments if a.lstrip("+").startswith("plugins=")]
     if not values:
         return
@@ -114,7 +113,7 @@ def load_named_plugins(arguments: Sequence[str]) -> None:
 
 
 def _skeleton(schema: Any) -> dict[str, Any]:
-    """Every key of a schema: what is off by default, and `???` for what `conf/` must give."""
+    """Every key of a schema: its default if it is off, and `???` if `conf/` must give a value."""
 
     def default(setting: Any) -> Any:
         if is_dataclass(setting.type):
@@ -127,7 +126,7 @@ def _skeleton(schema: Any) -> dict[str, Any]:
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:
-    """The settings of a run, as the command line composes them.
+    """Compose the settings of a run as the command line does.
 
     Args:
         overrides: `model.latent_dim=8`, `experiment=strong`, ...
@@ -136,7 +135,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         The typed settings, validated.
 
     Raises:
-        ConfigError: A key or a value is wrong: one line that says what is allowed.
+        ConfigError: A key or a value is wrong; one line that says what is allowed.
     """
     try:
         with fresh_hydra():
@@ -147,7 +146,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
 
 @contextmanager
 def fresh_hydra() -> Iterator[None]:
-    """Within, Hydra composes from our `conf/`; one initialised before comes back after."""
+    """Inside the block, Hydra composes from our `conf/`; an earlier Hydra is restored later."""
     held = GlobalHydra.instance()
     outer = held.hydra
     held.clear()
@@ -161,16 +160,16 @@ def fresh_hydra() -> Iterator[None]:
 
 
 def compose_run(overrides: Sequence[str]) -> DictConfig:
-    """A run's settings from an initialised Hydra, neither typed nor validated."""
+    """Compose a run's settings, neither typed nor validated; Hydra must be initialised."""
     register()
     load_named_plugins(overrides)
     return hydra.compose("train", [as_hydra_takes_it(override) for override in overrides])
 
 
 def run_settings(cfg: DictConfig) -> Config:
-    """Composed settings as a run's `Config`, which knows neither Hydra nor sweeps."""
+    """Composed settings as a run's `Config`, which knows nothing of Hydra or sweeps."""
     config = _checked(cfg)
-    # torch, for which who has mistyped a key need not wait
+    # imports torch, so only after misspelt keys have been reported
     from vae_torch.parts.complete import complete
     from vae_torch.parts.registry import load_plugins
 
@@ -179,14 +178,14 @@ def run_settings(cfg: DictConfig) -> Config:
 
 
 def _checked(cfg: DictConfig) -> Config:
-    """A run's settings, but for the options of its parts."""
+    """A run's settings, without a check of the options of its parts."""
     config = typed(cfg, Config, leave_out=("hydra", "sweep"))
     check(config)
     return config
 
 
 def train_help() -> str:
-    """What `train.py --help` says; Hydra's own takes three times as long to list the groups."""
+    """The text of `train.py --help`; Hydra's own takes three times as long to list the groups."""
     groups = []
     for folder in sorted(path for path in conf_dir().iterdir() if path.is_dir()):
         files = {path.name for path in folder.glob("*.yaml")}
@@ -211,10 +210,10 @@ def typed(cfg: DictConfig, schema: type[Settings], *, leave_out: Sequence[str] =
 
 
 def as_hydra_takes_it(argument: str) -> str:
-    """An argument as Hydra's grammar understands it, where it names a folder.
+    """An argument that names a folder, quoted for Hydra's grammar.
 
-    `=`, `,`, spaces and letters beyond ASCII would end or split a value unless it is quoted, and
-    no shell expands the `~` of `data.root=~/images`.
+    Unquoted, `=`, `,`, spaces and non-ASCII letters would end or split the value. The shell does
+    not expand the `~` of `data.root=~/images`, so it is expanded here.
     """
     key, given, value = argument.partition("=")
     if not given or key not in PATHS or value[:1] in ("'", '"') or "${" in value:
@@ -226,9 +225,9 @@ def as_hydra_takes_it(argument: str) -> str:
 
 
 def in_our_words(error: Exception, arguments: Sequence[str], schema: type[Any] = Config) -> str:
-    """One line about settings that Hydra could not compose."""
+    """One line about settings that Hydra cannot compose."""
     if isinstance(error, UnicodeDecodeError):
-        return f"a settings file is no UTF-8 text ({error.reason}); correct the file"
+        return f"a settings file is not UTF-8 text ({error.reason}); correct the file"
     if isinstance(error, YAMLError):
         where, reason, path = "", str(error), "a settings file"
         if isinstance(error, MarkedYAMLError) and error.problem_mark:
@@ -259,7 +258,7 @@ def in_our_words(error: Exception, arguments: Sequence[str], schema: type[Any] =
 
 
 def refuse_malformed(arguments: Sequence[str]) -> None:
-    """Answer where Hydra would take `model=[mlp,conv]` for a model, or end in a traceback."""
+    """Refuse what Hydra would misread or answer with a traceback, such as `model=[mlp,conv]`."""
     for argument in arguments:
         key, given, value = argument.partition("=")
         if given and not key:
@@ -271,7 +270,7 @@ def refuse_malformed(arguments: Sequence[str]) -> None:
 
 
 def _no_such_choice(group: str, choice: str, text: str) -> str:
-    """A file that is not in a group of `conf/`: `model=vgg`."""
+    """The message for a missing file in a group of `conf/`, such as `model=vgg`."""
     if group in ("hydra/launcher", "hydra/sweeper") and choice in PLUGINS:
         return _not_installed(choice)
     options = sorted(re.findall(r"^\t(\S+)$", text, re.MULTILINE))
@@ -285,7 +284,7 @@ def _no_such_choice(group: str, choice: str, text: str) -> str:
 def _is_installed(plugin: str) -> bool:
     try:
         return importlib.util.find_spec(f"hydra_plugins.{plugin}") is not None
-    except ModuleNotFoundError:  # without any plugin their package is missing too
+    except ModuleNotFoundError:  # without any plug-in their package is missing too
         return False
 
 
@@ -295,9 +294,9 @@ def _not_installed(plugin: str) -> str:
 
 
 def full_errors() -> bool:
-    """Whether the user asked for Hydra's own tracebacks; from here on Hydra raises what it meets.
+    """Whether the user wants Hydra's own tracebacks; from here on Hydra raises its errors.
 
-    Hydra prints an error and exits where this variable is not set, and raises where it is.
+    If this variable is not set, Hydra prints an error and exits; if it is set, Hydra raises.
     """
     asked = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"

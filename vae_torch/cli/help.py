@@ -1,4 +1,4 @@
-"""What `--help` says about the settings, from their declarations."""
+"""The text of `--help` about settings, from their declarations."""
 
 import re
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ _WIDTH = 34  # of a key and its default
 
 
 def lines(schema: type[Any], defaults: Mapping[str, Any]) -> str:
-    """A line for each key: its default, what it means, what it may be."""
+    """A line for each key: its default, its meaning, its range."""
     listed = []
     for key, kind in keys_of(schema).items():
         value = defaults.get(key, "")
@@ -48,13 +48,13 @@ def _yaml(value: Any) -> str:
 
 
 def meaning(kind: Any) -> str:
-    """The sentence that stands beside a setting."""
+    """The description of a setting."""
     notes = (part.description for part in get_args(kind) if isinstance(part, FieldInfo))
     return next((note for note in notes if note), "")
 
 
 def range_of(kind: Any) -> str:
-    """What it may be, where that is more than its meaning tells."""
+    """The range of a setting, if its description does not tell it."""
     words = allowed(kind).removesuffix(", or null")
     if words.startswith("one of "):
         choices = words.removeprefix("one of ").split(", ")
