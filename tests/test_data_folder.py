@@ -377,8 +377,8 @@ print(folder(Path(sys.argv[1])).train.images.sum())
 """
     (tmp_path / "reads.py").write_text(script)
     command = (tmp_path / "reads.py", tmp_path / "data", tmp_path / "log")
-    jobs = [start_script(*command) for _ in range(2)]
-    ended = [job.end() for job in jobs]
+    with start_script(*command) as one, start_script(*command) as other:
+        ended = [one.end(), other.end()]
     assert [(each.status, each.error) for each in ended] == [(0, "")] * 2
     sums = {each.out for each in ended}
     assert len(sums) == 1
