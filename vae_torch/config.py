@@ -8,7 +8,7 @@ Nothing here imports Hydra or torch: a script's `--help` must stay quick.
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from functools import reduce
 from operator import getitem
@@ -533,6 +533,19 @@ def keys_of(schema: type[Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def skeleton(schema: Any) -> dict[str, Any]:
+    """Every key of a schema: what is off by default, and `???` for what `conf/` must give."""
+
+    def default(setting: Any) -> Any:
+        if is_dataclass(setting.type):
+            return skeleton(setting.type)
+        if setting.default_factory is not MISSING:
+            return setting.default_factory()
+        return "???" if setting.default is MISSING else setting.default
+
+    return {setting.name: default(setting) for setting in fields(schema)}
+
+
 # Keys of options that a part's own signature names.
 OPTIONS = tuple(key for key in keys_of(Config) if key.endswith("options"))
 
@@ -552,11 +565,16 @@ def validated(schema: type[Settings], values: Mapping[str, Any]) -> Settings:
             key, value and what is allowed, or the nearest known key.
     """
     try:
-        return TypeAdapter(schema).validate_python(values)
+        adapter = _ADAPTERS.get(schema) or _ADAPTERS.setdefault(schema, TypeAdapter(schema))
+        return adapter.validate_python(values)  # type: ignore[no-any-return]
     except ValidationError as error:
         # an unknown key first: what seems to be missing may be it, misspelt
         errors = sorted(error.errors(), key=lambda e: e["type"] != "unexpected_keyword_argument")
         raise ConfigError(_line(schema, values, errors[0])) from None
+
+
+# By schema: making one takes longer than what it checks.
+_ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {}
 
 
 def _line(schema: type[Any], values: Any, error: Any) -> str:
