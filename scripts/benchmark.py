@@ -97,11 +97,12 @@ def parse() -> argparse.Namespace:
 
 def precisions_worth_it() -> tuple[str, ...]:
     """All, but for bf16 where a processor without it would make minutes of seconds."""
+    known = tuple(precision for precision in CHOICES["precision"] if precision != "fp16")  # CUDA
     factor = bf16_factor()
     if factor < TOO_SLOW:
-        return CHOICES["precision"]
+        return known
     print(f"left out: {slow_bf16(factor)}", file=sys.stderr)
-    return tuple(precision for precision in CHOICES["precision"] if precision != "bf16")
+    return tuple(precision for precision in known if precision != "bf16")
 
 
 def training_contestants(

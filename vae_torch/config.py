@@ -344,8 +344,11 @@ class Config(Group):
     seed: Annotated[Seed, about("random seed of weights, order and noise")]
     device: Device
     precision: Annotated[
-        Literal["fp32", "medium", "bf16"],
-        about("fp32; medium: fp32 tensors, faster multiplications (TF32 on CUDA); bf16: autocast"),
+        Literal["fp32", "medium", "bf16", "fp16"],
+        about(
+            "fp32; medium: fp32 tensors, faster multiplications (TF32 on CUDA); bf16: autocast; "
+            "fp16: autocast for CUDA cards without bf16"
+        ),
     ]
     compile: Annotated[Switch, about("torch.compile the training step")]
     likelihood: Annotated[

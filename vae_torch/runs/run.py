@@ -233,7 +233,7 @@ def _prepare_machine(config: Config) -> torch.device:
     if config.precision == "bf16" and device.type == "cuda" and not _has_bf16(device):
         log.warning(
             "precision=bf16: %s has no bf16 arithmetic and emulates it, which is slow; use "
-            "precision=medium",
+            "precision=fp16",
             device_name(device),
         )
     if config.train.epochs <= (early := config.objective.early_epochs):

@@ -30,6 +30,7 @@ from vae_torch.training.schedules import beta_at, learning_rate, samples_at
 from vae_torch.training.step import (
     Step,
     captured_step,
+    check_precision,
     compiled_step,
     eager_step,
     make_optimizer,
@@ -87,7 +88,8 @@ def train(
             numbers where the loader has no length), instead of the settings' schedule. It holds for
             all groups of an optimiser of your own, which else keeps its learning rates.
         ema: Decay per step of averaged weights; they are evaluated, logged and kept in the end.
-        precision: `bf16` for autocast matrix products; else tensors and products are fp32, as
+        precision: `bf16` for autocast matrix products, `fp16` for the same on a CUDA card without
+            bf16, uncaptured and with a gradient scaler; else tensors and products are fp32, as
             exact as `torch.set_float32_matmul_precision` says (convolutions on CUDA:
             `torch.backends.cudnn`): `medium` does nothing here unless the caller has asked torch
             for it, as `scripts/train.py` does.
@@ -117,7 +119,7 @@ def train(
         ConfigError: The objective has options that it would ignore or that do not go with the
             model, the optimiser has some that mean nothing, torch is too old to compile, a cosine
             schedule meets a loader that does not know its length, a plateau no test_loader, two
-            schedules meet, or an optimiser of your own is to be compiled.
+            schedules meet, an optimiser of your own is to be compiled, or fp16 is not on CUDA.
         ValueError: No epoch, no image, patience without images to judge by, an unknown precision,
             images of another shape than the model's, pixels outside [0, 1], or an iterator, which
             ends with the first epoch.
@@ -126,6 +128,7 @@ def train(
         raise ValueError(f"precision is {precision!r}; known are {', '.join(CHOICES['precision'])}")
     weight = next(vae.parameters())
     device, dtype = weight.device, weight.dtype
+    check_precision(precision, device, compile=compile)
     if patience is not None and (patience < 1 or test_loader is None):
         raise ValueError(
             f"patience is {patience}; it must be 1 or more, and needs a test_loader to judge by"
@@ -153,12 +156,17 @@ def train(
     averaged = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema else None
     evaluated: VAE = averaged.module if averaged else vae  # type: ignore[assignment]
     monitor = monitor_of(minimise) if monitor == "auto" else monitor
-    run = Progress(vae, averaged, opt, batches, seed, monitor=monitor)
+    # torch's own first scale, 65536, overflows where the loss is hundreds of nats
+    scaler = torch.amp.GradScaler(device.type, init_scale=1024, enabled=precision == "fp16")
+    run = Progress(vae, averaged, opt, batches, seed, monitor=monitor, scaler=scaler)
     if checkpoints:
         run.resume(checkpoints)
     # a captured step keeps the learning rate that it was captured with, unless that is a tensor
-    how = "compile" if compile else "capture" if device.type == "cuda" and not own else "eager"
-    take_step = _step(vae, opt, minimise, precision, batches, clip_norm=settings.clip_norm, how=how)
+    captures = device.type == "cuda" and not own and precision != "fp16"
+    how = "compile" if compile else "capture" if captures else "eager"
+    take_step = _step(
+        vae, opt, minimise, precision, batches, scaler, clip_norm=settings.clip_norm, how=how
+    )
 
     def lr_at(step: int) -> float | None:
         if schedule:
@@ -275,6 +283,7 @@ def _step(
     objective: Objective,
     precision: str,
     batches: Iterable[Any],
+    scaler: torch.amp.GradScaler,
     *,
     clip_norm: float | None,
     how: str,
@@ -285,7 +294,7 @@ def _step(
         return compiled_step(vae, opt, objective, precision, clip_norm=clip_norm, batch_size=size)
     if how == "capture":
         return captured_step(vae, opt, objective, precision, clip_norm=clip_norm, batch_size=size)
-    return eager_step(vae, opt, objective, precision, clip_norm=clip_norm)
+    return eager_step(vae, opt, objective, precision, clip_norm=clip_norm, scaler=scaler)
 
 
 def _means(
