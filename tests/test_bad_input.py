@@ -127,7 +127,7 @@ REFUSED = [
     ("train.py 'data.root=${oc.env:NOT_SET_AT_ALL}'", "data.root: .*NOT_SET_AT_ALL"),
     ("train.py seed=-1", "seed=-1: must be between 0 and 4294967295"),
     ("train.py seed=4294967296", "seed=4294967296"),
-    ("train.py device=gpu", "device=gpu: must be auto, cpu, cuda or cuda:N"),
+    ("train.py device=gpu", "device=gpu: must be auto, cpu, cuda, cuda:N or mps"),
     ("train.py device=cuda:99", "device=cuda:99: .* use device=cpu"),
     ("train.py precision=fp8", "precision=fp8: must be one of fp32, medium, bf16, fp16"),
     ("train.py precision=fp16 device=cpu", "precision=fp16 with device=cpu: .* use precision=fp32"),

@@ -56,8 +56,8 @@ class Must:
 
 def check_device(device: str) -> str:
     """Refuse what is no device, on any machine."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
-        raise ConfigError(f"device={device}: must be auto, cpu, cuda or cuda:N")
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", device):
+        raise ConfigError(f"device={device}: must be auto, cpu, cuda, cuda:N or mps")
     return device
 
 
@@ -142,7 +142,9 @@ Names = Annotated[
 ]
 Plugins = Annotated[Names, about("modules with parts of your own: [my_parts]")]
 Device = Annotated[
-    str, AfterValidator(check_device), about("where to compute: auto, cpu, cuda, cuda:N")
+    str,
+    AfterValidator(check_device),
+    about("where to compute: auto, cpu, cuda, cuda:N, mps (Apple)"),
 ]
 RunFolder = Annotated[Folder, about("the run's folder")]
 DataRoot = Annotated[Folder | None, about("where the images are; null: where the run had them")]

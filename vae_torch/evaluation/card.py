@@ -238,8 +238,7 @@ def _put_train_elbo(card: Figures, vae: VAE, train_loader: Iterable[Any]) -> _Tr
     )
     some = _chosen(len(bound), _TRAIN_IMAGES, card.seed)
     x, y = joined(batches).rows(some)
-    device = bound.device
-    return _Train(Batch(x.to(device), y), bound[some.to(device)])
+    return _Train(Batch(x.to(next(vae.parameters()).device), y), bound[some])
 
 
 def _chosen(images: int, count: int, seed: int) -> Tensor:
@@ -269,7 +268,7 @@ def _put_log_px(
 
 
 def _put_annealed(card: Figures, vae: VAE, batch: Batch, images: int, progress: bool) -> None:
-    chosen = _chosen(len(batch.x), images, card.seed).to(batch.x.device)
+    chosen = _chosen(len(batch.x), images, card.seed)
     annealed = partial(annealed_log_px, seed=card.seed, progress=progress)
     found = by_class(vae, batch.rows(chosen), annealed)
     how = f"annealed importance sampling from the prior, {len(chosen)} images drawn at random"
@@ -369,7 +368,7 @@ def _put_gap(card: Figures, vae: VAE, batch: Batch, fit_images: int, progress: b
     low = "" if samples == 0 else "; in expectation log_px is too low, and so is this gap"
     card.put("gap", log_px - known["elbo"], f"{name} - elbo{low}", samples or 1)
 
-    chosen = _chosen(len(batch.x), fit_images, seed).to(batch.x.device)
+    chosen = _chosen(len(batch.x), fit_images, seed)
     batch, log_px = batch.rows(chosen), log_px[chosen]
     vae, x = vae.of(batch), batch.x
     with torch.no_grad():

@@ -89,7 +89,7 @@ class Progress:
         """
         if self.record is None:
             return {}
-        steps = self.record[: self.step].double().cpu()
+        steps = self.record[: self.step].cpu().double()
         bad = (~steps.isfinite()).any(1).nonzero()
         if len(bad):
             at = int(bad[0])
