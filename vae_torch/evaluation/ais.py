@@ -9,7 +9,7 @@ from torch import Tensor
 from vae_torch.bars import bar
 from vae_torch.config import ConfigError
 from vae_torch.evaluation.partial import Partial, in_parts
-from vae_torch.parts.likelihoods import Bernoulli
+from vae_torch.evaluation.simulated import simulated_pixels
 from vae_torch.seeds import Stream, seeded_generator
 from vae_torch.vae import VAE, in_eval_mode
 
@@ -103,7 +103,7 @@ def sandwich_log_px(
     to the prior. The distance between the bounds shows how exact annealing is on this model.
 
     Args:
-        vae: A model with Bernoulli pixels.
+        vae: A model whose likelihood can sample.
         images: Number of images to sample.
         temperatures: As in `annealed_log_px`.
         chains: As in `annealed_log_px`.
@@ -112,19 +112,15 @@ def sandwich_log_px(
         progress: Show a bar on a terminal.
 
     Raises:
-        ValueError: A number is below 1, or the likelihood cannot be sampled here.
+        ValueError: A number is below 1.
+        ConfigError: The likelihood cannot sample.
     """
     _check_counts(temperatures, chains, leapfrogs, images)
-    if not isinstance(vae.likelihood, Bernoulli):
-        raise ValueError(
-            f"the likelihood is {type(vae.likelihood).__name__}: images are sampled from Bernoulli "
-            "pixels only; use annealed_log_px on images that you have"
-        )
     weight = next(vae.parameters())
     noise = seeded_generator(weight.device, seed, Stream.ANNEAL, 1)
     with torch.no_grad():
         z = _from_prior(vae, images, noise).to(weight)
-        x = torch.bernoulli(vae.likelihood.mean(vae.decode(z)), generator=noise)
+        x = simulated_pixels(vae, vae.decode(z), noise)
     settings = (temperatures, leapfrogs, noise)
     fresh = _from_prior(vae, chains * images, noise).to(weight).unflatten(0, (chains, -1))
     sizes = _tuned(vae, x, fresh, *settings)

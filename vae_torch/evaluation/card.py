@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vae_torch.config import ConfigError
 from vae_torch.data import Data, as_loader
-from vae_torch.evaluation.ais import annealed_log_px, check_gradient
+from vae_torch.evaluation.ais import annealed_log_px, check_gradient, sandwich_log_px
 from vae_torch.evaluation.bounds import bounds_of, elbo_of, posterior_elbo
 from vae_torch.evaluation.figures import (
     Figures,
@@ -36,6 +37,8 @@ from vae_torch.vae import VAE, in_eval_mode
 # Importance samples from q(z|x) of every image, where only some get log_px. The difference of the
 # two hardly varies between images, so a few hundred give the mean of all.
 _FEW_SAMPLES = 20
+
+_SANDWICHED = 100  # sampled images between two bounds, at most
 
 # Images whose log p(x) shows overfitting: all of them would take longer than the test set.
 _TRAIN_IMAGES = 1000
@@ -332,6 +335,21 @@ def _put_annealed(card: Figures, vae: VAE, batch: Batch, images: int, how: dict[
         chains,
         of=chosen,
     )
+    grey = "entropy_floor" in card.figures  # Bernoulli samples would be black and white
+    if vae.classes or grey:
+        return
+    with suppress(ConfigError):  # a likelihood that cannot sample
+        both = sandwich_log_px(
+            vae, min(images, _SANDWICHED), seed=card.seed, progress=how["progress"]
+        )
+        card.put(
+            "ais_width",
+            both.upper - both.lower,
+            "bounds on log p(x) of images sampled from the model, by annealing from both ends: the "
+            "distance of upper and lower (Grosse et al., 2015)",
+            chains,
+            stored=False,
+        )
 
 
 def _put_train_log_px(
