@@ -1,4 +1,3 @@
-import copy
 import os
 from collections import Counter
 from pathlib import Path
@@ -7,6 +6,7 @@ from pathlib import Path
 # are many times slower. Set before torch reads it, and inherited by the scripts under test.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -16,6 +16,15 @@ from vae_torch import VAE, machine
 from vae_torch.data import idx_bytes
 
 REPOSITORY = Path(__file__).parent.parent
+
+# Neither the clock nor the day decides whether a test passes.
+hypothesis.settings.register_profile(
+    "steady",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("steady")
 
 
 # What a skipped test lacks, by words of its reason, and what brings it.
@@ -122,13 +131,35 @@ def composed():
 
 
 @pytest.fixture(scope="session")
-def _default_config():
-    from vae_torch.cli.compose import compose
+def defaults():
+    """The default run's settings as Hydra composes them, before they are checked."""
+    from vae_torch.cli.compose import compose_run, fresh_hydra
 
-    return compose()
+    with fresh_hydra():
+        return compose_run([])
 
 
 @pytest.fixture
-def config(_default_config):
-    """The default run's config, of this test alone."""
-    return copy.deepcopy(_default_config)
+def changed(defaults):
+    """The default run's config with other values, without composing anew.
+
+    changed("model.latent_dim=3") is composed("model.latent_dim=3"), for keys that choose no file.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import OmegaConf
+
+    from vae_torch.cli.compose import run_settings
+
+    def config(*overrides):
+        settings = defaults.copy()
+        for override in OverridesParser.create().parse_overrides(list(overrides)):
+            OmegaConf.update(settings, override.key_or_group, override.value())
+        return run_settings(settings)
+
+    return config
+
+
+@pytest.fixture
+def config(changed):
+    """The default run's config."""
+    return changed()

@@ -7,8 +7,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.command_lines import command_lines
@@ -22,7 +20,7 @@ from vae_torch import (
     train,
 )
 from vae_torch.checkpoint import load_checkpoint, save_checkpoint
-from vae_torch.cli.compose import compose, compose_run, fresh_hydra, run_settings
+from vae_torch.cli.compose import compose
 from vae_torch.cli.messages import EndedError
 from vae_torch.cli.settings_line import asked
 from vae_torch.config import ConfigError, EvaluateConfig
@@ -233,7 +231,7 @@ VALUES = [
     ("seed=-1", "seed=-1: must be between 0 and 4294967295"),
     ("seed=4294967296", "seed=4294967296"),
     ("device=gpu", "device=gpu: must be auto, cpu, cuda or cuda:N"),
-    ("precision=fp16", "precision=fp16: must be one of fp32, medium, bf16"),
+    ("precision=fp8", "precision=fp8: must be one of fp32, medium, bf16"),
     ("threads=0", "threads=0"),
     ("likelihood=poisson", "likelihood=poisson: must be one of bernoulli"),
     ("likelihood=gaussian data.binarize=dynamic", "use likelihood=bernoulli, or"),
@@ -318,11 +316,10 @@ IMAGES = [
 
 @pytest.mark.parametrize(("settings", "words"), IMAGES)
 def test_images_that_cannot_be_taken_are_told_in_one_line(
-    place, made_up_root, composed_once, monkeypatch, settings, words
+    place, made_up_root, config, monkeypatch, settings, words
 ):
     monkeypatch.chdir(place)
-    config = run_settings(composed_once)
-    config.data.root = str(made_up_root)
+    config.data.name, config.data.root = "fashion_mnist", str(made_up_root)
     for key, value in settings.items():
         setattr(config.data, key, value)
     with pytest.raises((ConfigError, DataError), match=words) as error:
@@ -330,19 +327,10 @@ def test_images_that_cannot_be_taken_are_told_in_one_line(
     assert "\n" not in str(error.value)
 
 
-@pytest.fixture(scope="module")
-def composed_once():
-    with fresh_hydra():
-        return compose_run(["data=fashion_mnist"])
-
-
 @pytest.mark.parametrize(("line", "words"), VALUES, ids=lambda value: value[:60])
-def test_a_wrong_value_is_told_in_one_line(composed_once, line, words):
-    settings = composed_once.copy()
-    for override in OverridesParser.create().parse_overrides(shlex.split(line)):
-        OmegaConf.update(settings, override.key_or_group, override.value())
+def test_a_wrong_value_is_told_in_one_line(changed, line, words):
     with pytest.raises(ConfigError, match=words) as error:
-        run_settings(settings)
+        changed(*shlex.split(line))
     assert "\n" not in str(error.value)
 
 

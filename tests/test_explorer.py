@@ -430,6 +430,9 @@ def test_a_run_becomes_a_page(made_up_root, tmp_path):
 # What it does.
 
 
+PATIENCE = 300  # seconds until a page counts as stuck, however busy the machine
+
+
 @pytest.fixture(scope="session")
 def browser():
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
@@ -447,6 +450,8 @@ def browser():
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     service = selenium.ChromeService(driver, log_output=subprocess.DEVNULL)
     session = selenium.Chrome(options=options, service=service)
+    session.set_script_timeout(PATIENCE)
+    session.set_page_load_timeout(PATIENCE)
     yield session
     session.quit()
 
@@ -478,8 +483,8 @@ def grey(browser, canvas):
         return torch.tensor(np.asarray(image.convert("L"))).flatten() / 255
 
 
-def wait_until(browser, code, seconds=10):
-    deadline = time.monotonic() + seconds
+def wait_until(browser, code):
+    deadline = time.monotonic() + PATIENCE
     while not js(browser, code):
         assert time.monotonic() < deadline, f"never: {code}"
         time.sleep(0.02)

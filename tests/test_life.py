@@ -519,9 +519,9 @@ def test_a_plateau_goes_on_in_a_longer_run(settings, tmp_path):
         ),
     ],
 )
-def test_optimizer_settings_that_mean_nothing_are_one_line(settings, asked, line):
+def test_optimizer_settings_that_mean_nothing_are_one_line(changed, asked, line):
     with pytest.raises(ConfigError) as error:
-        settings(asked)
+        changed(asked)
     assert line in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -608,14 +608,14 @@ def test_a_sweep_counts_what_stopped_early_as_done(made_up_root, tmp_path):
     assert {found.state for found in read_runs(tmp_path)} == {"finished"}
 
 
-def test_patience_needs_something_to_judge_by(settings):
+def test_patience_needs_something_to_judge_by(changed):
     for asked, line in (
         ("train.patience=0", "train.patience=0: must be a whole number, 1 or more, or null"),
         ("train.min_delta=0.05", "without train.patience"),
         ("train.min_delta=-1", "train.min_delta=-1.0: must be a number, 0 or more"),
     ):
         with pytest.raises(ConfigError) as error:
-            settings(asked)
+            changed(asked)
         assert line in str(error.value)
     vae = VAE((6,), 2, 4)
     with pytest.raises(ValueError, match="needs a test_loader to judge by"):
