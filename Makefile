@@ -27,7 +27,7 @@ $(READY): pyproject.toml
 train: $(READY)  ## one run: make train train.epochs=2
 	$(BIN)/python scripts/train.py $(SETTINGS)
 
-evaluate: $(READY) ## what the newest run is worth; RUN=DIR: another one
+evaluate: $(READY) ## the evaluation card of the newest run; RUN=DIR: another one
 	@test -n "$(RUN)" || { echo "no finished run under outputs/: make train, or name one with RUN=DIR" >&2; exit 2; }
 	$(BIN)/python scripts/evaluate.py $(RUN) $(SETTINGS)
 

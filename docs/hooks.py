@@ -28,6 +28,8 @@ TYPES = {
     bool: "true or false", dict: "options", list: "list", float: "number", int: "whole number",
     str: "text",
 }  # fmt: skip
+# A long name in a table, and where it may break.
+LONG_NAME, BREAK = re.compile(r"(?<=<code>)[^<]{25,}(?=</code>)"), re.compile(r"(?<=[_=./])")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 # What the pictures of the notebook show, for readers who cannot see them.
 PICTURES = {
@@ -60,13 +62,19 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Turn formulas into MathML."""
+    """Turn formulas into MathML, and let long names in tables break."""
+    content = re.sub(r"<td>.*?</td>", breakable, content, flags=re.DOTALL)
     return FORMULA.sub(
         lambda found: convert(
             html.unescape(found[2]), display="block" if found[1] == "div" else "inline"
         ),
         content,
     )
+
+
+def breakable(cell: re.Match[str]) -> str:
+    """A table's cell with places where long names may break, so that narrow columns suffice."""
+    return LONG_NAME.sub(lambda name: BREAK.sub("<wbr>", name[0]), cell[0])
 
 
 def settings_table(name: str, defaults: str) -> str:

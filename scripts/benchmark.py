@@ -1,9 +1,9 @@
-"""How fast a training step and an evaluation are, beside reference loops and the machine's limit.
+"""Speed of a training step and an evaluation, beside reference loops and the machine's limit.
 
 python scripts/benchmark.py [--quick] [--json FILE]
 
-All contestants run in one process and take turns, so that a machine that drifts favours none.
-Times are per epoch of 60,000 made-up images: speed does not depend on what they show.
+All contestants run in one process, one repetition each in rotation, so that a drifting machine
+favours none. Times are per epoch of 60,000 random images; speed does not depend on their content.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from vae_torch.cli.messages import Parser, make_folder, refuse, shown, tell_inte
 from vae_torch.config import CHOICES, ConfigError
 from vae_torch.data import ImageDataset, image_loader
 from vae_torch.evaluate import importance_log_px
+from vae_torch.figures import DIGIT_COLOURS, new_axes
 from vae_torch.files import write_atomically
 from vae_torch.machine import (
     bf16_factor,
@@ -47,7 +48,7 @@ from vae_torch.runs.identity import versions
 EPOCH = 60_000  # images
 PIXELS, HIDDEN, LATENT, BATCH = 784, 512, 2, 128
 CPU = torch.device("cpu")
-TOO_SLOW = 5.0  # bf16 products against fp32 ones; processors without bf16 were seen at 65 to 98
+TOO_SLOW = 5.0  # bf16 over fp32 time of a matmul; processors without bf16 showed 65 to 98
 
 Run = Callable[[], float]  # one repetition; seconds
 
@@ -85,18 +86,20 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = Parser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="under a minute: short, not compiled")
+    parser.add_argument(
+        "--quick", action="store_true", help="less than a minute: short, not compiled"
+    )
     parser.add_argument("--json", default="outputs/benchmark.json", help="where the figures go")
-    parser.add_argument("--repetitions", type=int, default=5, help="timed turns, at least 1")
+    parser.add_argument("--repetitions", type=int, default=5, help="timed repetitions, at least 1")
     options = parser.parse_args()
     if options.repetitions < 1:
         refuse(f"--repetitions {options.repetitions}: must be 1 or more")
-    make_folder("--json", Path(options.json).parent)  # before minutes of measuring
+    make_folder("--json", Path(options.json).parent)  # fails before minutes of measuring
     return options
 
 
 def precisions_worth_it() -> tuple[str, ...]:
-    """All, but for bf16 where a processor without it would make minutes of seconds."""
+    """All precisions, without bf16 where the processor lacks it: it would take minutes."""
     known = tuple(precision for precision in CHOICES["precision"] if precision != "fp16")  # CUDA
     factor = bf16_factor()
     if factor < TOO_SLOW:
@@ -108,7 +111,7 @@ def precisions_worth_it() -> tuple[str, ...]:
 def training_contestants(
     images: Tensor, precisions: tuple[str, ...], *, compiled: bool
 ) -> dict[str, Run]:
-    """Every way to train on `images`; each repetition is one pass, scaled to an epoch."""
+    """Every way to train on `images`; a repetition is one pass, scaled to an epoch."""
     scale = EPOCH / len(images)
     labels = torch.zeros(len(images), dtype=torch.int64)
     loader = image_loader(ImageDataset(images, labels), BATCH, shuffle=True)
@@ -118,14 +121,14 @@ def training_contestants(
         vae = VAE((PIXELS,), LATENT, HIDDEN)
 
         def run() -> float:
-            history = train(  # the first epoch, which may compile a graph, does not count
+            history = train(  # the first epoch may compile a graph and is not counted
                 vae, loader, test_loader, epochs=2, precision=precision, compile=compile
             )
             return EPOCH / float(history["train/images_per_second"][-1])
 
         return run
 
-    rows = {f"ours, {p}": with_products(p, ours(p, False)) for p in precisions}
+    rows = {f"ours, {p}": with_precision(p, ours(p, False)) for p in precisions}
     rows["ours, fp32, torch's default"] = ours("fp32", False)
     if compiled:
         try:
@@ -133,7 +136,7 @@ def training_contestants(
         except ConfigError as error:
             print(f"left out: {error}", file=sys.stderr)
         else:
-            rows |= {f"ours, {p}, compiled": with_products(p, ours(p, True)) for p in precisions}
+            rows |= {f"ours, {p}, compiled": with_precision(p, ours(p, True)) for p in precisions}
     rows |= {
         "torchvision loop": lambda: scale * tutorial_loop(images),
         "numpy loop": lambda: scale * numpy_loop(images),
@@ -145,20 +148,20 @@ def training_contestants(
     fp32, bf16 = torch.float32, torch.bfloat16
     rows |= {
         "Adam": bound(fp32, False, True),
-        "products, fp32, torch's default": bound(fp32, True, False),
-        "products, fp32": with_products("fp32", bound(fp32, True, False)),
-        "products and Adam in turns, fp32": with_products("fp32", bound(fp32, True, True)),
+        "matmuls, fp32, torch's default": bound(fp32, True, False),
+        "matmuls, fp32": with_precision("fp32", bound(fp32, True, False)),
+        "matmuls and Adam alternating, fp32": with_precision("fp32", bound(fp32, True, True)),
     }
     if "bf16" in precisions:
         rows |= {
-            "products, bf16": bound(bf16, True, False),
-            "products and Adam in turns, bf16": bound(bf16, True, True),
+            "matmuls, bf16": bound(bf16, True, False),
+            "matmuls and Adam alternating, bf16": bound(bf16, True, True),
         }
     return rows
 
 
-def with_products(precision: str, run: Run) -> Run:
-    """`run` with the fp32 products of our scripts; without this they are torch's default."""
+def with_precision(precision: str, run: Run) -> Run:
+    """`run` with the fp32 matmuls of our scripts instead of torch's default."""
 
     def turn() -> float:
         set_products(precision, CPU)
@@ -171,7 +174,7 @@ def with_products(precision: str, run: Run) -> Run:
 
 
 def evaluation_contestants(images: int) -> dict[str, Run]:
-    """Importance sampling with 5,000 samples an image, and its decoder's products alone."""
+    """Importance sampling with 5,000 samples per image, and its decoder's matmuls alone."""
     vae = VAE((PIXELS,), LATENT, HIDDEN)
     x = torch.rand(images, PIXELS)
     chunk, samples = 1024, 5000
@@ -181,7 +184,7 @@ def evaluation_contestants(images: int) -> dict[str, Run]:
         importance_log_px(vae, x, num_samples=samples, chunk=chunk)
         return time.perf_counter() - began
 
-    def decoder_products() -> float:
+    def decoder_matmuls() -> float:
         z, h = torch.rand(chunk, LATENT), torch.rand(chunk, HIDDEN)
         first, second = torch.rand(LATENT, HIDDEN), torch.rand(HIDDEN, PIXELS)
         hidden, logits = torch.empty(chunk, HIDDEN), torch.empty(chunk, PIXELS)
@@ -192,9 +195,9 @@ def evaluation_contestants(images: int) -> dict[str, Run]:
         return time.perf_counter() - began
 
     return {
-        "log p(x)": with_products("fp32", evaluate),
-        "log p(x), products, torch's default": decoder_products,
-        "log p(x), products": with_products("fp32", decoder_products),
+        "log p(x)": with_precision("fp32", evaluate),
+        "log p(x), matmuls, torch's default": decoder_matmuls,
+        "log p(x), matmuls": with_precision("fp32", decoder_matmuls),
     }
 
 
@@ -218,7 +221,7 @@ class TutorialVAE(nn.Module):
 
 
 def tutorial_epoch(batches: Iterable[Tensor]) -> float:
-    """Seconds of steps as tutorials write them, with `.item()` at every one."""
+    """Seconds of steps as tutorials write them, with `.item()` at each."""
     vae = TutorialVAE()
     optimizer = torch.optim.Adam(vae.parameters(), lr=1e-3)
     began, total = time.perf_counter(), 0.0
@@ -262,10 +265,10 @@ def numpy_loop(images: Tensor) -> float:
 
 
 def limit(images: int, dtype: torch.dtype, *, multiplies: bool, adam: bool) -> float:
-    """The step's five large matrix products, fused Adam on their weights, or both in turns.
+    """The step's five large matmuls, fused Adam on their weights, or both alternating.
 
-    In turns, as a step must, each finds the cache full. Products go into memory that is there; in
-    bf16 the weights and gradients are converted on the way, as autocast does.
+    Alternating, as in a step, each finds the cache full. Matmuls write into existing memory; in
+    bf16 the weights and gradients are converted as autocast does.
     """
     x, h, logits = (torch.rand(BATCH, n).to(dtype) for n in (PIXELS, HIDDEN, PIXELS))
     weights = [nn.Parameter(torch.rand(PIXELS, HIDDEN)), nn.Parameter(torch.rand(HIDDEN, PIXELS))]
@@ -289,7 +292,7 @@ def limit(images: int, dtype: torch.dtype, *, multiplies: bool, adam: bool) -> f
 
 
 def alternate(contestants: dict[str, Run], repetitions: int) -> dict[str, list[float]]:
-    """Seconds of each contestant's turns, after one that does not count."""
+    """Seconds of each contestant's repetitions, after one that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in tqdm(range(repetitions + 1), "benchmark", disable=None, leave=False):
         for name, run in contestants.items():
@@ -313,7 +316,7 @@ def whole_run() -> dict[str, float]:
 
 
 def scaling() -> list[dict[str, float]]:
-    """Images per second of a pass over ever more images, and the peak memory by then."""
+    """Images per second for growing numbers of images, and the peak memory."""
     set_products("fp32", CPU)
     found = []
     for n in (15_000, 30_000, 60_000, 600_000):
@@ -330,27 +333,27 @@ def scaling() -> list[dict[str, float]]:
 
 
 def summary(times: list[float]) -> dict[str, Any]:
-    """Median and range of the turns."""
+    """Median and range of the repetitions."""
     return {"median": statistics.median(times), "low": min(times), "high": max(times)}
 
 
 def ratios(seconds: dict[str, list[float]], run: Any) -> dict[str, float]:
-    """Medians over medians."""
+    """Ratios of medians."""
     median = {name: statistics.median(times) for name, times in seconds.items()}
     best = min(value for name, value in median.items() if name.startswith("ours"))
     fp32, adam, log_px = (median[name] for name in ("ours, fp32", "Adam", "log p(x)"))
-    torchs, ours = median["products, fp32, torch's default"], median["products, fp32"]
+    torchs, ours = median["matmuls, fp32, torch's default"], median["matmuls, fp32"]
     found = {
-        "fp32 / (torch's products + Adam)": fp32 / (torchs + adam),
-        "fp32 / (its products + Adam)": fp32 / (ours + adam),
-        "fp32 / products and Adam in turns": fp32 / median["products and Adam in turns, fp32"],
+        "fp32 / (torch's matmuls + Adam)": fp32 / (torchs + adam),
+        "fp32 / (its matmuls + Adam)": fp32 / (ours + adam),
+        "fp32 / matmuls and Adam alternating": fp32 / median["matmuls and Adam alternating, fp32"],
         "fp32 / torchvision loop": fp32 / median["torchvision loop"],
         "fp32 / numpy loop": fp32 / median["numpy loop"],
         "best / torchvision loop": best / median["torchvision loop"],
         "best / fp32": best / fp32,
-        "best / fp32 with torch's products": best / median["ours, fp32, torch's default"],
-        "log p(x) / torch's products": log_px / median["log p(x), products, torch's default"],
-        "log p(x) / its products": log_px / median["log p(x), products"],
+        "best / fp32 with torch's matmuls": best / median["ours, fp32, torch's default"],
+        "log p(x) / torch's matmuls": log_px / median["log p(x), matmuls, torch's default"],
+        "log p(x) / its matmuls": log_px / median["log p(x), matmuls"],
     }
     if run:
         found["default run, end to end / its steps"] = run["seconds"] / run["steps_seconds"]
@@ -361,7 +364,7 @@ def show(report: dict[str, Any]) -> None:
     """The report as two tables."""
     print(f"{report['processor']}, {report['device']}, torch {report['versions']['torch']}")
     print(
-        f"{report['repetitions']} turns each after one untimed; "
+        f"{report['repetitions']} repetitions each after one untimed; "
         f"peak memory of all together {report['peak_memory_mib']} MiB\n"
     )
     print(f"{'seconds per epoch of 60,000 images':38}  median    low    high")
@@ -380,11 +383,6 @@ def show(report: dict[str, Any]) -> None:
 
 def plot(report: dict[str, Any], path: Path) -> None:
     """The training rows as bars with their ranges."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     rows = {n: r for n, r in report["rows"].items() if not n.startswith("log p")}
     names = sorted(rows, key=lambda n: -rows[n]["median"])
     medians = [rows[n]["median"] for n in names]
@@ -392,25 +390,23 @@ def plot(report: dict[str, Any], path: Path) -> None:
         [rows[n]["median"] - rows[n]["low"] for n in names],
         [rows[n]["high"] - rows[n]["median"] for n in names],
     ]
-    limits = dict.fromkeys(("prod", "Adam"), "#999999")
-    colours = {"ours": "#0072b2", **limits}
-    figure, axes = plt.subplots(figsize=(7, 0.45 * len(names) + 1.2), layout="constrained")
-    axes.barh(names, medians, xerr=spread, color=[colours.get(n[:4], "#e69f00") for n in names])
+    ours, others, limits = DIGIT_COLOURS[0], DIGIT_COLOURS[8], DIGIT_COLOURS[9]
+    colours = {"ours": ours, "matm": limits, "Adam": limits}
+    figure, axes = new_axes(7, 0.45 * len(names) + 1.2)
+    axes.barh(names, medians, xerr=spread, color=[colours.get(n[:4], others) for n in names])
     axes.set_xlabel("seconds per epoch of 60,000 images: median and range")
     axes.set_title(f"{report['processor']}, {report['device']}", fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    figure.savefig(path)
 
 
 def peak_memory_mib() -> int:
-    """Of this process so far."""
+    """Peak memory of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10))
 
 
 def processor() -> str:
-    """Its name, as the system gives it."""
+    """The processor's name, from the system."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
         return next(line.split(": ")[1] for line in lines if line.startswith("model name"))

@@ -44,15 +44,15 @@ class ReproduceConfig:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     only: Annotated[list[str] | None, about("row names; null: all")]
-    seeds: Annotated[list[int], about("of each row")]
-    out: Annotated[str, about("where the runs go")]
-    readme: Annotated[str, about("whose table is rewritten")]
-    data_root: Annotated[str, about("where the images are")]
-    threads: Annotated[int | None, about("of a training; null: torch's choice")]
+    seeds: Annotated[list[int], about("random seeds of each row")]
+    out: Annotated[str, about("folder of the runs")]
+    readme: Annotated[str, about("the file whose table is rewritten")]
+    data_root: Annotated[str, about("folder of the images")]
+    threads: Annotated[int | None, about("CPU threads of a training; null: torch's choice")]
     num_samples: Annotated[int, about("importance samples of log p(x); fewer give a worse figure")]
-    limit_test: Annotated[int | None, about("the first N test images: for a trial")]
-    overrides: Annotated[list[str], about("more settings for every run: for a trial")]
-    rows: Annotated[dict[str, Row], about("what the table compares")]
+    limit_test: Annotated[int | None, about("only the first N test images, for a trial")]
+    overrides: Annotated[list[str], about("more settings for every run, for a trial")]
+    rows: Annotated[dict[str, Row], about("the rows of the table")]
     pretrained: Annotated[str, about("verify: the folder of the releases")] = "pretrained"
 
 
@@ -102,7 +102,7 @@ def main() -> None:
 
 
 def verify(config: ReproduceConfig, names: list[str]) -> None:
-    """Print the figures that releases say and that they have; exit with 1 where they differ."""
+    """Print recorded and measured figures of releases; exit with 1 if they differ."""
     from vae_torch.checkpoint import CheckpointError
     from vae_torch.data import DataError
     from vae_torch.machine import tune_cpu
@@ -118,7 +118,7 @@ def verify(config: ReproduceConfig, names: list[str]) -> None:
         for release in releases:
             for name, recorded, measured, allowed in figures_of(release, config.data_root):
                 off = abs(measured - recorded)
-                ok = off <= allowed  # not where one of them is NaN
+                ok = off <= allowed  # false if one is NaN
                 failed |= not ok
                 numbers = f"{recorded:10.4f} {measured:10.4f} {off:11.5f} {allowed:10.5f}"
                 print(f"{release.name:16} {name:22} {numbers}  {'yes' if ok else 'NO'}", flush=True)
@@ -134,7 +134,7 @@ def verify(config: ReproduceConfig, names: list[str]) -> None:
 
 
 def figures_of(release: Path, data_root: str) -> Iterator[tuple[str, float, float, float]]:
-    """Of each figure: its name, recorded, measured, and by how much they may differ.
+    """For each figure: name, recorded value, measured value, and allowed difference.
 
     Raises:
         CheckpointError: The release is damaged, not evaluated, or of other images.
@@ -179,7 +179,7 @@ def figures_of(release: Path, data_root: str) -> Iterator[tuple[str, float, floa
 
 
 def refuse_bad_numbers(config: ReproduceConfig) -> None:
-    """Before an hour of training, not after it."""
+    """Refuse bad numbers before an hour of training, not after it."""
     for key in ("num_samples", "limit_test", "threads"):
         value = getattr(config, key)
         if value is not None and value < 1:
@@ -191,7 +191,7 @@ def refuse_bad_numbers(config: ReproduceConfig) -> None:
 
 
 def refuse_runs_of_other_settings(config: ReproduceConfig) -> None:
-    """What is there counts as a row only where it is what the row's command gives today."""
+    """Refuse existing runs unless the row's command would give them today."""
     from vae_torch.checkpoint import CheckpointError, Checkpoints
 
     for row in config.rows.values():
@@ -207,29 +207,29 @@ def refuse_runs_of_other_settings(config: ReproduceConfig) -> None:
 
 
 def is_trial(config: ReproduceConfig) -> bool:
-    """Whether the figures would not be those of the table."""
+    """Whether settings differ from those of the table."""
     return bool(config.overrides) or config.limit_test is not None
 
 
 def folder_of(config: ReproduceConfig, row: Row, seed: int) -> Path:
-    """Rows of one experiment share its runs; a trial's runs lie apart."""
+    """The folder of a run. Rows of one experiment share runs; trials have their own folder."""
     out = Path(f"{config.out}-trial" if is_trial(config) else config.out)
     return out / (row.experiment or "default") / f"seed={seed}"
 
 
 def command_of(row: Row) -> str:
-    """What a reader would type for one run of the row."""
+    """The command of one run of the row."""
     settings = [f"experiment={row.experiment}"] if row.experiment else []
     return " ".join(["train.py", *settings, *row.overrides])
 
 
 def overrides_of(config: ReproduceConfig, row: Row, seed: int | str) -> list[str]:
-    """The overrides that make a run what it is, wherever and however fast it is made."""
+    """The overrides that define a run, without where and how fast it runs."""
     return [*command_of(row).split()[1:], *config.overrides, f"seed={seed}"]
 
 
 def run_and_evaluate(config: ReproduceConfig, row: Row, seed: int) -> None:
-    """One training and its card, unless they are there."""
+    """One training and its card, unless they exist."""
     run_dir = folder_of(config, row, seed)
     scripts = Path(__file__).parent
     if not (run_dir / "summary.json").exists():
@@ -246,7 +246,7 @@ def run_and_evaluate(config: ReproduceConfig, row: Row, seed: int) -> None:
 
 
 def is_current(config: ReproduceConfig, run_dir: Path) -> bool:
-    """Whether the run is finished and its card of its last checkpoint and of all test images."""
+    """Whether the run is finished and its card covers its last checkpoint and all test images."""
     try:
         card = json.loads((run_dir / "evaluation.json").read_text("utf-8"))
         last = (run_dir / "checkpoints" / "last.pt").read_bytes()
@@ -260,7 +260,7 @@ def is_current(config: ReproduceConfig, run_dir: Path) -> bool:
 
 
 def call(command: list[str]) -> None:
-    """Run it; on Ctrl-C, which both get, wait until it has written its checkpoint."""
+    """Run it; on Ctrl-C, which it gets too, wait until it has written its checkpoint."""
     with subprocess.Popen(command) as process:
         try:
             status = process.wait()
@@ -272,7 +272,7 @@ def call(command: list[str]) -> None:
 
 
 def table_of(config: ReproduceConfig) -> str:
-    """The Markdown table of all rows that have runs, whatever was run this time."""
+    """The Markdown table of all rows that have runs, old and new."""
     lines = [
         "| row | figure (nats; lower is better) | ours: mean ± sd | seeds | reference | source "
         "| command | minutes, wall clock |",
@@ -320,7 +320,7 @@ def value_of(run_dir: Path, metric: str) -> float:
 
 
 def samples_of(run_dir: Path) -> int:
-    """Samples from the encoder for a run's log p(x); fewer make it look worse, in expectation."""
+    """Samples from the encoder for a run's log p(x); with fewer it looks worse on average."""
     card = json.loads((run_dir / "evaluation.json").read_text("utf-8"))
     return int(card["log_px_encoder"]["num_samples"])
 

@@ -1,16 +1,17 @@
 # %% [markdown]
 # # A variational autoencoder on MNIST, from the data to the latent space
 #
-# The five steps of the Keras notebook with `vae_torch`; then what it promised and never did, a walk
-# through the latent space; then why its loss draws ten equal blurs, beside the loss that does not.
+# This tutorial follows the five steps of the Keras notebook with `vae_torch`. It then walks through
+# the latent space, which the notebook promised and did not do. The last part shows why the
+# notebook's loss draws ten equal blurs, and the loss that does not.
 #
 # Open it as a notebook in Jupyter (with jupytext) or VS Code, or run it: `python
-# scripts/walkthrough.py`. It trains twice, a few minutes on two cores. The data goes to `data/` and
-# the pictures to `outputs/walkthrough/` of the checkout, wherever it is started.
+# scripts/walkthrough.py`. It trains two models, in a few minutes on two cores. Data goes to `data/`
+# and pictures to `outputs/walkthrough/` in the checkout.
 #
-# Environment variables set the rest: `WALKTHROUGH_EPOCHS` (10), `WALKTHROUGH_IMAGES` (60000, of the
-# training set), `WALKTHROUGH_DATA` (mnist), and the folders `WALKTHROUGH_ROOT` and
-# `WALKTHROUGH_OUT`. A smaller budget: `WALKTHROUGH_EPOCHS=2 WALKTHROUGH_IMAGES=5000 python
+# Environment variables change what it does: `WALKTHROUGH_EPOCHS` (10), `WALKTHROUGH_IMAGES` (60000
+# training images), `WALKTHROUGH_DATA` (mnist), and the folders `WALKTHROUGH_ROOT` and
+# `WALKTHROUGH_OUT`. For a quick trial: `WALKTHROUGH_EPOCHS=2 WALKTHROUGH_IMAGES=5000 python
 # scripts/walkthrough.py`.
 
 # %%
@@ -41,15 +42,15 @@ IN_NOTEBOOK = "get_ipython" in globals()
 HELP = """usage: python scripts/walkthrough.py
 
 The VAE notebook with vae_torch, from the data to the latent space. It has no options. Environment
-variables set what it does:
+variables change what it does:
 
-  WALKTHROUGH_EPOCHS   epochs of each of its two trainings (10)
+  WALKTHROUGH_EPOCHS   epochs of each of the two trainings (10)
   WALKTHROUGH_IMAGES   training images (60000)
   WALKTHROUGH_DATA     mnist, fashion_mnist, kmnist, emnist or qmnist (mnist)
   WALKTHROUGH_ROOT     folder of the data (data/ of the checkout)
   WALKTHROUGH_OUT      folder of the pictures (outputs/walkthrough/ of the checkout)
 
-A small budget: WALKTHROUGH_EPOCHS=2 WALKTHROUGH_IMAGES=5000 python scripts/walkthrough.py"""
+For a quick trial: WALKTHROUGH_EPOCHS=2 WALKTHROUGH_IMAGES=5000 python scripts/walkthrough.py"""
 
 
 def refuse(message: str) -> NoReturn:
@@ -59,7 +60,7 @@ def refuse(message: str) -> NoReturn:
 
 
 def checkout() -> Path:
-    """The folder that holds scripts/walkthrough.py: a kernel starts in any folder below it."""
+    """The folder that holds scripts/walkthrough.py; a kernel may start in any folder below it."""
     here = Path(globals().get("__file__", "walkthrough.py")).absolute()
     for folder in here.parents:
         if (folder / "scripts" / "walkthrough.py").is_file():
@@ -75,7 +76,7 @@ def count(name: str, default: int) -> int:
     return int(value)
 
 
-if not IN_NOTEBOOK and sys.argv[1:]:  # a kernel has arguments of its own
+if not IN_NOTEBOOK and sys.argv[1:]:  # a kernel has other arguments
     if sys.argv[1] not in ("-h", "--help"):
         refuse(f"{sys.argv[1]}: has no options; --help names its environment variables")
     print(HELP)
@@ -90,7 +91,7 @@ ROOT = Path(os.environ.get("WALKTHROUGH_ROOT", checkout() / "data"))
 PICTURES = Path(os.environ.get("WALKTHROUGH_OUT", checkout() / "outputs" / "walkthrough"))
 print(f"data in {ROOT}, pictures in {PICTURES}")
 
-torch.set_flush_denormal(True)  # a trained model's step is nearly twice as slow without
+torch.set_flush_denormal(True)  # without it, steps become nearly twice as slow
 torch.manual_seed(0)
 PICTURES.mkdir(parents=True, exist_ok=True)
 
@@ -121,7 +122,8 @@ print("a batch of test images:", tuple(x.shape), "from", x.min().item(), "to", x
 # %% [markdown]
 # ## 2. The encoder, the decoder and the sampler between them
 #
-# 784 pixels to 512 units to a Gaussian over two latents, a draw from it, and back.
+# The encoder maps 784 pixels to 512 units and then to a Gaussian over two latents. The sampler
+# draws a latent from it, and the decoder maps it back to pixels.
 
 # %%
 vae = VAE(input_shape=(784,), latent_dim=2, intermediate_dim=512)
@@ -130,8 +132,8 @@ print(vae.encoder, vae.decoder, sep="\n")
 # %% [markdown]
 # ## 3. The loss
 #
-# The evidence lower bound, in nats per image: how well the image is explained, summed over its
-# pixels, minus what its code costs, summed over the latents.
+# The evidence lower bound (ELBO), in nats per image. It is the reconstruction term, summed over
+# pixels, minus the KL divergence, summed over latents.
 
 # %%
 out = vae(x)
@@ -149,28 +151,28 @@ for name in ("elbo", "reconstruction", "kl"):
 # %% [markdown]
 # ## 5. Ten reconstructions
 #
-# Under each: how many nats the image costs, given its code.
+# Originals above, reconstructions below. The numbers are -log p(x | z) in nats.
 
 # %%
 show("1_reconstructions", reconstruction_figure(vae, x[:10]))
 
 # %% [markdown]
-# ## The latent space, which the notebook promised
+# ## 6. The latent space
 #
-# Where the test images lie: each point is an image, at the mean of its posterior.
+# Each point is a test image, at the mean of its posterior.
 
 # %%
 show("2_latent", latent_scatter(vae, x, labels))
 
 # %% [markdown]
-# What the decoder makes of the plane, at coordinates that cut the prior into equal masses
-# (Kingma and Welling, figure 4).
+# The decoded latent plane, at coordinates that cut the prior into equal masses (Kingma and Welling,
+# figure 4).
 
 # %%
 show("3_manifold", manifold_grid(vae, rows=20), scale=2)
 
 # %% [markdown]
-# One image while one latent moves, then the way from one image to another.
+# One image while one latent moves, then an interpolation from one image to another.
 
 # %%
 show("4_traversal", traversal_figure(vae, x))
@@ -178,17 +180,17 @@ other = int((labels != labels[0]).nonzero()[0])
 show("5_interpolation", interpolation_figure(vae, x[[0, other]]))
 
 # %% [markdown]
-# New images: the decoder's answer to draws from the prior.
+# New images: decoded samples from the prior.
 
 # %%
 show("6_samples", sample_grid(vae, rows=8), scale=3)
 
 # %% [markdown]
-# ## The collapse, and its cure
+# ## 7. The collapse, and its cure
 #
-# The notebook's loss averages the cross-entropy over 784 pixels and sums the KL over the latents,
-# which makes the KL 784 times too dear. The cheapest answer is to use no code at all: the KL falls
-# to nothing, and every reconstruction is the same blur, the mean of all images.
+# The notebook's loss averages the cross-entropy over 784 pixels but sums the KL over the latents.
+# The KL then weighs 784 times too much, and the cheapest solution is to ignore the latents. The KL
+# falls to zero, and every reconstruction is the same blur, the mean of all images.
 
 # %%
 torch.manual_seed(0)
@@ -198,7 +200,7 @@ keras = train(
 )
 
 # %% [markdown]
-# Ten test images; under them what the notebook's loss makes of them, then what the ELBO does.
+# Ten test images; below them the reconstructions with the notebook's loss, then with the ELBO.
 
 # %%
 some = x[:10]
@@ -208,7 +210,7 @@ names = [str(label) for label in labels[:10].tolist()]
 show("7_collapse_and_cure", image_table(images, rows=["image", *models], columns=names))
 
 # %% [markdown]
-# And their latent spaces, side by side: a heap that tells no digit from another, and a map.
+# Their latent spaces, side by side: one does not separate the digits, the other does.
 
 # %%
 planes = []
@@ -225,4 +227,4 @@ for name in ("elbo", "reconstruction", "kl"):
     print(f"{name:24}{theirs:14.4f}{ours:14.4f}")
 
 # %% [markdown]
-# The cure is one word: sum. `train` minimises the true bound unless it is told otherwise.
+# The cure is one word: sum. By default, `train` minimises the negative ELBO.

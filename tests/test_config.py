@@ -149,10 +149,10 @@ def test_dict_round_trip(config):
         ("optimizer.schedule=linear", "cosine"),
     ],
 )
-def test_values_out_of_range_name_key_value_and_allowed(composed, override, allowed):
+def test_values_out_of_range_name_key_value_and_allowed(changed, override, allowed):
     key, value = override.split("=")
     with pytest.raises(ConfigError, match=key.removesuffix(".name")) as caught:
-        composed(override)
+        changed(override)
     line = str(caught.value)
     assert value.lower() in line.lower()
     assert allowed in line

@@ -172,7 +172,7 @@ def test_larochelles_files_are_read_with_validation_images_last(tmp_path, monkey
         with pytest.raises(DataError, match=r"test\.amat: . lines, .*published file has 2 lines"):
             load("larochelle", tmp_path)
     (tmp_path / "binarized_mnist_test.amat").unlink()
-    with pytest.raises(DataError, match=r"test\.amat: is not there; get it from http"):
+    with pytest.raises(DataError, match=r"test\.amat: is missing; get it from http"):
         load("larochelle", tmp_path)
 
 

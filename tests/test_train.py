@@ -56,7 +56,7 @@ def test_loop_overfits_one_batch(made_up_root):
         vae,
         train_loader,
         test_loader,
-        epochs=400,
+        epochs=200,
         optimizer=OptimizerConfig(name="adam", lr=3e-3, eps=1e-8, schedule="cosine"),
     )
     p = train_loader.dataset.images.float() / 255
@@ -156,7 +156,7 @@ def test_bf16_follows_fp32(made_up_root):
     ]
     assert elbos[0] != elbos[1]
     assert elbos[0] == pytest.approx(elbos[1], abs=2.0)
-    with pytest.raises(ValueError, match="precision is 'fp8'; known are fp32, medium, bf16, fp16"):
+    with pytest.raises(ValueError, match=r"precision is 'fp8'; .* one of fp32, medium, bf16, fp16"):
         train(new_vae(), *loaders(made_up_root), epochs=1, precision="fp8")
 
 
@@ -421,6 +421,7 @@ NEEDS_2_14 = pytest.mark.skipif(torch.__version__ < "2.14", reason="compile=true
             {"name": "sgd", "lr": 1e-4, "momentum": 0.9, "weight_decay": 0.1, "clip_norm": 20.0},
             {},
             id="momentum",
+            marks=SLOW,
         ),
         pytest.param(
             {},
@@ -678,7 +679,7 @@ def test_what_cannot_be_read_again_and_again_is_refused():
         (TensorDataset(x), "TensorDataset gives single images; pass .*DataLoader"),
         (7, "images are a int; pass a DataLoader"),
         ([{"x": x}], "a batch is a dict without images in front"),
-        ([], "0 batches to train on"),
+        ([], "0 training batches"),
         (DataLoader(Stream([]), batch_size=None), "epoch 1: the training loader gave no batch"),
         (Once(), "epoch 2: the training loader gave no batch"),
     ):

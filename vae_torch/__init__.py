@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Where the names live. They are imported when they are asked for: a command that only answers a
-# question need not wait for torch.
+# The module of each public name. A name is imported on first use, so `--help` need not wait for
+# torch.
 _HOMES = {
     "checkpoint": ("load_run", "save_run"),
     "cli.compose": ("compose",),

@@ -1,4 +1,4 @@
-"""Progress bars: on a terminal and in a notebook, and silent elsewhere."""
+"""Progress bars: shown on a terminal and in a notebook, silent elsewhere."""
 
 import sys
 from collections.abc import Iterable
@@ -10,22 +10,22 @@ Item = TypeVar("Item")
 
 
 def bar(items: Iterable[Item], words: str, *, show: bool) -> Iterable[Item]:
-    """The items, with a bar that says how many of them are done where it is asked for."""
+    """The items, with a progress bar if `show`."""
     shown: Iterable[Item] = tqdm(items, words, disable=hidden() if show else True, leave=False)
     return shown
 
 
 def hidden() -> bool | None:
-    """What tqdm calls `disable`: None leaves a bar to terminals, False shows it in a notebook."""
+    """The argument `disable` of tqdm: None shows bars on terminals only, False everywhere."""
     return False if "ipykernel" in sys.modules else None
 
 
 class StepBar:
-    """The steps of an epoch.
+    """A progress bar over the steps of an epoch.
 
     Args:
-        epochs: Of the run.
-        steps: Of an epoch; None where nobody knows.
+        epochs: Epochs of the run.
+        steps: Steps of an epoch; None if unknown.
     """
 
     def __init__(self, epochs: int, steps: int | None) -> None:
@@ -39,10 +39,10 @@ class StepBar:
         self._bar.set_description(f"epoch {epoch + 1}/{self.epochs}", refresh=False)
 
     def show(self, step: int, loss: float) -> None:
-        """After `step` steps of the epoch."""
+        """Show the progress after `step` steps of the epoch."""
         self._bar.set_postfix_str(f"train loss {loss:.2f}", refresh=False)
         self._bar.update(step - self._bar.n)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._bar.close()

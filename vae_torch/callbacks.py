@@ -1,6 +1,6 @@
 """Callbacks that watch a run: `train.callbacks=[wandb]`, or one of your own by its name.
 
-One of your own is a context manager that gives a callback of `train`, from a plug-in:
+One of your own is a context manager in a plug-in. It yields a callback of `train`:
 
     @callbacks.register("mine")
     @contextmanager
@@ -44,7 +44,7 @@ def print_epochs(metrics: Mapping[str, Any], vae: VAE) -> None:
 @callbacks.register("wandb")
 @contextmanager
 def wandb(config: Config, run_dir: Path) -> Iterator[Callback]:
-    """Weights & Biases; its own variables set the rest: WANDB_PROJECT, WANDB_MODE=offline."""
+    """Weights & Biases; environment variables set the rest: WANDB_PROJECT, WANDB_MODE=offline."""
     library = _imported("wandb")
     with library.init(
         project=os.environ.get("WANDB_PROJECT", "vae_torch"),
@@ -60,7 +60,7 @@ def wandb(config: Config, run_dir: Path) -> Iterator[Callback]:
 @callbacks.register("mlflow")
 @contextmanager
 def mlflow(config: Config, run_dir: Path) -> Iterator[Callback]:
-    """MLflow; its own variables set the rest: MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME."""
+    """MLflow; environment variables set the rest: MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME."""
     library = _imported("mlflow")
     with library.start_run(run_name=run_dir.name, tags={"run_dir": str(run_dir.absolute())}):
         library.log_params({key: str(v)[:500] for key, v in flatten(config.to_dict()).items()})
@@ -68,7 +68,7 @@ def mlflow(config: Config, run_dir: Path) -> Iterator[Callback]:
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """One number a name: of a list, `test/kl_per_dim/1` and so on."""
+    """One number per name; a list becomes `test/kl_per_dim/1` and so on."""
     found: dict[str, float] = {}
     for name, value in metrics.items():
         if isinstance(value, list):

@@ -1,10 +1,10 @@
-"""Checkpoints: written beside and renamed, sealed with a checksum, loaded without running code.
+"""Checkpoints: written atomically, sealed with a checksum, loaded without running code.
 
 A checkpoint is what `torch.save` writes plus 40 bytes at the end: a magic word and the SHA-256 of
-all before it. So a flipped bit is refused, not trained on, and `torch.load` still opens the file.
+everything before it. A file with a flipped bit is refused, and `torch.load` still opens the file.
 
-A run's history grows with it, so it lies beside its checkpoints, in `history.jsonl`, and only grows
-at its end: a checkpoint holds how many of its bytes belong to it, and their SHA-256.
+The history of a run grows, so it has a file of its own, `history.jsonl`, to which epochs are only
+appended. A checkpoint stores how many of its bytes belong to it, and their SHA-256.
 """
 
 import hashlib
@@ -51,11 +51,11 @@ _SEAL = len(_MAGIC) + 32
 
 
 class CheckpointError(UserError):
-    """A checkpoint is absent, damaged, or of another model: one line that names the file."""
+    """A checkpoint is missing, damaged, or of another model: one line that names the file."""
 
 
 def save_checkpoint(state: dict[str, Any], *paths: Path) -> None:
-    """Write `state` to each path; a reader sees the old file or the new, no part of either."""
+    """Write `state` to each path; a reader sees the old file or the new one, never a part."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getvalue()
@@ -65,13 +65,13 @@ def save_checkpoint(state: dict[str, Any], *paths: Path) -> None:
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read what `save_checkpoint` wrote; tensors and plain values only, nothing that can run.
+    """Read what `save_checkpoint` wrote: tensors and plain values only, nothing that can run.
 
     Raises:
-        CheckpointError: No such file, a damaged file, or one with anything but data inside.
+        CheckpointError: No such file, a damaged file, or one that holds more than data.
     """
     if path.exists() and not path.is_file():  # reading a pipe or a device might never end
-        raise CheckpointError(f"{path}: no file")
+        raise CheckpointError(f"{path}: not a file")
     try:
         sealed = path.read_bytes()
     except OSError as error:
@@ -85,7 +85,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
         raise CheckpointError(
             f"{path}: refused, it holds more than tensors and plain values ({in_short(error, 200)})"
         ) from None
-    except Exception as error:  # bytes that somebody made and sealed can raise anything
+    except Exception as error:  # crafted bytes with a valid seal can raise anything
         raise CheckpointError(f"{path}: torch cannot read it ({in_short(error, 200)})") from None
     parts = [state.get(key) for key in ("config", "model")] if isinstance(state, dict) else [None]
     if not all(isinstance(part, dict) for part in parts):
@@ -97,24 +97,24 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
 
 
 def _renamed(weights: dict[str, Any]) -> dict[str, Any]:
-    """Weights by the names of this version: the posterior's heads were the encoder's once."""
+    """Weights under their current names: the posterior's heads once belonged to the encoder."""
     head = re.compile(r"^encoder\.(?=(mean|logvar)\.)")
     return {head.sub("posterior.", str(name)): value for name, value in weights.items()}
 
 
 class Checkpoints:
-    """The checkpoints of one run: `last.pt` when it is due, `best.pt` when the test elbo rises.
+    """The checkpoints of one run: `last.pt` at intervals, `best.pt` when the test ELBO rises.
 
     Args:
-        folder: `<run>/checkpoints`; made at the first write, and its parents if they are absent
-            when this object is made. A folder that is moved away later is not made again.
-        config: Of the run; stored inside, so that a checkpoint explains itself.
-        every: Time between two `last.pt`: epochs, or minutes as in `"10min"`. The final epoch and
-            a run that is asked to stop always leave one.
-        data_sha256: Of the images and labels, by split. A run does not go on with others.
-        versions: Of code and libraries; stored inside.
-        input_shape: Of the model; stored inside.
-        classes: Of a conditional model; stored inside.
+        folder: `<run>/checkpoints`; made at the first write. Missing parents are made at once. A
+            folder that is moved away later is not made again.
+        config: The run's settings; stored inside, so that a checkpoint explains itself.
+        every: Interval between two `last.pt`: epochs, or minutes as in `"10min"`. The final epoch
+            and a run that is asked to stop always write one.
+        data_sha256: SHA-256 of images and labels, by split. A run does not resume with other data.
+        versions: Versions of code and libraries; stored inside.
+        input_shape: Shape of the model's images; stored inside.
+        classes: Number of classes of a conditional model; stored inside.
     """
 
     def __init__(
@@ -142,15 +142,15 @@ class Checkpoints:
         self._parents = not folder.parent.exists()  # to be made too
 
     def due(self) -> bool:
-        """Whether the minutes between two checkpoints are over."""
+        """Whether the interval in minutes has passed."""
         return time.monotonic() - self._saved >= self.seconds
 
     def save(self, state: dict[str, Any]) -> None:
-        """Keep a state as `last.pt`."""
+        """Write a state as `last.pt`."""
         self._write(["last.pt"], state)
 
     def save_epoch(self, state: dict[str, Any], *, best: bool, final: bool) -> None:
-        """Keep the state of a finished epoch, where it is due or the best so far."""
+        """Write the state of a finished epoch if it is due or the best so far."""
         names = ["best.pt"] if best else []
         if final or (self.epochs and state["epoch"] % self.epochs == 0) or self.due():
             names.append("last.pt")  # last: a run killed between the two does the epoch again
@@ -184,11 +184,11 @@ class Checkpoints:
     def load(
         self, device: torch.device | str, *, but_for: Sequence[str] = ()
     ) -> dict[str, Any] | None:
-        """The last state with its history, or None where the run has none yet.
+        """The last state with its history, or None if the run has none yet.
 
         Args:
-            device: Where its tensors go.
-            but_for: Keys that the run may have had other values of.
+            device: Device of its tensors.
+            but_for: Keys whose values may differ from the checkpoint's.
 
         Raises:
             CheckpointError: It or its history is damaged, or it is of a run with another config.
@@ -197,7 +197,7 @@ class Checkpoints:
         if not path.exists():
             return None
         state = load_checkpoint(path, device)
-        try:  # and back: keys that did not exist when it was written get their defaults
+        try:  # both ways: keys that are newer than the file get their defaults
             was = _what_matters(complete(config_from_dict(state["config"])).to_dict())
         except ConfigError as error:
             raise CheckpointError(f"{path}: {error}") from None
@@ -212,7 +212,7 @@ class Checkpoints:
             refuse_other_data(path, state, self.data_sha256, self.config.data.root)
         self.started_from = state.get("started_from")
         self.stages = state.get("stages", [])
-        if "history" not in state:  # as in older ones
+        if "history" not in state:  # as in older checkpoints
             seal = state.get("history_seal")
             if not isinstance(seal, dict) or list(map(type, seal.values())) != [int, str]:
                 raise CheckpointError(f"{path}: holds no seal of its history")
@@ -223,13 +223,13 @@ class Checkpoints:
 class _History:
     """`history.jsonl`: a line per epoch, written before the checkpoint that needs it.
 
-    What stands after the bytes of the last checkpoint is of a run that was killed in between, or
-    is the torn end of a line: the next line goes over it.
+    Bytes after those of the last checkpoint come from a run that was killed in between, or from a
+    torn line; the next line overwrites them.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._epochs = self._size = 0  # of what the last checkpoint needs
+        self._epochs = self._size = 0  # as of the last checkpoint
         self._sum = hashlib.sha256()
 
     def write(self, history: dict[str, list[Any]]) -> dict[str, Any]:
@@ -248,7 +248,7 @@ class _History:
         return {"size": self._size, "sha256": self._sum.hexdigest()}
 
     def read(self, size: int, sha256: str) -> dict[str, list[Any]]:
-        """One list per metric, of the bytes that were sealed; `write` goes on after them."""
+        """The sealed bytes, as one list per metric; `write` continues after them."""
         try:
             with self.path.open("rb") as file:
                 content = file.read(size)
@@ -268,23 +268,23 @@ class _History:
 
 
 def refuse_other_data(path: Path, state: dict[str, Any], now: dict[str, str], root: str) -> None:
-    """A run goes on with, and is evaluated on, the images and labels that it was started with.
+    """Refuse to resume or evaluate a run with other images or labels than it was started with.
 
-    `now` are the SHA-256 by split of those under `root`; `state` is what the checkpoint at `path`
-    holds.
+    `now`: SHA-256 by split of the data under `root`; `state`: the content of the checkpoint at
+    `path`.
     """
     had = state.get("data_sha256")
     if isinstance(had, dict) and any(str(had.get(split)) != now[split] for split in now):
         raise CheckpointError(
-            f"{path}: its run had other images or labels than lie under data root {root} now; "
-            "name a folder with those"
+            f"{path}: its run had other images or labels than data root {root} holds now; name the "
+            "folder with the original ones"
         )
 
 
 def history_lines(history: dict[str, list[Any]], first: int = 0) -> list[str]:
-    """A line of JSON for each epoch of a history from its `first` on.
+    """One line of JSON per epoch of a history, from its `first` on.
 
-    A line leaves out what its epoch lacks, which the history holds as None.
+    A line leaves out the metrics that its epoch lacks, which are None in the history.
     """
     lines = []
     for row in zip(*(values[first:] for values in history.values()), strict=True):
@@ -301,28 +301,28 @@ def load_run(
     plugins: Sequence[str] = (),
     into: VAE | None = None,
 ) -> tuple[VAE, Config]:
-    """The model of a run's folder or release, ready to use, and the config it was trained with.
+    """The model of a run's folder or release, ready to use, and the config of its training.
 
     Args:
         run_dir: What `scripts/train.py` printed at its end, or `scripts/export.py`.
         checkpoint: `last`, or `best` (the highest test elbo; a choice made on the test set). A
             release holds one of them.
-        device: Where the model goes.
-        plugins: Modules with parts of your own that the run has. They are named here because no
-            module is imported only because a file says so.
-        into: A model of the same parts, which gets the weights: for one with modules of your own
-            that were passed in, which no file can make again.
+        device: Device of the model.
+        plugins: Modules with the run's own parts. You name them here, because a file alone must not
+            cause an import.
+        into: A model of the same parts, which gets the weights: needed if modules of your own were
+            passed in, since a file cannot rebuild them.
 
     Raises:
         CheckpointError: Not a run folder, no checkpoint in it, or a damaged one.
-        ConfigError: The checkpoint's config is not one of this version.
+        ConfigError: The checkpoint's config is not valid in this version.
     """
     load_plugins(plugins)
     run_dir = Path(run_dir)
     try:
         stored = stored_model(run_dir, checkpoint, device)
     except CheckpointError as error:
-        of_folder = str(error).startswith(f"{run_dir}: ")  # and of no file in it
+        of_folder = str(error).startswith(f"{run_dir}: ")  # of the folder, not of a file in it
         raise CheckpointError(f"run={error}" if of_folder else str(error)) from None
     config = stored.config
     if into is not None:
@@ -352,15 +352,15 @@ def load_run(
 
 
 def _made_again(stored: "StoredModel") -> VAE:
-    """The model that a config describes, with the stored weights."""
+    """Rebuild the model that a config describes, with the stored weights."""
     with suppress(NotImplementedError), torch.device("meta"):
-        # takes no memory: a config can claim any size
+        # on the meta device, without memory: a config can claim any size
         vae = VAE.from_config(stored.config, stored.input_shape, stored.classes)
         vae.load_state_dict(stored.weights, assign=True)
         if not any(tensor.is_meta for tensor in (*vae.parameters(), *vae.buffers())):
             return vae
-    # a part, such as a flow, computes something where it is made that is no weight
-    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+    # a part such as a flow computes constants when it is made, and they are not stored
+    with torch.random.fork_rng(devices=[]):  # keep the caller's random state
         vae = VAE.from_config(stored.config, stored.input_shape, stored.classes)
     vae.load_state_dict(stored.weights)
     return vae
@@ -382,10 +382,10 @@ class StoredModel(NamedTuple):
 def stored_model(
     run_dir: Path, checkpoint: str = "last", device: torch.device | str = "cpu"
 ) -> StoredModel:
-    """A run's or release's weights, without the model that they are of."""
+    """A run's or release's weights, without building the model."""
     if not run_dir.is_dir():
         raise CheckpointError(f"{run_dir}: no such folder")
-    from vae_torch import release  # which writes what is read here
+    from vae_torch import release  # imported here, because it imports this module
 
     if release.is_release(run_dir):
         return release.stored_release(run_dir, device)
@@ -400,7 +400,7 @@ def stored_model(
         raise _unfit(path, error) from None
     odd = [name for name, value in state["model"].items() if not isinstance(value, Tensor)]
     if odd:
-        raise _unfit(path, TypeError(f"{odd[0]} is no tensor"))
+        raise _unfit(path, TypeError(f"{odd[0]} is not a tensor"))
     epoch = state.get("epoch")
     own = state.get("own_parts", [])
     return StoredModel(
@@ -416,7 +416,7 @@ def stored_model(
 
 
 def other_shapes(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], here: str) -> list[str]:
-    """Weights that one of two models lacks, or has in another shape."""
+    """Weights that one of two models lacks or has in another shape."""
 
     def shape(weights: Mapping[str, Tensor], name: str) -> str:
         return str(tuple(weights[name].shape)) if name in weights else "absent"
@@ -432,9 +432,9 @@ def listed(misfits: Sequence[str]) -> str:
 
 
 def save_run(vae: VAE, run_dir: str | Path) -> Path:
-    """Keep a model that `train` has trained without a config; `load_run` reads it.
+    """Save a model that `train` has trained without a config; `load_run` reads it.
 
-    The names and options of registered parts are kept, so that the model can be made again. One
+    The names and options of registered parts are stored, so that the model can be rebuilt. A model
     with modules that were passed in needs `load_run(run_dir, into=vae)`.
 
     Args:
@@ -445,7 +445,7 @@ def save_run(vae: VAE, run_dir: str | Path) -> Path:
         The folder.
 
     Raises:
-        ConfigError: A run lies there already.
+        ConfigError: The folder holds a run already.
         OSError: The folder cannot be written.
     """
     run_dir = Path(run_dir).expanduser()
@@ -479,7 +479,7 @@ def save_run(vae: VAE, run_dir: str | Path) -> Path:
             conditional=vae.classes is not None,
             options=made["model_options"],
         ),
-        # nobody has said what it was trained on, and how
+        # unknown: the data, and how it was trained
         data=DataConfig(name="unknown", root="data", batch_size=128, binarize="none"),
         objective=ObjectiveConfig(),
         optimizer=OptimizerConfig(name="adam", lr=1e-3, eps=1e-8, schedule="constant"),
@@ -510,7 +510,7 @@ def _unfit(path: Path, error: Exception) -> CheckpointError:
 
 
 def _shape_in(state: dict[str, Any]) -> list[int]:
-    """Of the model's images; older checkpoints are all of 784 grey pixels."""
+    """Shape of the model's images; older checkpoints are all of 784 grey pixels."""
     shape = state.get("input_shape", [784])
     if not isinstance(shape, list) or not all(type(n) is int and 0 < n < 2**20 for n in shape):
         raise TypeError(f"its images have shape {shape}")
@@ -518,10 +518,10 @@ def _shape_in(state: dict[str, Any]) -> list[int]:
 
 
 def classes_in(state: dict[str, Any]) -> int | None:
-    """Of a conditional model.
+    """Number of classes of a conditional model, else None.
 
     Raises:
-        TypeError: It is no number of classes.
+        TypeError: It is not a number of classes.
     """
     classes = state.get("classes")
     if classes is None or (type(classes) is int and 0 < classes < 2**20):
@@ -530,7 +530,7 @@ def classes_in(state: dict[str, Any]) -> int | None:
 
 
 def _what_matters(config: dict[str, Any]) -> dict[str, Any]:
-    """Flat keys whose change would make the continued run another one."""
+    """Flat keys that must not change when a run continues."""
     return {
         key: value if isinstance(value, int | float | str | None) else repr(value)
         for key, value in flatten(config).items()

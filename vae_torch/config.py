@@ -1,8 +1,8 @@
 """The settings of a run, and what each may be.
 
 `conf/` holds the values of a run; a default written here means that a feature is off. Ranges and
-choices stand beside their field, for pydantic to check; combinations are written out below.
-Nothing here imports Hydra or torch: a script's `--help` must stay quick.
+choices stand beside their field, and pydantic checks them; combinations are checked below. Nothing
+here imports Hydra or torch, so that a script's `--help` stays quick.
 """
 
 import math
@@ -33,7 +33,7 @@ class UserError(ValueError):
 
 
 def in_short(error: Exception, most: int = 120) -> str:
-    """What an error says, on one line."""
+    """An error's message, on one line."""
     return (" ".join(str(error).split()) or type(error).__name__)[:most]
 
 
@@ -42,7 +42,7 @@ class ConfigError(UserError):
 
 
 class Group:
-    """Settings that belong together; an unknown key among them is refused."""
+    """Settings that belong together; an unknown key is refused."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -55,7 +55,7 @@ class Must:
 
 
 def check_device(device: str) -> str:
-    """Refuse what is no device, on any machine."""
+    """Refuse a name that is not a device on any machine."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", device):
         raise ConfigError(f"device={device}: must be auto, cpu, cuda, cuda:N or mps")
     return device
@@ -65,7 +65,7 @@ def checkpoint_interval(every: int | str) -> tuple[int, float]:
     """Epochs (0: not by epochs) and seconds (infinite: not by time) between two checkpoints.
 
     Raises:
-        ConfigError: Neither a number of epochs nor minutes.
+        ConfigError: Neither a number of epochs nor of minutes.
     """
     if found := re.fullmatch(r"(\d{1,9})|(\d{1,9}(?:\.\d+)?)min", str(every)):
         epochs, minutes = found.groups()
@@ -84,7 +84,7 @@ def _interval(every: int | str) -> int | str:
 
 
 def _folder(value: Any) -> Any:
-    """A folder's name as text, with the home folder in place of `~`; Hydra makes 2026 a number."""
+    """A folder's name as text, with the home folder for `~`; Hydra makes a number of 2026."""
     if value is None or isinstance(value, bool):
         return value
     text = str(value)
@@ -92,7 +92,7 @@ def _folder(value: Any) -> Any:
 
 
 def _source(value: Any) -> Any:
-    """A folder that means the same from wherever the run is resumed."""
+    """A folder as an absolute path, so that the run resumes from anywhere."""
     folder = _folder(value)
     return str(Path(folder).absolute()) if folder and isinstance(folder, str) else folder
 
@@ -125,10 +125,10 @@ Switch = Annotated[bool, Field(strict=True)]
 Folder = Annotated[str, BeforeValidator(_folder), Field(min_length=1)]
 Side = Annotated[int, Field(strict=True, ge=1, le=4096)]
 Which = Literal["last", "best"]
-Name = Annotated[str, Field(strict=True, min_length=1)]  # of a part: its table knows which
+Name = Annotated[str, Field(strict=True, min_length=1)]  # of a part; its table knows the names
 
 
-# Options of a part, checked by the part; a None is an empty group in YAML.
+# Options of a part, which checks them; None is an empty group in YAML.
 Options = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
 
 
@@ -147,14 +147,14 @@ Device = Annotated[
     about("where to compute: auto, cpu, cuda, cuda:N, mps (Apple)"),
 ]
 RunFolder = Annotated[Folder, about("the run's folder")]
-DataRoot = Annotated[Folder | None, about("where the images are; null: where the run had them")]
-Checkpoint = Annotated[Which, about("last, or best: by train.monitor")]
+DataRoot = Annotated[Folder | None, about("the folder of the images; null: that of the run")]
+Checkpoint = Annotated[Which, about("last, or best by train.monitor")]
 NoiseSeed = Annotated[Seed, about("random seed of all noise")]
 
 
 @dataclass
 class ModelConfig(Group):
-    """The encoder and decoder, which mirror each other."""
+    """The encoder and the decoder, which mirrors it."""
 
     name: Annotated[Name, about("the network: mlp, residual, conv, or one of your own")]
     latent_dim: Annotated[Size, about("dimensions of z")]
@@ -178,7 +178,7 @@ class ModelConfig(Group):
 
 @dataclass
 class DataConfig(Group):
-    """Which images, how many, in what form. What is null or none is left to the source."""
+    """Which images, how many, in what form. With null or none the source decides."""
 
     name: Annotated[
         str,
@@ -188,11 +188,11 @@ class DataConfig(Group):
             "larochelle, omniglot, caltech101_silhouettes, or a source of your own"
         ),
     ]
-    root: Annotated[Folder, about("the folder where their files are, or go; array: the file")]
-    batch_size: Annotated[Count, about("images a training step")]
+    root: Annotated[Folder, about("folder of the image files, or for downloads; array: the file")]
+    batch_size: Annotated[Count, about("images per training step")]
     binarize: Annotated[
         Literal["none", "dynamic", "static"],
-        about("none: grey; dynamic: training pixels drawn anew every epoch; static: drawn once"),
+        about("none: grey; dynamic: sample training pixels anew every epoch; static: once"),
     ]
     limit_train: Annotated[Count | None, about("only the first N training images")] = None
     limit_test: Annotated[Count | None, about("only the first N test images")] = None
@@ -200,8 +200,8 @@ class DataConfig(Group):
         int | float | str,
         BeforeValidator(_held_out),
         about(
-            "N, or a share such as 0.1: validate on as many training images, leave the test set "
-            "alone; test: the source must have a test set of its own"
+            "N, or a share such as 0.1: validate on this many training images instead of the test "
+            "set; test: the source must have a test set of its own"
         ),
     ] = 0
     classes: Annotated[
@@ -231,28 +231,28 @@ class DataConfig(Group):
 
 @dataclass
 class ObjectiveConfig(Group):
-    """What is minimised. The logged `elbo` stays the plain bound, whatever stands here."""
+    """What is minimised. The logged `elbo` is always the plain ELBO."""
 
     name: Annotated[
         Name, about("what is minimised: elbo, iwae, keras, tcvae, or one of your own")
     ] = "elbo"
     beta: Annotated[Number, about("weight of the KL")] = 1.0
     beta_warmup_epochs: Annotated[
-        Number, about("the weight grows linearly from 0 to beta over this many epochs")
+        Number, about("the KL's weight grows linearly from 0 to beta over this many epochs")
     ] = 0.0
     free_bits: Annotated[
-        Number, about("nats per latent dimension that the KL may cost for nothing")
+        Number, about("free bits: nats of KL per latent dimension that cost nothing; 0: off")
     ] = 0.0
     num_samples: Annotated[Size, about("samples of z per image")] = 1
     early_samples: Annotated[
-        Size | None, about("iwae: samples in the first epochs, where fewer do")
+        Size | None, about("iwae: samples in the first epochs, which need fewer")
     ] = None
-    early_epochs: Annotated[CountOrZero, about("iwae: how many epochs take early_samples")] = 0
+    early_epochs: Annotated[CountOrZero, about("iwae: number of epochs with early_samples")] = 0
     estimator: Annotated[
         Literal["standard", "dreg"], about("iwae: gradients, standard or doubly reparameterised")
     ] = "standard"
     resample: Annotated[
-        Switch, about("iwae: the gradient goes through one sample, chosen by its weight")
+        Switch, about("iwae: the gradient goes through one sample, drawn by its weight")
     ] = False
     options: Annotated[Options, about("options of an objective of your own")] = field(
         default_factory=dict
@@ -264,22 +264,23 @@ class OptimizerConfig(Group):
     """The optimiser and its learning-rate schedule."""
 
     name: Annotated[Literal["adam", "adamw", "sgd"], about("the optimiser: adam, adamw, sgd")]
-    lr: Annotated[Positive, about("the learning rate, at its highest")]
+    lr: Annotated[Positive, about("the learning rate, at its peak")]
     eps: Annotated[Positive, about("added to Adam's denominator")]
     schedule: Annotated[
         Literal["constant", "cosine", "step", "one_cycle", "plateau"],
         about("how the learning rate changes"),
     ]
-    weight_decay: Annotated[Number, about("decay of the weights a step, times lr")] = 0.0
+    weight_decay: Annotated[Number, about("weight decay per step, times lr")] = 0.0
     betas: Annotated[
         list[Decay],
         Field(min_length=2, max_length=2),
         Must("two numbers from 0 to below 1, [0.9,0.999]"),
-        about("adam, adamw: decays of the two averages"),
+        about("adam, adamw: decay rates of the two moments"),
     ] = field(default_factory=lambda: [0.9, 0.999])
     momentum: Annotated[Decay, about("sgd: momentum of the gradient")] = 0.0
     clip_norm: Annotated[
-        Positive | None, about("largest norm of the gradient; a longer one is scaled down to it")
+        Positive | None,
+        about("largest norm of the gradient; larger gradients are scaled down to it"),
     ] = None
     warmup_steps: Annotated[
         CountOrZero, about("the learning rate grows linearly over the first N steps")
@@ -290,7 +291,7 @@ class OptimizerConfig(Group):
     ] = None
     step_factor: Annotated[
         Annotated[float, Field(strict=True, gt=0, lt=1)],
-        about("schedule=step, plateau: each fall multiplies the learning rate by this"),
+        about("schedule=step, plateau: factor on the learning rate at each fall"),
     ] = 0.1
 
 
@@ -309,22 +310,22 @@ class TrainConfig(Group):
         about("DIR: resume the run in DIR; auto: the newest interrupted run of these settings"),
     ] = None
     allow_other_code: Annotated[
-        Switch, about("resume a run, and count one as finished, that other code has made")
+        Switch, about("resume a run, or accept it as finished, although other code made it")
     ] = False
     monitor: Annotated[
         str,
         Field(min_length=1),
-        about("the metric that chooses the best epoch and the best run; auto: the bound trained"),
+        about("the metric that chooses the best epoch and the best run; auto: the trained bound"),
     ] = "auto"
-    ema: Annotated[Decay, about("decay of averaged weights a step; 0: keep none")] = 0.0
+    ema: Annotated[Decay, about("decay per step of averaged weights; 0: no averaging")] = 0.0
     prune_after: Annotated[
-        CountOrZero, about("epochs until a sweep's run that is behind stops; 0: none does")
+        CountOrZero, about("stop a sweep's run that is behind after N epochs; 0: never")
     ] = 0
     patience: Annotated[
         Count | None, about("stop after N epochs without a better test elbo; null: never")
     ] = None
     min_delta: Annotated[
-        Number, about("with patience or plateau: what an epoch must be better by, in nats")
+        Number, about("with patience or plateau: the least improvement that counts, in nats")
     ] = 0.0
     init_from: Annotated[
         Annotated[str, Field(min_length=1)] | None,
@@ -384,7 +385,7 @@ class Config(Group):
     ] = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested dict, as it is stored in checkpoints and summaries."""
+        """Plain nested dict, as stored in checkpoints and summaries."""
         return asdict(self)
 
 
@@ -392,25 +393,31 @@ class Config(Group):
 class EvalConfig(Group):
     """How `scripts/evaluate.py` estimates."""
 
-    num_samples: Annotated[Count, about("importance samples per image, of log_px_encoder")]
-    fit_images: Annotated[Count, about("images that get a posterior of their own")]
+    num_samples: Annotated[
+        Count, about("importance samples per image from q(z|x), for log_px_encoder")
+    ]
+    fit_images: Annotated[Count, about("images that get a fitted posterior, to split the gap")]
     chunk: Annotated[
         Count | None,
-        about("decoder rows at once: bounds memory, changes no figure; null: 1024, on CUDA 65536"),
+        about("decoder rows at once: limits memory, changes no figure; null: 1024, on CUDA 65536"),
     ]
     seed: NoiseSeed
     checkpoint: Checkpoint
     limit: Annotated[Count | None, about("only the first N test images")] = None
     fit_samples: Annotated[
-        Count, about("importance samples per image from its fitted proposal, of log_px")
+        Count, about("importance samples per image from its fitted proposal, for log_px")
     ] = 1000
+    log_px_images: Annotated[
+        Count | None,
+        about("images, drawn at random, that get log_px; a bound of all adds the rest; null: all"),
+    ] = None
     ais: Annotated[
-        Count | None, about("images, drawn at random, that get annealed importance sampling too")
+        Count | None, about("images, chosen at random, that also get annealed importance sampling")
     ] = None
     exact: Annotated[
         bool | None,
         Field(strict=True),
-        about("log p(x) by integration; null: where there are 1 or 2 latents"),
+        about("log p(x) by integration; null: if there are 1 or 2 latents"),
     ] = None
     overwrite: Annotated[Switch, about("replace an evaluation.json of more images or samples")] = (
         False
@@ -450,8 +457,8 @@ class EncodeConfig(Group):
     data_root: DataRoot
     checkpoint: Checkpoint
     split: Annotated[Literal["train", "test"], about("which images, where there are both")]
-    num_samples: Annotated[Count, about("importance samples per image, of log p(x)")]
-    chunk: Annotated[Count, about("decoder rows at once: bounds memory, changes no figure")]
+    num_samples: Annotated[Count, about("importance samples per image, for log p(x)")]
+    chunk: Annotated[Count, about("decoder rows at once: limits memory, changes no figure")]
     seed: NoiseSeed
     images: Annotated[
         Folder | None, about("a folder, .npz or .npy of images; null: the run's own")
@@ -469,14 +476,14 @@ class SampleConfig(Group):
     checkpoint: Checkpoint
     n: Annotated[Count, about("how many images")]
     out: Annotated[Folder, about("the file: .png for a grid, .npz for arrays")]
-    temperature: Annotated[Number, about("standard deviations of the prior times this")]
+    temperature: Annotated[Number, about("factor on the standard deviations of the prior")]
     pixels: Annotated[
         Literal["mean", "draw"], about("mean: expected pixels; draw: samples of p(x|z)")
     ]
     seed: NoiseSeed
     y: Annotated[CountOrZero | None, about("the class, for a conditional model")] = None
     reconstruct: Annotated[
-        Switch, about("the first n test images beside their reconstructions, in place of samples")
+        Switch, about("the first n test images beside their reconstructions, instead of samples")
     ] = False
     data_root: DataRoot = None
     plugins: Plugins = field(default_factory=list)
@@ -487,20 +494,21 @@ class ExportConfig(Group):
     """What `scripts/export.py` composes from `conf/export.yaml`."""
 
     run: RunFolder
-    out: Annotated[Folder, about("the release's folder, which is made")]
+    out: Annotated[Folder, about("the new folder of the release")]
     checkpoint: Checkpoint
     half: Annotated[Switch, about("weights as 16-bit floats: half the size")] = False
     formats: Annotated[
-        list[Literal["onnx", "torchscript"]], about("encoder and decoder in these formats too")
+        list[Literal["onnx", "torchscript"]],
+        about("also export encoder and decoder in these formats"),
     ] = field(default_factory=list)
-    explorer: Annotated[Switch, about("the page that scripts/explore.py has written too")] = False
+    explorer: Annotated[Switch, about("include the page that scripts/explore.py wrote")] = False
     plugins: Plugins = field(default_factory=list)
 
 
-# Keys that say where and how a run is made, not what it is: it may be resumed with others, and they
-# are no part of its name.
+# Keys that say where and how a run is made, not what it is. They may differ when it is resumed, and
+# are not part of its name.
 INCIDENTAL = (
-    "plugins",  # what they bring is named, and their code is part of the run's
+    "plugins",  # what they provide is named, and their code counts as the run's
     "data.root",
     "device",
     "threads",
@@ -509,11 +517,11 @@ INCIDENTAL = (
     "train.figure_every",
     "train.checkpoint_every",
     "train.prune_after",
-    "train.callbacks",  # their code is a plug-in's, and part of the run's
+    "train.callbacks",  # their code is a plug-in's, which counts as the run's
 )
 
 
-# Keys that a run may be continued with that others have begun: see runs.stages.
+# Keys that may change when a run is continued with more epochs: see runs.stages.
 STAGE_KEYS = (
     "train.epochs",
     "optimizer.lr",
@@ -573,7 +581,7 @@ def validated(schema: type[Settings], values: Mapping[str, Any]) -> Settings:
         adapter = _ADAPTERS.get(schema) or _ADAPTERS.setdefault(schema, TypeAdapter(schema))
         return adapter.validate_python(values)  # type: ignore[no-any-return]
     except ValidationError as error:
-        # an unknown key first: what seems to be missing may be it, misspelt
+        # an unknown key first: it may be the missing one, misspelt
         errors = sorted(error.errors(), key=lambda e: e["type"] != "unexpected_keyword_argument")
         raise ConfigError(_line(schema, values, errors[0])) from None
 
@@ -583,7 +591,7 @@ _ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {}
 
 
 def _line(schema: type[Any], values: Any, error: Any) -> str:
-    """One of pydantic's errors in this project's words."""
+    """One of pydantic's errors, in this project's words."""
     if isinstance(own := error.get("ctx", {}).get("error"), ConfigError):
         return str(own)
     known = keys_of(schema)
@@ -595,14 +603,14 @@ def _line(schema: type[Any], values: Any, error: Any) -> str:
     key = max((k for k in known if dotted == k or dotted.startswith(f"{k}.")), key=len, default="")
     if not key:
         return f"{dotted}={error['input']!r}: must be a group of settings"
-    value = reduce(getitem, key.split("."), values)  # an error inside of a list is about all of it
+    value = reduce(getitem, key.split("."), values)  # an error in a list concerns the whole list
     if float in _kinds(known[key]) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     return f"{key}={_null(value)}: must be {allowed(known[key], value)}"
 
 
 def no_such_key(key: str, known: Mapping[str, Any]) -> str:
-    """What to say about a key that does not exist."""
+    """The message for an unknown key."""
     ends = {name.rpartition(".")[2]: name for name in known}
     near = get_close_matches(key, known, 1, 0.75) or [
         ends[end] for end in get_close_matches(key.rpartition(".")[2], ends, 1, 0.75)
@@ -612,7 +620,7 @@ def no_such_key(key: str, known: Mapping[str, Any]) -> str:
 
 
 def _kinds(kind: Any) -> Iterator[Any]:
-    """The parts of an annotated type, unions and literals taken apart."""
+    """The parts of an annotated type, with unions and literals taken apart."""
     yield kind
     for part in get_args(kind):
         yield from _kinds(part)
@@ -621,7 +629,7 @@ def _kinds(kind: Any) -> Iterator[Any]:
 
 
 def allowed(kind: Any, value: Any = None) -> str:
-    """What a setting of this annotated type may be, in words; `value` is what it was given."""
+    """What a setting of this annotated type may be, in words; `value` is the given one."""
     parts = list(_kinds(kind))
     if said := [part.words for part in parts if isinstance(part, Must)]:
         return said[0]
@@ -669,12 +677,12 @@ def config_from_dict(values: Any) -> Config:
 
 
 def check(config: Config) -> None:
-    """Refuse what no run can use."""
+    """Refuse settings that no run can use."""
     config_from_dict(config.to_dict())
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted keys: `{"model": {"depth": 1}}` -> `{"model.depth": 1}`."""
+    """Nested settings as dotted keys: `{"model": {"depth": 1}}` -> `{"model.depth": 1}`."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -690,25 +698,25 @@ def check_objective(objective: ObjectiveConfig) -> None:
     if objective.estimator == "dreg" and objective.name != "iwae":
         raise ConfigError(
             f"objective.estimator=dreg with objective.name={objective.name}: the doubly "
-            "reparameterised gradient is of the importance-weighted bound; use objective=iwae"
+            "reparameterised gradient is for the importance-weighted ELBO; use objective=iwae"
         )
     if bool(objective.early_epochs) != (objective.early_samples is not None):
         raise ConfigError(
             f"objective.early_epochs={objective.early_epochs}, objective.early_samples="
-            f"{objective.early_samples}: one says nothing without the other; set both or neither"
+            f"{objective.early_samples}: one needs the other; set both or neither"
         )
     if objective.early_epochs and objective.name != "iwae":
         raise ConfigError(
             f"objective.early_epochs={objective.early_epochs} with objective.name="
-            f"{objective.name}: more draws later tighten the importance-weighted bound only; use "
-            "objective=iwae"
+            f"{objective.name}: only the importance-weighted ELBO gains from more samples later; "
+            "use objective=iwae"
         )
     if objective.early_samples is not None and not (
         1 <= objective.early_samples < objective.num_samples
     ):
         raise ConfigError(
             f"objective.early_samples={objective.early_samples} with objective.num_samples="
-            f"{objective.num_samples}: must be 1 or more, and fewer than come later"
+            f"{objective.num_samples}: must be 1 or more, and below objective.num_samples"
         )
     one_draw = 1 in (objective.num_samples, objective.early_samples)
     if objective.resample and (objective.name != "iwae" or one_draw):
@@ -720,45 +728,45 @@ def check_objective(objective: ObjectiveConfig) -> None:
     if objective.name in ("iwae", "keras") and (objective.beta, objective.free_bits) != (1, 0):
         raise ConfigError(
             f"objective.beta={objective.beta}, objective.free_bits={objective.free_bits} with "
-            f"objective={objective.name}: both are of objective=elbo; leave them out"
+            f"objective={objective.name}: both are for objective=elbo; leave them out"
         )
     if objective.name == "keras" and objective.beta_warmup_epochs:
         raise ConfigError(
             f"objective.beta_warmup_epochs={objective.beta_warmup_epochs} with objective=keras: "
-            "the notebook warms up nothing; use objective=elbo or objective=iwae"
+            "the notebook has no warm-up; use objective=elbo or objective=iwae"
         )
 
 
 def check_optimizer(optimizer: OptimizerConfig) -> None:
-    """Refuse settings that mean nothing."""
+    """Refuse settings that have no effect."""
     _check_part("optimizer", optimizer)
     name, schedule = optimizer.name, optimizer.schedule
     if name == "sgd" and list(optimizer.betas) != [0.9, 0.999]:
         raise ConfigError(
-            f"optimizer.betas={optimizer.betas} with optimizer.name=sgd: they are of adam and "
+            f"optimizer.betas={optimizer.betas} with optimizer.name=sgd: they are for adam and "
             "adamw; use optimizer.momentum"
         )
     if name != "sgd" and optimizer.momentum:
         raise ConfigError(
-            f"optimizer.momentum={optimizer.momentum} with optimizer.name={name}: it is of sgd; "
-            "the first of optimizer.betas is Adam's"
+            f"optimizer.momentum={optimizer.momentum} with optimizer.name={name}: it is for sgd; "
+            "the first of optimizer.betas is Adam's momentum"
         )
     falls = schedule in ("step", "plateau")
     if falls != (optimizer.step_epochs is not None):
         raise ConfigError(
             f"optimizer.step_epochs={_null(optimizer.step_epochs)} with optimizer.schedule="
-            f"{schedule}: one says nothing without the other; set optimizer.schedule=step (or "
-            "plateau) and optimizer.step_epochs=N, or neither"
+            f"{schedule}: one needs the other; set optimizer.schedule=step (or plateau) and "
+            "optimizer.step_epochs=N, or neither"
         )
     if not falls and optimizer.step_factor != 0.1:
         raise ConfigError(
             f"optimizer.step_factor={optimizer.step_factor} with optimizer.schedule={schedule}: it "
-            "is of optimizer.schedule=step and plateau"
+            "is for optimizer.schedule=step and plateau"
         )
     if schedule == "one_cycle" and optimizer.warmup_steps:
         raise ConfigError(
             f"optimizer.warmup_steps={optimizer.warmup_steps} with optimizer.schedule=one_cycle: "
-            "it warms up by itself; leave one of them out"
+            "that schedule has its own warm-up; leave one of them out"
         )
 
 
@@ -767,7 +775,7 @@ def _null(value: Any) -> Any:
 
 
 def _check_part(name: str, part: Any) -> None:
-    """The ranges and choices of one group of settings, named as in a whole run."""
+    """Check the ranges and choices of one group; keys are named as in a whole run."""
     try:
         validated(type(part), asdict(part))
     except ConfigError as error:
@@ -775,7 +783,7 @@ def _check_part(name: str, part: Any) -> None:
 
 
 def check_combinations(config: Config) -> None:
-    """Refuse options that contradict each other, before an hour is spent on them."""
+    """Refuse options that contradict each other, before the run starts."""
     objective, binarize = config.objective, config.data.binarize
     if binarize != "none" and config.likelihood in ("continuous_bernoulli", "gaussian"):
         raise ConfigError(
@@ -787,8 +795,8 @@ def check_combinations(config: Config) -> None:
     waits = config.train.patience is not None or config.optimizer.schedule == "plateau"
     if config.train.min_delta and not waits:
         raise ConfigError(
-            f"train.min_delta={config.train.min_delta} without train.patience: say after how many "
-            "epochs without such a gain the run stops, train.patience=N"
+            f"train.min_delta={config.train.min_delta} without train.patience: set "
+            "train.patience=N, the epochs without such a gain after which the run stops"
         )
     if config.train.init_checkpoint != "last" and config.train.init_from is None:
         raise ConfigError(
@@ -812,6 +820,6 @@ def check_combinations(config: Config) -> None:
     if config.model.mean_bias and (config.model.name == "conv" or config.likelihood != "bernoulli"):
         raise ConfigError(
             f"model.mean_bias=true with model={config.model.name}, likelihood={config.likelihood}: "
-            "needs an output bias for every pixel and its logit; use model=mlp or model=residual "
-            "and likelihood=bernoulli"
+            "it needs an output bias per pixel and Bernoulli logits; use model=mlp or "
+            "model=residual and likelihood=bernoulli"
         )

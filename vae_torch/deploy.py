@@ -13,7 +13,7 @@ from vae_torch.parts.posteriors import gaussian_of
 from vae_torch.vae import VAE, _decoded, in_eval_mode
 
 SUFFIXES = {"onnx": ".onnx", "torchscript": ".pt"}
-_CLOSE = 1e-5  # what a file may differ from PyTorch by, absolutely and relatively
+_CLOSE = 1e-5  # largest absolute and relative difference from PyTorch
 
 
 @in_eval_mode
@@ -32,8 +32,8 @@ def portable_files(vae: VAE, formats: Sequence[str]) -> dict[str, bytes]:
         The files by name.
 
     Raises:
-        ConfigError: The posterior is no Gaussian, the model sees labels, a library is absent, or
-            torch cannot export a part, or not exactly.
+        ConfigError: The posterior is not Gaussian, the model is conditional, a library is not
+            installed, or torch cannot export a part, or not exactly.
     """
     if vae.classes:
         raise ConfigError(
@@ -60,7 +60,7 @@ def portable_files(vae: VAE, formats: Sequence[str]) -> dict[str, bytes]:
                     f"formats=[{kind}]: needs {error.name}, which is not installed; pip install "
                     f"-e '.[{kind}]'"
                 ) from None
-            except Exception as error:  # whatever torch says about a network of the user's own
+            except Exception as error:  # whatever torch raises for a network of the user's own
                 line = str(error).strip().partition("\n")[0]
                 raise ConfigError(
                     f"formats=[{kind}]: torch cannot export the {name} ({line[:200]}); leave the "
@@ -105,7 +105,7 @@ def _onnx(part: nn.Module, example: Tensor) -> tuple[bytes, Sequence[Tensor]]:
     import onnxscript  # noqa: F401 - torch needs it, and says so less clearly
 
     any_number = ({0: torch.export.Dim("batch")},)
-    # two rows: the third of the example shows that any number will do
+    # two rows here, three in the example: shows that the number of rows is free
     exported: Any = torch.onnx.export(
         part, (example[:2],), dynamo=True, dynamic_shapes=any_number, verbose=False
     )

@@ -1,7 +1,7 @@
-"""Latents of images, and what each image is worth under a model: ELBO and log p(x), in nats.
+"""Latents of images, and the ELBO and log p(x) of each image under a model, in nats.
 
-`encode_images` returns all at once, `encoded_batches` a batch at a time: then images and results
-may be larger than memory.
+`encode_images` returns all at once. `encoded_batches` works batch by batch: images and results may
+then be larger than memory.
 """
 
 import math
@@ -22,14 +22,14 @@ from vae_torch.vae import VAE
 
 
 class Encoded(NamedTuple):
-    """What a model makes of N images, in their order, on the CPU."""
+    """The results for N images, in order, on the CPU."""
 
     mean: Tensor  # (N, latent_dim) of q(z|x)
-    logvar: Tensor | None  # (N, latent_dim); None where q(z|x) is no Gaussian
+    logvar: Tensor | None  # (N, latent_dim); None where q(z|x) is not Gaussian
     elbo: Tensor  # (N,) float64, nats
     log_px: Tensor  # (N,) float64, nats: by importance sampling from q(z|x)
-    labels: Tensor | None  # (N,); None where not all images have one
-    reconstruction: Tensor | None  # (N, *input_shape) in [0, 1]; None where not asked for
+    labels: Tensor | None  # (N,); None unless all images have one
+    reconstruction: Tensor | None  # (N, *input_shape) in [0, 1]; None unless asked for
 
 
 def encode_images(
@@ -42,25 +42,25 @@ def encode_images(
     reconstructions: bool = False,
     progress: bool = False,
 ) -> Encoded:
-    """Encode images, and estimate each one's ELBO and log p(x) from the same draws of z.
+    """Encode images, and estimate the ELBO and log p(x) of each from the same samples of z.
 
-    An image's noise depends on the seed and its place alone, so that neither the batches nor
-    `chunk` change a figure beyond the rounding of sums. The estimate of log p(x) rises with
-    `num_samples` towards it: Burda et al. (2016), equation 8. An anomaly has a low log p(x).
+    The noise of an image depends on the seed and its index alone, so batches and `chunk` change a
+    figure only by the rounding of sums. The estimate of log p(x) rises towards it with
+    `num_samples`: Burda et al. (2016), equation 8. An anomaly has a low log p(x).
 
     Args:
         vae: The model; it is used in eval mode.
         data: Batches x, [x] or (x, label, ...), or all images as one tensor or array.
-        num_samples: Draws of z for each image.
-        chunk: Decoder rows at once: bounds the memory.
-        seed: Of the draws.
-        reconstructions: Return the expected pixels at the posterior mean too.
+        num_samples: Samples of z per image.
+        chunk: Decoder rows at once; limits the memory.
+        seed: Random seed of the samples.
+        reconstructions: Also return the expected pixels at the posterior mean.
         progress: Show a bar on a terminal.
 
     Raises:
         ValueError: num_samples or chunk is below 1; no image, or images that `VAE.check` refuses.
 
-    Example:
+    Examples:
         >>> found = encode_images(VAE(latent_dim=2), torch.rand(5, 784), num_samples=10)
         >>> found.mean.shape, found.log_px.shape
         (torch.Size([5, 2]), torch.Size([5]))
@@ -98,13 +98,13 @@ def encoded_batches(
     reconstructions: bool = False,
     progress: bool = False,
 ) -> Iterator[Encoded]:
-    """`encode_images`, a batch at a time: each is encoded when it is asked for.
+    """`encode_images`, batch by batch: each is encoded when it is asked for.
 
-    Args and errors are those of `encode_images`.
+    Arguments and errors are those of `encode_images`.
     """
     if num_samples < 1 or chunk < 1:
         raise ValueError(f"num_samples={num_samples}, chunk={chunk}: both must be 1 or more")
-    batches: Iterable[object] = data  # one pass: an iterator will do
+    batches: Iterable[object] = data  # one pass: an iterator is enough
     weight = next(vae.parameters())
     if not isinstance(data, Iterator):
         batches = as_loader(data, vae.input_shape, device=weight.device)
@@ -121,7 +121,7 @@ def _encoded(
     progress: bool,
 ) -> Iterator[Encoded]:
     weight = next(vae.parameters())
-    first = 0  # the place of a batch's first image
+    first = 0  # index of a batch's first image
     for loaded in bar(batches, "encoding", show=progress):
         batch = as_batch(loaded, weight.device, weight.dtype)
         if not len(batch.x):

@@ -1,7 +1,7 @@
-"""What a trained model is worth: bounds, log p(x), and how it uses its latents. Nats per image.
+"""How good a trained model is: bounds, log p(x), and the use of its latents. Nats per image.
 
-`bound_metrics` is what the training loop logs. `evaluate_model` fills the evaluation card, from
-functions that also work alone and return one value per image; `evaluate_images` returns these
+`bound_metrics` computes what the training loop logs. `evaluate_model` fills the evaluation card,
+from functions that also work alone and return one value per image; `evaluate_images` returns these
 values beside the card. They live in `vae_torch.evaluation`.
 """
 

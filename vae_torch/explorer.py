@@ -1,15 +1,15 @@
 """One HTML page to walk through a model's latent space: no server, no network, no library.
 
 The page carries the decoder's weights as half floats and runs it itself, in some hundred lines of
-JavaScript. That is right for any number of latents: half floats move a pixel by 0.0007 at worst
-with the 40 latents of `experiment=strong`. It is also quick enough: in headless Chromium, on one
-core of a busy server, an image takes 0.7 ms with `model=mlp`, 1.4 ms with `residual` and 4 to 7 ms
-with `conv` at their default widths, and all three keep to the 16.7 ms of a frame at 60 a second.
+JavaScript. This works for any number of latents: half floats move a pixel by 0.0007 at most with
+the 40 latents of `experiment=strong`. It is fast enough: in headless Chromium, on one core of a
+busy server, an image takes 0.7 ms with `model=mlp`, 1.4 ms with `residual` and 4 to 7 ms with
+`conv` at their default widths, within the 16.7 ms of a frame at 60 per second.
 
-A decoder that the page cannot run is shown as a grid of decoded images, between which the page
-interpolates, where the model has one or two latents. 32x32 images of the default decoder are off
-by 0.0008 a pixel in the mean, at worst by 0.02 (0.06 for the residual decoder). A grid of three or
-more latents does not fit into a page.
+If the page cannot run a decoder and the model has one or two latents, it interpolates a grid of
+decoded images. For 32x32 images of the default decoder the mean error is 0.0008 per pixel and the
+largest 0.02 (0.06 for the residual decoder). A grid of three or more latents does not fit into a
+page.
 """
 
 import base64
@@ -44,9 +44,10 @@ from vae_torch.vae import VAE
 
 __all__ = ["MAX_BYTES", "ExplorerError", "explorer_page", "run_facts", "run_notes"]
 
-MAX_BYTES = 8_000_000
+MAX_BYTES = 8_000_000  # of a page, or half of it beside a decoder that needs more
+MAX_DECODER_BYTES = 32_000_000  # such as 64x64 colour images of `model=conv`: 22 MB
 
-# Fewer epochs or images than these, and the page says why it looks poor.
+# With fewer epochs or images than these, the page says why it looks poor.
 _FEW_EPOCHS = 3
 _FEW_IMAGES = 10_000
 
@@ -54,7 +55,7 @@ _MOST_COMPONENTS = 32
 _FEWEST_POINTS = 100
 _SPRITE_COLUMNS = 50
 _SPRITE_WIDTH = 8000  # pixels, which every browser decodes
-_SPRITE_SIDE = 128  # of an image; larger ones are reduced
+_SPRITE_SIDE = 128  # side of an image; larger ones are reduced
 
 _CLASS_NAMES = {
     "fashion_mnist": (
@@ -78,7 +79,9 @@ def explorer_page(
     available: int | None = None,
     points: int = 3000,
 ) -> str:
-    """The page, with fewer points than asked for where it would be larger than `MAX_BYTES`.
+    """Make the page, with fewer points than asked for if it would exceed `MAX_BYTES`.
+
+    A decoder that needs more room than that gets it, up to `MAX_DECODER_BYTES`.
 
     Args:
         vae: The model.
@@ -87,17 +90,17 @@ def explorer_page(
         title: Heading of the page.
         facts: One line under it: what the model is.
         notes: What the viewer must know first, a banner each.
-        data_name: A name of `data.name`; decides how classes are called.
-        class_names: Names of the classes by label, where the data has some.
-        available: How many images there are, of which x has the first; absent: N.
-        points: Images at most, from the first on.
+        data_name: A name of `data.name`; decides the names of classes.
+        class_names: Names of the classes by label, if the data has some.
+        available: Number of images in the data; x holds the first ones. N if absent.
+        points: Largest number of images, from the first on.
 
     Raises:
         ExplorerError: The weights are not finite, or too many for a page of this size; or the page
-            cannot draw the images; or neither runs the decoder nor interpolates what it draws.
+            cannot draw the images, or can neither run the decoder nor interpolate its images.
     """
     training = vae.training
-    vae.eval()  # a decoder in train mode may draw at random
+    vae.eval()  # a decoder in train mode may be random
     try:
         return _page(
             vae,
@@ -137,31 +140,32 @@ def _page(
         page["given"] = [_called(label, class_names) for label in range(vae.classes)]
     images = _without_images(vae)
     try:
-        decoder = packed_decoder(vae, max_bytes=MAX_BYTES)
+        decoder = packed_decoder(vae, max_bytes=MAX_DECODER_BYTES)
         whose = ""
     except ExplorerError as error:
         if vae.latent_dim > 2 or vae.classes:  # a grid for each class would be too many images
             raise
         decoder, whose = None, str(error)
     n = 0 if x is None else min(points, len(x))
+    most = max(MAX_BYTES, (len(decoder["weights"]) if decoder else 0) + MAX_BYTES // 2)
     while True:
         if x is not None and n:
             some = None if labels is None else labels[:n]
             images = _with_images(vae, x[:n], some, available or len(x), class_names)
         drawn = decoder or _grid(vae, images, whose)
         content = _fill(page | drawn | images)
-        if not n or len(content.encode()) < MAX_BYTES:
+        if not n or len(content.encode()) < most:
             return content
         if n <= _FEWEST_POINTS:
             raise ExplorerError(
                 f"the page would have {len(content.encode()) / 1e6:.1f} MB with {n} images, and "
-                f"{MAX_BYTES / 1e6:.0f} MB are the most; explore a smaller model"
+                f"{most / 1e6:.0f} MB are the most; explore a smaller model"
             )
         n = max(_FEWEST_POINTS, n // 2)
 
 
 def _grid(vae: VAE, images: dict[str, Any], reason: str) -> dict[str, Any]:
-    """The square of the latent plane that holds all points, decoded."""
+    """Decode the square of the latent plane that holds all points."""
     low, high = (torch.tensor(images["reach"][end], dtype=torch.float32) for end in (0, 1))
     middle, half = (low + high) / 2, ((high - low) / 2).max() * 1.05
     budget = MAX_BYTES // 2  # the other half is for the points
@@ -170,7 +174,7 @@ def _grid(vae: VAE, images: dict[str, Any], reason: str) -> dict[str, Any]:
 
 
 def run_notes(run_dir: Path, config: Config) -> tuple[list[str], int | None]:
-    """What is unusual about a run, in sentences, and the epochs it completed (None: not known)."""
+    """Sentences on what is unusual about a run, and its completed epochs (None: unknown)."""
     notes = []
     epochs = config.train.epochs
     done: int | None = epochs
@@ -199,7 +203,7 @@ def run_notes(run_dir: Path, config: Config) -> tuple[list[str], int | None]:
 
 
 def run_facts(config: Config, epochs: int | None) -> str:
-    """What a run is, in one line."""
+    """One line that describes a run."""
     latents, given = config.model.latent_dim, ", given the class" * config.model.conditional
     parts = [
         config.data.name,
@@ -227,7 +231,7 @@ def _image_size(vae: VAE) -> tuple[int, int, int]:
 
 @torch.no_grad()
 def _without_images(vae: VAE) -> dict[str, Any]:
-    """Where the prior lies, for a page without points."""
+    """The range of the prior, for a page without points."""
     weight = next(vae.parameters())
     generator = seeded_generator(weight.device, 0)
     z = vae.prior.sample(1000, generator).float().cpu()
@@ -249,7 +253,7 @@ def _with_images(
     if not all(bool(values.isfinite().all()) for values in known):
         raise ExplorerError("the model's posterior or its elbo is not finite; did it diverge?")
     variance = mean.var(0) if len(mean) > 1 else torch.zeros(vae.latent_dim)
-    # one image says nothing about how the means vary
+    # one image does not tell how the means vary
     collapsed = len(mean) > 1 and not bool((variance > ACTIVE_UNIT_VARIANCE).any())
     shown = shrunk(pictures(vae, x), _SPRITE_SIDE)
     columns = min(_SPRITE_COLUMNS, max(1, _SPRITE_WIDTH // shown.shape[-1]))
@@ -268,7 +272,7 @@ def _with_images(
         "sprite_size": list(shown.shape[-2:]),
         "centre": _listed(mean.mean(0)),
         "spread": _listed(variance.sqrt()),
-        # as the plane: a posterior that says nothing is as wide as the prior
+        # as wide as the plane: an uninformative posterior is as wide as the prior
         "reach": [
             _listed(torch.minimum(mean.amin(0), mean.mean(0) - 2.2)),
             _listed(torch.maximum(mean.amax(0), mean.mean(0) + 2.2)),
@@ -278,7 +282,7 @@ def _with_images(
         kinds, index = labels.cpu().unique(return_inverse=True)
         page["classes"] = index.tolist()
         page["class_names"] = [_called(label, names) for label in kinds.tolist()]
-        page["labels"] = kinds.tolist()  # which a conditional model decodes a class with
+        page["labels"] = kinds.tolist()  # a conditional model decodes with them
         page["colours"] = [DIGIT_COLOURS[i % len(DIGIT_COLOURS)] for i in range(len(kinds))]
     if vae.latent_dim > 2 and len(x) > 2:
         page["components"] = _principal_components(mean)
@@ -294,8 +298,8 @@ def _posterior_and_terms(
 ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
     """Mean and logvar (N, latent_dim), and each image's elbo = reconstruction - kl (N,), in nats.
 
-    There is no logvar where q(z|x) is no Gaussian. The KL is in closed form where the prior is
-    N(0, 1) and q(z|x) a Gaussian; all else is a mean over `draws` of z.
+    Without a Gaussian q(z|x) there is no logvar. The KL is in closed form if the prior is N(0, 1)
+    and q(z|x) Gaussian; everything else is a mean over samples of z.
     """
     device = next(vae.parameters()).device
     generator = seeded_generator(device, 0)
@@ -316,7 +320,7 @@ def _posterior_and_terms(
 
 
 def _principal_components(means: Tensor) -> dict[str, Any]:
-    """Directions in which the posterior means vary most, and each one's share of the variance."""
+    """The directions in which posterior means vary most, and the share of variance of each."""
     variance, directions = torch.linalg.eigh(means.double().T.cov())
     variance, directions = variance.flip(0).clamp_min(0), directions.flip(1).T
     count = int((variance > ACTIVE_UNIT_VARIANCE).sum().clamp(2, _MOST_COMPONENTS))
@@ -329,7 +333,7 @@ def _principal_components(means: Tensor) -> dict[str, Any]:
 
 
 def _sprite(images: Tensor, columns: int) -> str:
-    """All images (n, [3,] H, W) as one PNG, row by row without a gap, in base64."""
+    """All images (n, [3,] H, W) as one PNG in base64, row by row without gaps."""
     rows = -(-len(images) // columns)
     blank = torch.zeros(rows * columns - len(images), *images.shape[1:])
     table = image_grid(torch.cat([images, blank]).reshape(-1, *images.shape[1:]), columns, gap=0)
@@ -343,7 +347,7 @@ def _listed(values: Tensor, digits: int = 4) -> list[float]:
 
 
 def _fill(page: dict[str, Any]) -> str:
-    """The template with the page's data in it; no text of a run can end the script or a tag."""
+    """The template with the page's data; no text of a run can end the script or a tag."""
     data = json.dumps(page, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     content = {"TITLE": html.escape(page["title"]), "DATA": data}
     template = resources.files("vae_torch").joinpath("explorer.html").read_text("utf-8")

@@ -12,6 +12,7 @@ The first two have the names that the Hugging Face Hub expects. Nothing in a rel
 """
 
 import json
+import math
 import secrets
 import shutil
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from vae_torch.config import Config, ConfigError
 from vae_torch.deploy import SUFFIXES, portable_files
 from vae_torch.release import CARD, SETTINGS, SUMS, WEIGHTS, safetensors_torch, sha256_of
 
-# The first so many test images, whose exact log p(x) can be checked in seconds.
+# Number of test images whose exact log p(x) a reader can check in seconds.
 FIRST = 500
 
 
@@ -45,7 +46,7 @@ def export_run(
         run_dir: The run's folder.
         out: The release's folder; made here, so it must be absent or empty.
         checkpoint: `last`, or `best`.
-        half: Store the weights as 16-bit floats; `load_run` makes 32-bit floats of them again.
+        half: Store the weights as 16-bit floats; `load_run` converts them back to 32-bit.
         formats: Add encoder and decoder as `onnx` or `torchscript`: see `vae_torch.deploy`.
         explorer: Add the page that `scripts/explore.py` has written in the run's folder.
         plugins: With formats: modules with parts of your own that the run has.
@@ -55,8 +56,8 @@ def export_run(
 
     Raises:
         CheckpointError: Not a run folder, no checkpoint in it, or a damaged one.
-        ConfigError: `out` is not empty, a weight is too large for 16 bits, a format cannot be had,
-            there is no page, or safetensors is absent.
+        ConfigError: `out` is not empty, a weight is too large for 16 bits, a format is not
+            available, there is no page, or safetensors is not installed.
         OSError: `out` cannot be written.
     """
     safetensors = safetensors_torch()
@@ -114,7 +115,7 @@ def export_run(
 
 
 def _without_folders(config: Config) -> dict[str, Any]:
-    """Settings that say nothing about the machine that the run was made on."""
+    """Settings without the folders of the machine that made the run."""
     values = config.to_dict()
     values["data"]["root"] = "data"
     values["train"]["resume"] = values["train"]["init_from"] = None
@@ -123,7 +124,7 @@ def _without_folders(config: Config) -> dict[str, Any]:
 
 
 def _card_of(run_dir: Path, checkpoint: Path) -> dict[str, Any] | None:
-    """The run's evaluation card, where it is of these very weights."""
+    """The run's evaluation card, if it is of these very weights."""
     try:
         card: dict[str, Any] = json.loads((run_dir / CARD).read_text("utf-8"))
         if card["checkpoint"]["sha256"] != sha256_of(checkpoint.read_bytes()):
@@ -138,7 +139,7 @@ def _card_of(run_dir: Path, checkpoint: Path) -> dict[str, Any] | None:
 
 
 def _test_loss(run_dir: Path) -> float | None:
-    """What the run's last epoch had; the objective of a run need not be the card's elbo."""
+    """The test loss of the run's last epoch; the objective need not be the card's elbo."""
     try:
         summary = json.loads((run_dir / "summary.json").read_text("utf-8"))
         return float(summary["final"]["test/loss"])
@@ -171,11 +172,16 @@ def _model_card(
     figures = "It has not been evaluated: `scripts/evaluate.py` measures it.\n"
     if card:
         rows = "".join(
-            f"| {name} | {entry['value']} | {entry.get('standard_error')} | {entry.get('unit')} |\n"
+            f"| `{name}` | {_figure(entry)} | {entry['num_images']:,} | "
+            + entry["definition"].replace("|", r"\|")
+            + " |\n"
             for name, entry in card.items()
             if isinstance(entry, dict) and isinstance(entry.get("value"), int | float)
         )
-        figures = f"| figure | value | standard error | unit |\n|---|---|---|---|\n{rows}"
+        figures = (
+            f"| figure | value | images | what it is |\n|---|---|---|---|\n{rows}\n"
+            "± is the standard error over images.\n"
+        )
     portable = ""
     for kind in formats:
         portable += (
@@ -212,6 +218,15 @@ vae, config = load_run({arguments})
 images = vae.sample(16{given})
 ```
 {portable}"""
+
+
+def _figure(entry: dict[str, Any]) -> str:
+    """`-149.85 ± 0.51 nats per image`, with two digits of the error."""
+    value, error = entry["value"], entry.get("standard_error")
+    if not error:
+        return f"{value} {entry['unit']}"
+    digits = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:.{digits}f} ± {error:.{digits}f} {entry['unit']}"
 
 
 def _json(values: dict[str, Any]) -> bytes:

@@ -1,4 +1,4 @@
-"""Files that are whole at every moment: written beside, then renamed over the old ones."""
+"""Atomic writes: a file is written beside the old one, then renamed over it."""
 
 import os
 import secrets
@@ -9,14 +9,14 @@ from pathlib import Path
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """A scratch file beside `path`, to be written and closed, which takes its place at the end.
+    """A scratch file beside `path`, to write and close; it replaces `path` at the end.
 
-    A reader sees the old content or the new, never a part. Several processes may write the same
-    file at once: each has a scratch file of its own, and the last to finish wins. After an error
-    the old file is still there and the scratch file is gone.
+    A reader sees the old content or the new one, never a part. Several processes may write the same
+    file at once: each has its own scratch file, and the last to finish wins. After an error the old
+    file is unchanged and the scratch file is removed.
 
     Raises:
-        OSError: The folder is gone or cannot be written, or the disk is full.
+        OSError: The folder is missing or cannot be written, or the disk is full.
     """
     scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
@@ -30,7 +30,7 @@ def replaced(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file in a folder that is there: see `replaced`."""
+    """Replace a file in an existing folder: see `replaced`."""
     with replaced(path) as scratch:
         scratch.write_bytes(content)
 

@@ -34,7 +34,7 @@ class HubRelease(ModelHubMixin, library_name="vae_torch", tags=["vae", "pytorch"
         force_download: bool,
         local_files_only: bool,
         token: str | bool | None,
-        **model_kwargs: Any,  # of the superclass's contract; a release has none
+        **model_kwargs: Any,  # part of the superclass's contract; unused here
     ) -> "HubRelease":
         del model_kwargs
         if Path(model_id).is_dir():

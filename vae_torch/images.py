@@ -1,6 +1,6 @@
-"""What travels through a model: a batch of images, and what an image may look like.
+"""Batches of images, and the checks on an image's shape and values.
 
-`as_images` decides about its shape, `check_pixels` about its values.
+`as_images` checks the shape, `check_pixels` the values.
 """
 
 import math
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# The pixels that a likelihood has a density for, unless it says otherwise in `pixels`.
+# The range of pixels that a likelihood has a density for, unless its `pixels` says otherwise.
 UNIT_INTERVAL = (0.0, 1.0)
 
 
@@ -21,11 +21,11 @@ class Batch(NamedTuple):
     y: Tensor | None = None  # (B,) int64
 
     def rows(self, chosen: Tensor | slice) -> "Batch":
-        """Some of them."""
+        """Some of its images."""
         return Batch(self.x[chosen], None if self.y is None else self.y[chosen])
 
     def split(self, size: int) -> "Iterator[Batch]":
-        """The same in smaller batches, of `size` images at most."""
+        """Smaller batches, of `size` images at most."""
         for first in range(0, len(self.x), size):
             yield self.rows(slice(first, first + size))
 
@@ -35,7 +35,7 @@ def as_images(x: Tensor, shape: Sequence[int]) -> Tensor:
 
     Args:
         x: Images, floats.
-        shape: Of one image.
+        shape: Shape of one image.
 
     Raises:
         ValueError: Another shape (see `check_shape`), or integer pixels.
@@ -46,10 +46,10 @@ def as_images(x: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def check_shape(x: Tensor, shape: Sequence[int]) -> None:
-    """Refuse what holds no images of this shape.
+    """Refuse a tensor that does not hold images of this shape.
 
-    The shapes must be equal once dimensions of size 1 are dropped, or one of them flat. Whatever
-    else has as many pixels is refused: its channels would become images, or rows of pixels.
+    The shapes must be equal once dimensions of size 1 are dropped, or one of them flat. Anything
+    else with as many pixels is refused: its channels or rows would be taken for images.
 
     Args:
         x: (B, *any).
@@ -68,14 +68,14 @@ def check_shape(x: Tensor, shape: Sequence[int]) -> None:
 
 
 def pair_images(x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Images beside what a decoder made for them: (B, pixels) and (..., B, pixels).
+    """Images and the decoder's output for them: (B, pixels) and (..., B, pixels).
 
     Args:
         x: (B, *shape).
         logits: (..., B, *shape), or either of them flat.
 
     Raises:
-        ValueError: Images of other shapes, or other numbers of them.
+        ValueError: Images of different shapes, or different numbers of them.
     """
     if logits.shape[logits.ndim - x.ndim :] == x.shape:
         return x.flatten(1), logits.flatten(logits.ndim - x.ndim + 1)
@@ -86,8 +86,8 @@ def pair_images(x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     ]
     if len(places) != 1:
         raise ValueError(
-            f"x has shape {tuple(x.shape)} and logits {tuple(logits.shape)}; both must hold as "
-            "many images, of one shape, (B, *shape) and (..., B, *shape)"
+            f"x has shape {tuple(x.shape)} and logits {tuple(logits.shape)}; both must hold the "
+            "same number of images of one shape, (B, *shape) and (..., B, *shape)"
         )
     return x.flatten(1), logits.flatten(places[0] + 1)
 
@@ -95,15 +95,15 @@ def pair_images(x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
 def check_pixels(x: Tensor, allowed: tuple[float, float] = UNIT_INTERVAL) -> None:
     """Refuse pixels that are NaN, infinite or out of range.
 
-    Where values cannot be read (torch.func, torch.compile, a CUDA graph, the meta device), nothing
-    is checked.
+    Nothing is checked where values cannot be read: in torch.func, torch.compile, a CUDA graph, or
+    on the meta device.
 
     Args:
         x: Pixels, floats.
         allowed: The lowest and the highest value that a pixel may have.
 
     Raises:
-        ValueError: Shows the shape and the range of x, or the type where x holds integers.
+        ValueError: Shows the shape and the range of x, or its type if it holds integers.
     """
     _check_floats(x)
     if x.numel() == 0 or not _can_be_read(x):
@@ -118,7 +118,7 @@ def check_pixels(x: Tensor, allowed: tuple[float, float] = UNIT_INTERVAL) -> Non
 
 
 def check_labels(y: Tensor, classes: int) -> None:
-    """Refuse labels that are no whole numbers from 0 to `classes` - 1.
+    """Refuse labels other than the whole numbers from 0 to `classes` - 1.
 
     Where values cannot be read, as in `check_pixels`, only their type is checked.
 
@@ -141,7 +141,7 @@ def _check_floats(x: Tensor) -> None:
 
 
 def _same_image(a: Sequence[int], b: Sequence[int]) -> bool:
-    """Whether two shapes are those of one image."""
+    """Whether two shapes describe the same image."""
     a, b = _without_ones(a), _without_ones(b)
     return a == b or (math.prod(a) == math.prod(b) and min(len(a), len(b)) < 2)
 

@@ -1,4 +1,4 @@
-"""The device of a run, and what of this machine decides how long a run takes, not what it gives."""
+"""The device of a run, and machine settings that decide its speed but not its results."""
 
 import os
 import shlex
@@ -23,7 +23,7 @@ def resolve_device(name: str) -> torch.device:
     """The torch device that `device=` names.
 
     Raises:
-        ConfigError: Another word, or a GPU is asked for and is not there.
+        ConfigError: An unknown name, or a GPU is asked for and not available.
     """
     check_device(name)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -39,13 +39,13 @@ def resolve_device(name: str) -> torch.device:
 
 
 def device_of_job(name: str, job: int) -> str:
-    """Which of this machine's GPUs the job of a sweep takes, where it names none: each in turn."""
+    """The GPU of a sweep's job, in rotation, unless the settings name one."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return f"cuda:{job % count}" if count > 1 and name in ("auto", "cuda") else name
 
 
 def device_name(device: torch.device) -> str:
-    """Device, its model where it has a name, and the threads that a CPU run used."""
+    """The device with its model, or the CPU with its number of threads."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     if device.type == "mps":
@@ -55,21 +55,21 @@ def device_name(device: torch.device) -> str:
 
 
 def tune_cpu(threads: int | None) -> None:
-    """Processor settings that change no figure, only how long it takes. Call before any tensor."""
-    # Adam's first moments decay into denormal numbers, which make a step twice as slow. Threads
-    # inherit the setting where they start, so it stands before the first parallel operation.
+    """Processor settings that change speed, not results. Call it before any tensor is made."""
+    # Adam's first moments decay into denormal numbers, which halve the speed. Threads inherit
+    # the setting when they start, so it comes before the first parallel operation.
     torch.set_flush_denormal(True)
     if threads:
         torch.set_num_threads(threads)
 
 
 def set_products(precision: str, device: torch.device) -> None:
-    """How exact fp32 matrix products and convolutions are, and which library computes them.
+    """Set precision and library of fp32 matrix multiplications and convolutions.
 
-    Process-wide. `medium` lets them be quicker: TF32 on CUDA; on a CPU with AVX-512 oneDNN takes
-    over from MKL, with bf16 inside where there are matrix units for it. Where there are none,
-    oneDNN is as exact as MKL and far quicker on AMD's processors, whose AVX-512 MKL does not use:
-    so there fp32 takes oneDNN too. On CUDA convolutions give the same bits every time.
+    Process-wide. `medium` is faster and less exact: TF32 on CUDA; on a CPU with AVX-512, oneDNN
+    instead of MKL, with bf16 inside where there are matrix units for it. Without such units oneDNN
+    is as exact as MKL and much faster on AMD processors, where MKL does not use AVX-512; fp32 uses
+    oneDNN there too. On CUDA, convolutions give the same bits every time.
     """
     torch.backends.cudnn.allow_tf32 = precision == "medium"  # torch's default is True
     torch.backends.cudnn.deterministic = True
@@ -79,7 +79,7 @@ def set_products(precision: str, device: torch.device) -> None:
 
 
 def _products_are_fp32() -> bool:
-    """Whether this one product is off by what fp32 rounds: 2e-6 of its scale. With bf16: 1e-1."""
+    """Whether a test multiplication is off by fp32 rounding, 2e-6 of its scale; bf16: 1e-1."""
     a = torch.arange(128.0 * 784).sin().view(128, 784)
     b = torch.arange(784.0 * 512).sin().view(784, 512)
     exact = a.double() @ b.double()
@@ -87,7 +87,7 @@ def _products_are_fp32() -> bool:
 
 
 def cpp_compiler() -> str:
-    """What torch.compile will build its CPU code with; a refusal where it does not run."""
+    """The compiler that torch.compile uses for CPU code; raises if it does not run."""
     name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     command = [*shlex.split(name), "--version"]
     try:
@@ -103,7 +103,7 @@ def cpp_compiler() -> str:
 
 
 def bf16_factor() -> float:
-    """How long a bf16 matrix product takes on this CPU, measured, in units of an fp32 one."""
+    """Time of a bf16 matrix multiplication on this CPU, measured in units of an fp32 one."""
 
     def seconds(dtype: torch.dtype) -> float:
         a, b = torch.ones(128, 784, dtype=dtype), torch.ones(784, 512, dtype=dtype)
@@ -118,18 +118,18 @@ def bf16_factor() -> float:
 
 
 def slow_bf16(factor: float) -> str:
-    """What to say where `bf16_factor` is above one."""
+    """The warning for a `bf16_factor` above one."""
     return (
-        f"precision=bf16: a matrix product takes {factor:.3g} times as long as with fp32 here; "
-        "this processor has no bf16 arithmetic, precision=fp32 is quicker"
+        f"precision=bf16: a matrix multiplication takes {factor:.3g} times as long as with fp32 "
+        "here, since this processor has no bf16 arithmetic; use precision=fp32"
     )
 
 
 class BusyCores:
-    """Notices when other jobs keep the cores busy: threads that wait for each other crawl then.
+    """Detects that other jobs keep the cores busy, which slows down threads that wait.
 
-    A thread that has a core to itself uses a processor second a second, also while it waits for
-    the others. Where `threads` threads get much less, they share their cores.
+    A thread with a core to itself uses one processor second per second, even while it waits for
+    other threads. If `threads` threads get much less, they share their cores.
     """
 
     def __init__(self, threads: int) -> None:
@@ -138,16 +138,16 @@ class BusyCores:
         self._was = time.process_time(), time.perf_counter()
 
     def hint(self) -> str | None:
-        """What to do about it, once; None while all was well since the last call."""
+        """Advice, once; None if nothing was wrong since the last call."""
         was, self._was = self._was, (time.process_time(), time.perf_counter())
         cpu, wall = (now - then for now, then in zip(self._was, was, strict=True))
         if self._said or not cores_are_shared(cpu, wall, self.threads):
             return None
         self._said = True
         return (
-            f"{self.threads} threads got {cpu / wall:.1f} processor seconds a second: other jobs "
-            "keep the cores busy, and a step waits for its slowest thread; threads=1 is several "
-            "times faster beside them"
+            f"{self.threads} threads got {cpu / wall:.1f} processor seconds per second: other jobs "
+            "keep the cores busy, and a step waits for its slowest thread; use threads=1, which is "
+            "several times faster then"
         )
 
 

@@ -1,6 +1,6 @@
 """Exact log p(x) by numerical integration over one or two latents. Nats per image.
 
-The truth that importance sampling is checked against: `exact_log_px`.
+`exact_log_px` gives the true value that importance sampling is checked against.
 """
 
 import math
@@ -18,16 +18,16 @@ from vae_torch.parts.posteriors import gaussian_near
 from vae_torch.seeds import Stream, seeded_generator
 from vae_torch.vae import VAE, in_eval_mode
 
-# Nats below an image's log p(x): a square that cannot hold more is left as it is.
+# Nats below an image's log p(x): a square that cannot hold more is not refined.
 _NEGLIGIBLE = 20.0
-# Nats. A square is not resolved while quartering it changes its own integral by more than the
-# first; while log p(x, z) at a place that the encoder or the prior names is higher by more than the
-# second than at all of the square's points; or while it varies by more than the third over it.
+# Nats. A square must be refined while quartering it changes its own integral by more than the
+# first; while log p(x, z) at a place that the encoder or the prior names exceeds its value at all
+# points of the square by more than the second; or while it varies by more than the third.
 _CHANGE, _ABOVE, _RANGE = 0.5, 1.0, 16.0
-# Of the first squares, no more than this many lie between 0 and the edge, however far it is.
+# At most this many of the first squares lie between 0 and the edge.
 _TO_THE_EDGE = 16
-# Squares of one size: so many and so many more an image, and pairs of a square with an image, which
-# take 36 bytes each.
+# Limits on squares of one size: a number, a number per image, and pairs of a square and an image,
+# which take 36 bytes each.
 _SQUARES, _SQUARES_PER_IMAGE, _PAIRS = 2**15, 64, 2**26
 
 
@@ -39,7 +39,7 @@ class Quadrature(NamedTuple):
     """log p(x) by numerical integration over the latent space."""
 
     log_px: Tensor  # (N,) nats
-    residual: float  # nats: bound on the mean error over images, by what the last refinements moved
+    residual: float  # nats: bound on the mean error, from what the last refinements changed
     side: float  # of the smallest squares
     half_width: float  # the squares cover ± this in each dimension
     squares: int  # of all sizes that were integrated over
@@ -52,22 +52,22 @@ def exact_log_px(
 ) -> Quadrature:
     r"""Log p(x) = log ∫ p(x|z) p(z) dz over a latent space of one or two dimensions.
 
-    The plane is cut into squares, which cover all posteriors and all components of the prior and
-    are widened by a quarter until that moves no mean. Each has 8 x 8 Gauss-Legendre points, and a
-    log-likelihood that is affine in x turns many images at all of these points into one matrix
-    product. A square is quartered for the images to whose log p(x) that makes a difference, and
-    for those of which it may hide a peak: where p(x, z) still changes much from point to point, or
-    is higher at the encoder's mean or at a component of the prior than at any of the points. So
-    ever smaller squares see ever fewer images.
+    The plane is cut into squares that cover all posteriors and all components of the prior. The
+    area is widened by a quarter until no mean changes. Each square has 8 x 8 Gauss-Legendre points.
+    With a log-likelihood that is affine in x, one matrix multiplication evaluates many images at
+    all of them. A square is quartered for two kinds of images: those whose log p(x) it changes, and
+    those for which it may hide a peak, because p(x, z) varies strongly between its points, or is
+    higher at the encoder's mean or at a component of the prior than at any of them. So smaller
+    squares are evaluated for fewer images.
 
-    What the encoder says decides neither the result nor the work: its means are places to look
-    at, and its deviations are not used. An integral that needs too many squares is refused.
+    The encoder decides neither the result nor the work: its means are places to look at, and its
+    deviations are not used. An integral that needs too many squares is refused.
 
     Args:
         vae: A model with latent_dim 1 or 2.
         x: (N, *shape) in [0, 1].
         tolerance: Nats. A square is small enough for an image once quartering it moves log p(x) by
-            less than half of this; what all of these together moved it by is the residual.
+            less than half of this. The sum of these last changes is the residual.
         progress: Show a bar on a terminal.
 
     Raises:
@@ -119,8 +119,8 @@ def _integrate(vae: VAE, x: Tensor, tolerance: float, bar: Any) -> Quadrature:
         )
     width_residual, half_width = moved, n * side
 
-    settled = nothing.clone()  # log of what needs no smaller squares
-    gains = torch.zeros_like(settled)  # share of p(x) by which the last quartering of it moved it
+    settled = nothing.clone()  # log of the part that needs no smaller squares
+    gains = torch.zeros_like(settled)  # share of p(x) by which the last quartering changed it
     for _ in range(levels):
         side /= 2
         total = _sum_of(quartered, settled)
@@ -130,7 +130,7 @@ def _integrate(vae: VAE, x: Tensor, tolerance: float, bar: Any) -> Quadrature:
             gain = (torch.exp(found - now) - torch.exp(parent - now)).abs()
             floor = (now - _NEGLIGIBLE).unsqueeze(1)
             named = places.highest_within(centers, side, images)  # (images, children)
-            # between two of the 8 points log p(x, z) rises by no more than it does elsewhere
+            # between two of the 8 points log p(x, z) rises no more than elsewhere
             ranges = (tops - lows).nan_to_num()
             small = torch.maximum(tops + ranges / 8, named) + area < floor
             fine = (gain < tolerance / 2) & ~((found - parent).abs() > _CHANGE)
@@ -166,21 +166,21 @@ def _refuse_too_many(squares: int, pairs: int, images: int, side: float) -> None
 
 
 class _Cell(NamedTuple):
-    """A square of the plane (or an interval of the line), and those who care."""
+    """A square of the plane, or an interval of the line, and its images."""
 
     center: Tensor  # (dims,)
     images: Tensor  # (M,) their numbers
-    value: Tensor  # (M,) log of each one's integral over it
+    value: Tensor  # (M,) log of the integral over it, for each image
 
 
 class _Quartered(NamedTuple):
-    """A cell and its `children`, the 2^dims that it was cut in."""
+    """A cell and the `children`, 2^dims of them, that it was cut into."""
 
     centers: Tensor  # (children, dims)
     images: Tensor  # (M,)
-    parent: Tensor  # (M,) what the whole cell was thought to be worth
+    parent: Tensor  # (M,) log of the integral over the whole cell
     values: Tensor  # (M, children) log of the integrals
-    tops: Tensor  # (M, children) log of the highest p(x, z) seen
+    tops: Tensor  # (M, children) log of the highest p(x, z) found
     lows: Tensor  # (M, children) and of the lowest
 
 
@@ -210,7 +210,7 @@ def _quarter(vae: VAE, x: Tensor, cells: list[_Cell], side: float) -> list[_Quar
 
 
 def _sum_of(quartered: list[_Quartered], settled: Tensor) -> Tensor:
-    """Log p(x) of every image as far as it is known: (N,)."""
+    """Log p(x) of every image, from what is integrated so far: (N,)."""
     total = settled.clone()
     for cell in quartered:
         total[cell.images] = torch.logaddexp(total[cell.images], cell.values.logsumexp(1))
@@ -249,10 +249,10 @@ class _Places:
         out = vae.decode(self.shared)
         shared = [pairwise(vae.likelihood, part, out) for part, _ in some]
         self.at_shared = torch.cat(shared) + vae.log_prior(self.shared)  # (N, places)
-        # a mean where p(x, z) is lower than at 0 does not say where the mass is
+        # a mean where p(x, z) is lower than at 0 does not tell where the mass is
         good = self.means[self.at_means > self.at_shared[:, 0]].abs().flatten()
         edges = torch.cat([good, (self.shared.abs() + 6 * spreads).flatten()])
-        self.reach = float(edges.max())  # how far from 0 they come
+        self.reach = float(edges.max())  # their largest distance from 0
 
     def highest_within(self, centers: Tensor, side: float, images: Tensor) -> Tensor:
         """Highest log p(x, z) of places in cells: (C, dims) and (M,) -> (M, C), or -inf."""
@@ -271,7 +271,7 @@ def _inside(z: Tensor, centers: Tensor, side: float) -> Tensor:
 
 
 def check_few_latents(vae: VAE) -> None:
-    """Refuse a model whose latents are too many to integrate over.
+    """Refuse a model with too many latents to integrate over.
 
     Raises:
         ValueError: latent_dim is above 2.

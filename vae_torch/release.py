@@ -99,7 +99,7 @@ def safetensors_torch() -> Any:
 
 def _read(path: Path) -> bytes:
     if path.exists() and not path.is_file():  # reading a pipe or a device might never end
-        raise CheckpointError(f"{path}: no file")
+        raise CheckpointError(f"{path}: not a file")
     try:
         return path.read_bytes()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Samples that people ask for: warmer or cooler ones, and drawn pixels as well as expected ones."""
+"""Samples from a model: at a temperature, with expected or with sampled pixels."""
 
 import inspect
 from typing import Literal
@@ -21,24 +21,24 @@ def draw_samples(
     pixels: Literal["mean", "draw"] = "mean",
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Images from the model.
+    """Sample images from the model.
 
     Args:
         vae: The model.
         n: How many.
-        y: Of a conditional model: a class, or (n,) of one for each image.
-        temperature: Standard deviations of the prior times this: of its mixture's components, of a
-            flow's noise, of both layers.
-            Below 1 come fewer odd images and less variety; 0 decodes the centres.
+        y: For a conditional model: one class, or (n,): a class for each image.
+        temperature: Factor on the prior's standard deviations: of a mixture's components, of a
+            flow's noise, of both layers. Below 1 gives fewer odd images and less variety; 0 decodes
+            the centres.
         pixels: `mean` for expected pixels given z, `draw` for samples of p(x|z).
-        seed: The same images for the same seed.
+        seed: The same seed gives the same images.
 
     Returns:
         Images (n, *input_shape) in [0, 1], and their latents (n, latent_dim).
 
     Raises:
         ValueError: n is below 1, or the temperature is negative; labels as in `VAE.encode`.
-        ConfigError: The prior has no temperature, or the likelihood no way to draw pixels.
+        ConfigError: The prior has no temperature, or the likelihood cannot sample pixels.
     """
     if n < 1 or not 0 <= temperature < float("inf"):
         raise ValueError(f"n is {n}, temperature {temperature}; they must be 1 or more, 0 or more")
@@ -67,10 +67,10 @@ def _latents(vae: VAE, n: int, temperature: float, generator: torch.Generator) -
 
 @torch.no_grad()
 def draw_pixels(vae: VAE, params: Tensor, generator: torch.Generator) -> Tensor:
-    """A draw from p(x|z) for each decoder output: (n, *shape) -> (n, *shape) in [0, 1].
+    """A sample of p(x|z) for each decoder output: (n, *shape) -> (n, *shape) in [0, 1].
 
     Raises:
-        ConfigError: Nobody has said how for this likelihood; one of your own has a
+        ConfigError: This likelihood cannot sample. One of your own can with a
             `sample(params, generator)`.
     """
     likelihood = vae.likelihood
@@ -87,6 +87,6 @@ def draw_pixels(vae: VAE, params: Tensor, generator: torch.Generator) -> Tensor:
         drawn = params + torch.exp(0.5 * likelihood.logvar) * normal.to(params)
         return drawn.clamp(0, 1)
     raise ConfigError(
-        "pixels=draw with a likelihood that cannot draw; give it a sample(params, generator), or "
+        "pixels=draw with a likelihood that cannot sample; give it a sample(params, generator), or "
         "use pixels=mean"
     )

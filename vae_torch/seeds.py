@@ -7,7 +7,7 @@ import torch
 
 
 class Stream(IntEnum):
-    """Tells the streams of noise of one seed apart; a change of a value changes every run's bits.
+    """The streams of noise of one seed. A change of a value changes every run's bits.
 
     The order of an epoch's images is seeded by (seed, epoch) alone.
     """
@@ -19,21 +19,21 @@ class Stream(IntEnum):
     FIT = 5  # fitted posteriors: (seed, FIT), and (seed, FIT, 1) for their ELBO
     AGGREGATE = 6  # the aggregate posterior: (seed, AGGREGATE)
     CHOICE = 7  # the images whose posteriors are fitted: (seed, CHOICE)
-    ANNEAL = 8  # annealed chains: (seed, first image, ANNEAL), and (seed, ANNEAL, 1) both ways
+    ANNEAL = 8  # AIS chains: (seed, first image, ANNEAL); (seed, ANNEAL, 1) from both ends
     PROPOSAL = 9  # fitted proposals: (seed, first image, PROPOSAL)
-    SIMULATED = 10  # images drawn from the model, and the images they are compared with
-    AUGMENT = 16  # how training images are moved: (seed, epoch, AUGMENT, step)
+    SIMULATED = 10  # images sampled from the model, and the images they are compared with
+    AUGMENT = 16  # data augmentation: (seed, epoch, AUGMENT, step)
 
 
-# Static binarisation is the same in every run and on every machine, whatever the run's seed: it is
-# seeded by (BINARIZE_SEED, STATIC_TRAIN) and (BINARIZE_SEED, STATIC_TEST). So is the choice of the
-# images that are held out: (BINARIZE_SEED, HOLD_OUT).
+# Static binarisation does not depend on the run's seed or the machine. Its seeds are
+# (BINARIZE_SEED, STATIC_TRAIN) and (BINARIZE_SEED, STATIC_TEST). (BINARIZE_SEED, HOLD_OUT) chooses
+# the held-out images.
 BINARIZE_SEED = 2016
 STATIC_TRAIN, STATIC_TEST, HOLD_OUT = 0, 1, 2
 
 
 def mix_seed(*parts: int) -> int:
-    """One 32-bit seed of several small numbers, such that neighbours have nothing in common."""
+    """One 32-bit seed from several small numbers; seeds of neighbouring numbers are unrelated."""
     words = ",".join(str(part) for part in parts).encode()
     return int.from_bytes(hashlib.sha256(words).digest()[:4], "little")
 

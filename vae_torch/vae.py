@@ -23,7 +23,7 @@ from vae_torch.parts.priors import priors
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Within, the module is in eval mode; then each part of it is in the mode that it was in."""
+    """Set eval mode inside the block, then restore the mode of every submodule."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -40,7 +40,7 @@ R = TypeVar("R")
 def in_eval_mode(
     function: Callable[Concatenate["VAE", P], R],
 ) -> Callable[Concatenate["VAE", P], R]:
-    """A function of a model that looks at it in eval mode, and leaves it in the mode it was in."""
+    """Run a function of a model in eval mode, then restore the model's mode."""
 
     @wraps(function)
     def wrapped(vae: "VAE", /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -51,16 +51,16 @@ def in_eval_mode(
 
 
 class VAEOutput(NamedTuple):
-    """What one forward pass knows."""
+    """The results of one forward pass."""
 
     logits: Tensor  # (B, *input_shape), or (B, *input_shape, outputs)
     mean: Tensor  # (B, latent_dim)
-    logvar: Tensor | None  # (B, latent_dim); None where q(z|x) is no Gaussian
+    logvar: Tensor | None  # (B, latent_dim); None where q(z|x) is not Gaussian
     z: Tensor  # (B, latent_dim)
 
 
 class Encoder(nn.Module):
-    """The notebook's encoder alone: features of a network, then a Gaussian's two heads.
+    """The notebook's encoder: network features, then two heads for a Gaussian's mean and logvar.
 
     Args:
         input_shape: Shape of one image.
@@ -96,7 +96,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The notebook's decoder alone: one output per pixel, before any sigmoid; see `Encoder`."""
+    """The notebook's decoder: one output per pixel, before the sigmoid. See `Encoder`."""
 
     def __init__(
         self,
@@ -119,20 +119,20 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """A variational autoencoder; its first three arguments are the Keras notebook's.
+    """A variational autoencoder. Its first three arguments are those of the Keras notebook.
 
-    Kernels start Glorot-uniform and biases at zero, as in Keras; modules that are passed in keep
-    the weights that they have.
+    Kernels start Glorot-uniform and biases at zero, as in Keras. Modules that are passed in keep
+    their own weights.
 
-    With `classes` the model is conditional, p(x|y) = ∫ p(x|z, y) p(z) dz: encoder and decoder see
-    each image's label y as a one-hot vector beside what they see else. Kingma et al.,
-    *Semi-supervised Learning with Deep Generative Models* (2014), section 2 (M2, y observed);
-    Sohn, Lee and Yan, *Learning Structured Output Representation* (2015). Then `encode`, `decode`,
-    `sample`, ... need a y, and `given(y)` is the same model with y set, which takes none.
+    With `classes` the model is conditional, p(x|y) = ∫ p(x|z, y) p(z) dz: encoder and decoder also
+    see each image's label y as a one-hot vector. Kingma et al., *Semi-supervised Learning with
+    Deep Generative Models* (2014), section 2 (M2, y observed); Sohn, Lee and Yan, *Learning
+    Structured Output Representation* (2015). `encode`, `decode`, `sample` and the others then need
+    a y; `given(y)` returns the same model with y fixed.
 
     Args:
         input_shape: Shape of one image: (784,), (1, 28, 28), or (3, 32, 32): channels, height and
-            width. A flat image is taken for a square and grey one by networks that need its sides.
+            width. Networks that need height and width take a flat image as square and grey.
         latent_dim: Dimensions of z.
         intermediate_dim: Units of a hidden layer.
         architecture: `mlp`, `residual`, `conv`, or a network of your own: see `parts.networks`.
@@ -144,22 +144,21 @@ class VAE(nn.Module):
         prior: `standard`, `mixture`, `vamp`, `flow`, one of your own, or a module: see
             `parts.priors`.
         prior_components: Components of the mixture or VampPrior.
-        classes: How many classes the labels of a conditional model have; None for a model that sees
-            no labels.
+        classes: Number of classes of a conditional model; None for a model without labels.
         encoder: A module instead of the architecture's: (B, *shape) -> (B, features). With classes
-            it gets as many channels more, or numbers where images are flat.
-        decoder: The same: (B, latent_dim) -> (B, *shape), or as many numbers more as the likelihood
-            has outputs for a pixel. With classes it gets (B, latent_dim + classes).
+            its input has one more channel per class, or one more number where images are flat.
+        decoder: Likewise: (B, latent_dim) -> (B, *shape), or as many numbers per pixel as the
+            likelihood needs. With classes its input is (B, latent_dim + classes).
         model_options: Options of an architecture of your own.
         posterior_options: Options of the posterior.
         likelihood_options: Options of the likelihood.
         prior_options: Options of the prior.
 
     Raises:
-        ValueError: A size below 1, a name that is none of the above, an option that a part has not,
-            modules that do not fit the shape, or classes with a prior that encodes images.
+        ValueError: A size below 1, an unknown name, an option that the part does not have, modules
+            that do not fit the shape, or classes with a prior that encodes images.
 
-    Example:
+    Examples:
         >>> vae = VAE(latent_dim=2)
         >>> vae(torch.rand(8, 784)).logits.shape
         torch.Size([8, 784])
@@ -187,7 +186,7 @@ class VAE(nn.Module):
         prior_options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        # what `save_run` writes, so that `load_run` can make the model again; None for a module
+        # `save_run` writes this so that `load_run` can rebuild the model; None marks a module
         self.made_of: dict[str, Any] = {
             "architecture": architecture,
             "depth": depth,
@@ -208,7 +207,7 @@ class VAE(nn.Module):
         self.intermediate_dim = intermediate_dim
         self.classes = classes
         self.y: Tensor | None = None  # see `given`
-        # modules whose methods their contracts name, which nn.Module does not know
+        # `Any`: the parts have methods that nn.Module does not declare
         self.encoder: Any
         self.posterior: Any
         self.decoder: Any
@@ -230,7 +229,7 @@ class VAE(nn.Module):
         if isinstance(likelihood, str):
             likelihood = likelihoods.build(likelihood, likelihood_options or {})
         self.outputs: int = getattr(likelihood, "outputs", 1)
-        # each part in the order in which its weights are drawn
+        # this order of the parts decides the bits of the initial weights
         self._shape = _shape_for(network, self.input_shape)
         if encoder:
             self._shape = image_shape(self.input_shape)
@@ -256,8 +255,8 @@ class VAE(nn.Module):
         if see := getattr(self.prior, "see", None):
             if classes:
                 raise ConfigError(
-                    "model.conditional=true with a prior that encodes images of its own, as "
-                    "prior=vamp does: these have no labels; use prior=mixture or prior=flow"
+                    "model.conditional=true does not go with a prior that encodes its own images, "
+                    "such as prior=vamp: those have no labels; use prior=mixture or prior=flow"
                 )
             see(self)
         self._start_as_keras(network, own=(encoder is not None, decoder is not None))
@@ -267,10 +266,10 @@ class VAE(nn.Module):
     def from_config(
         cls, config: Config, input_shape: Sequence[int] = (784,), classes: int | None = None
     ) -> "VAE":
-        """The model that a run's config describes, with fresh weights.
+        """Build the model that a run's config describes, with fresh weights.
 
         Raises:
-            ConfigError: `model.conditional=true` and nobody says how many classes there are.
+            ConfigError: `model.conditional=true` without a number of classes.
         """
         if config.model.conditional and classes is None:
             raise ConfigError("model.conditional=true: the number of classes is missing")
@@ -294,7 +293,7 @@ class VAE(nn.Module):
 
     @classmethod
     def from_keras_weights(cls, weights: Sequence[Any]) -> "VAE":
-        """The notebook's trained model in torch.
+        """Build the notebook's model from trained Keras weights.
 
         Args:
             weights: The ten arrays of `encoder.get_weights() + decoder.get_weights()`: kernel (in,
@@ -302,7 +301,7 @@ class VAE(nn.Module):
                 hidden layer and its output layer.
 
         Raises:
-            ValueError: Not ten arrays, or shapes that do not chain.
+            ValueError: Not ten arrays, or shapes that do not fit together.
         """
         arrays = [torch.tensor(w, dtype=torch.float32) for w in weights]
         if len(arrays) != 10:
@@ -330,38 +329,38 @@ class VAE(nn.Module):
         """Start an untrained decoder at the mean image; for Bernoulli pixels.
 
         The output bias becomes that image's logit, as in the code of Burda et al. (2016). Otherwise
-        the first steps go into the mean image, and latents that help little with it are shut.
+        the first steps go into the mean image, and latents that help little with it collapse.
 
         Args:
-            mean_image: Of the training images: as many values in [0, 1] as an image has pixels.
+            mean_image: Mean of the training images: one value in [0, 1] per pixel.
 
         Raises:
-            ValueError: Another number of pixels, values outside [0, 1], or a decoder that ends in
-                no linear layer.
+            ValueError: Another number of pixels, values outside [0, 1], or a decoder that does not
+                end in a linear layer.
         """
         if not isinstance(self.decoder.out, nn.Linear):
             raise ValueError("the decoder has no bias per pixel; use architecture mlp or residual")
         pixels = self.decoder.out.bias.numel()
         if mean_image.numel() != pixels:
-            raise ValueError(f"mean_image has {mean_image.numel()} pixels, an image {pixels}")
+            raise ValueError(f"mean_image has {mean_image.numel()} pixels, not {pixels}")
         check_pixels(mean_image)
         logits = torch.logit(mean_image.clamp(0.001, 0.999))
         self.decoder.out.bias.copy_(logits.flatten())
 
     def given(self, y: Tensor | int) -> "VAE":
-        """The model of images with these labels, p(x|y), which needs no y any more.
+        """Fix the labels: the model p(x|y), which no longer needs a y.
 
-        It has the parts and weights of this one. `exact_log_px(vae.given(7), sevens)` and every
-        other function of a model take it for one that knows of no labels.
+        It shares its parts and weights with this model. `exact_log_px(vae.given(7), sevens)` and
+        every other function treat it as a model without labels.
 
         Args:
-            y: A class, or (B,) of one for each of the B images that it will see.
+            y: One class, or (B,): a class for each of the B images.
 
         Raises:
-            ValueError: The model sees no labels, or these are no classes of it.
+            ValueError: The model has no labels, or y is not one of its classes.
         """
         if self.classes is None:
-            raise ValueError("y is given and the model sees no labels; make it with classes=N")
+            raise ValueError("y is given, but the model has no labels; make it with classes=N")
         y = torch.as_tensor(y, device=next(self.parameters()).device)
         if y.ndim > 1:
             raise ValueError(f"y has shape {tuple(y.shape)}; it must be one class, or (B,)")
@@ -372,7 +371,7 @@ class VAE(nn.Module):
         return same
 
     def of(self, batch: Batch) -> "VAE":
-        """The model for these images: given their labels where it sees labels, else as it is."""
+        """The model for these images: with their labels fixed if it is conditional."""
         if self.classes is None or self.y is not None or batch.y is None:
             return self
         return self.given(batch.y)
@@ -381,7 +380,7 @@ class VAE(nn.Module):
         """One-hot labels (*count, classes) in the type of `like`."""
         if self.y is None:
             raise ValueError(
-                f"the model sees labels, and there are none: give y, a class from 0 to "
+                f"the model is conditional and needs labels: give y, a class from 0 to "
                 f"{(self.classes or 0) - 1}, or a label for each image; a loader gives (x, y)"
             )
         if self.y.ndim and len(self.y) not in (1, *count[-1:]):
@@ -397,16 +396,16 @@ class VAE(nn.Module):
 
         Args:
             x: (B, *input_shape) or (B, pixels) in [0, 1]; (B, *any) with as many pixels where
-                `input_shape` is flat. Every training step comes through here, so the values are not
-                looked at: see `check`.
-            y: Of a conditional model: a class, or (B,) of one for each image.
+                `input_shape` is flat. Pixel values are not checked, because every training step
+                calls this: see `check`.
+            y: For a conditional model: one class, or (B,): a class for each image.
 
         Returns:
             A `Posterior`; for a Gaussian a pair of mean and logvar, (B, latent_dim) each.
 
         Raises:
-            ValueError: Another shape, or integer pixels; labels that are absent, no classes of the
-                model, or given to one that sees none.
+            ValueError: Another shape, or integer pixels; labels that are missing, out of range, or
+                given to a model without labels.
         """
         if y is not None:
             return self.given(y).encode(x)
@@ -419,7 +418,7 @@ class VAE(nn.Module):
         return self.posterior(self.encoder(x))
 
     def check(self, x: Tensor) -> Tensor:
-        """Images from outside in this model's shape and type, after a look at their values.
+        """Check images from outside and return them in this model's shape and type.
 
         Args:
             x: (B, *input_shape) or (B, pixels); (B, *any) with as many pixels where `input_shape`
@@ -465,7 +464,7 @@ class VAE(nn.Module):
         eps: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> VAEOutput:
-        """Encode, draw z, decode. `eps` or `generator` fix the draw; see `reparameterize`."""
+        """Encode, sample z, decode. `eps` or `generator` fix the sample: see `reparameterize`."""
         if y is not None:
             return self.given(y).forward(x, eps=eps, generator=generator)
         q = self.encode(x)
@@ -500,7 +499,7 @@ class VAE(nn.Module):
         if y is not None:
             return self.given(y).reconstruct(x)
         x = self.check(x)
-        check_pixels(x)  # a Gaussian's too: what it draws is held inside [0, 1]
+        check_pixels(x)  # for a Gaussian too, whose mean is clamped to [0, 1]
         return self.likelihood.mean(self.decode(self.encode(x).mean))  # type: ignore[no-any-return]
 
     @in_eval_mode
@@ -512,12 +511,12 @@ class VAE(nn.Module):
         y: Tensor | int | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Expected pixels of n draws from the prior: (n, *input_shape) in [0, 1].
+        """Expected pixels of n samples from the prior: (n, *input_shape) in [0, 1].
 
         Args:
             n: How many.
-            y: Of a conditional model: a class, or (n,) of one for each image.
-            generator: Where the draws come from.
+            y: For a conditional model: one class, or (n,): a class for each image.
+            generator: Source of the random numbers.
 
         Raises:
             ValueError: n is below 1; labels as in `encode`.
@@ -531,7 +530,7 @@ class VAE(nn.Module):
         return self.likelihood.mean(self.decode(z.to(weight)))  # type: ignore[no-any-return]
 
     def _start_as_keras(self, network: Network, *, own: tuple[bool, bool]) -> None:
-        """Draw the weights of those parts that start as in Keras, in one order."""
+        """Initialise, in a fixed order, the parts that start as in Keras."""
         parts = [self.encoder, self.posterior, self.decoder]
         theirs = getattr(network, "glorot", False)
         start = (
@@ -544,10 +543,10 @@ class VAE(nn.Module):
                 part.apply(_keras_init)
 
     def _check_decoder(self) -> None:
-        """Whether it gives as many numbers as the likelihood needs: on one latent, in eval mode.
+        """Check, on one latent in eval mode, that it gives the numbers that the likelihood needs.
 
-        Not asked of a model without memory, into which `load_run` puts weights: a pass of torch's
-        meta device imports its compiler, which takes seconds.
+        Skipped on the meta device, where `load_run` builds models: a pass there imports torch's
+        compiler, which takes seconds.
         """
         if next(self.decoder.parameters(), torch.zeros(())).is_meta:
             return
@@ -572,15 +571,15 @@ def _network(
 
 
 def _shape_for(network: Network, shape: Sequence[int]) -> tuple[int, ...]:
-    """What a network is told of the shape of an image."""
+    """The shape of an image as the network expects it."""
     return (math.prod(shape),) if getattr(network, "flat", False) else image_shape(shape)
 
 
 def _features(encoder: nn.Module, shape: Sequence[int]) -> int:
-    """How many features an encoder gives: known of the built-in ones, else seen in one pass.
+    """The number of an encoder's features: known for built-in ones, else found in one pass.
 
     Raises:
-        ValueError: It takes no images of this shape, or gives no (B, features).
+        ValueError: It does not take images of this shape, or does not return (B, features).
     """
     if isinstance(encoder, Features):
         return encoder.features
@@ -594,7 +593,7 @@ def _features(encoder: nn.Module, shape: Sequence[int]) -> int:
 
 @torch.no_grad()
 def _one(module: nn.Module, shape: Sequence[int], name: str) -> Tensor:
-    """What a module makes of one input of zeros; it stays in the mode that it is in."""
+    """A module's output for one input of zeros; its mode does not change."""
     like = next(module.parameters(), torch.zeros(()))
     try:
         with evaluating(module):

@@ -1,14 +1,14 @@
-"""Work in a process of its own, so that what kills it kills nothing else.
+"""Runs work in a process of its own, so that a kill there stops nothing else.
 
 A sweep with where=cores has four kinds of processes:
 
     train.py -> joblib's workers -> a server each, which has imported torch -> a child for each run
 
-A worker watches train.py, a child its worker: where the one is gone, the run ends by SIGTERM, after
-a checkpoint. Windows does not tell a worker that train.py is gone: there the runs are finished.
+A worker watches train.py, and a child watches its worker: if that ends, the run stops by SIGTERM
+after a checkpoint. On Windows a worker is not told that train.py has ended; there the runs finish.
 
-Where fork is absent, or unsafe once a system library runs threads (macOS), there is no server: each
-child starts a Python of its own.
+Without a safe fork (on Windows; on macOS, where a system library runs threads) there is no server:
+each child starts its own Python.
 """
 
 import multiprocessing
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-# Imported once in the server that forks the children, not in each of them.
+# Imported once, in the server that forks the children.
 _PRELOAD = [
     "vae_torch.cli.job",
     "vae_torch.runs.run",
@@ -31,16 +31,16 @@ _PRELOAD = [
 
 
 class KilledError(Exception):
-    """The process that did the work was killed: says by which signal."""
+    """The process that did the work was killed; the message names the signal."""
 
 
 def in_a_child(work: Callable[..., float], *arguments: Any) -> float:
-    """What `work` returns in a child process; KilledError where that was killed.
+    """Run `work` in a child process and return its result; KilledError if the child was killed.
 
-    Work and arguments can be pickled. The child ends, after a checkpoint, when this process or the
-    one that started it is gone.
+    Work and arguments must be picklable. The child ends, after a checkpoint, when this process or
+    the one that started it ends.
     """
-    # joblib's own is unknown to a child
+    # a child does not know joblib's own
     multiprocessing.set_start_method(start_method(), force=True)
     context = multiprocessing.get_context()
     context.set_forkserver_preload(_PRELOAD)
@@ -48,13 +48,13 @@ def in_a_child(work: Callable[..., float], *arguments: Any) -> float:
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_answer, args=(sender, work, arguments))
     child.start()
-    # Ctrl-C reaches the child too, which ends after a step: this process waits for it
+    # Ctrl-C reaches the child too, which ends after its step: this process waits for it
     in_main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main else None
     sender.close()
     answer = None
     while not wait([receiver, child.sentinel], 0.5):
-        if os.getppid() != sweep:  # of a sweep that was killed, no run goes on unseen
+        if os.getppid() != sweep:  # no run continues unseen after its sweep was killed
             child.terminate()
             break
     if receiver.poll():
@@ -66,8 +66,8 @@ def in_a_child(work: Callable[..., float], *arguments: Any) -> float:
     if before is not None:
         signal.signal(signal.SIGINT, before)
     if os.getppid() != sweep:
-        os._exit(1)  # nobody is left to give this worker work
-    status = child.exitcode or 0  # known, after `join`
+        os._exit(1)  # nobody is left to give this worker a job
+    status = child.exitcode or 0  # known after `join`
     if status < 0:
         raise KilledError(f"killed by {signal.Signals(-status).name}")
     if status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
@@ -78,20 +78,20 @@ def in_a_child(work: Callable[..., float], *arguments: Any) -> float:
 
 
 def start_method() -> str:
-    """How a child is started here: `forkserver`, or `spawn`."""
+    """How children start on this system: `forkserver` or `spawn`."""
     can_fork = hasattr(os, "fork") and sys.platform != "darwin"
     return "forkserver" if can_fork else "spawn"
 
 
 def _answer(sender: Connection, work: Callable[..., float], arguments: tuple[Any, ...]) -> None:
-    """The child's life."""
+    """The body of the child process."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     sender.send(work(*arguments))
     sender.close()
 
 
 def _end_with_parent() -> None:
-    """Send this process SIGTERM when its parent is gone."""
+    """Send this process SIGTERM when its parent ends."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -1,4 +1,4 @@
-"""Two evaluated runs, image by image: paired differences, their errors, and a picture.
+"""Two evaluated runs, image by image: paired differences with errors, and a plot.
 
 python scripts/compare.py run=A run=B [metric=log_px] [out=comparison.png]
 """
@@ -11,12 +11,12 @@ from vae_torch.cli.messages import Parser, refuse, shown, tell_interrupts
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command: read both, print, draw."""
+    """The command: read both runs, print, plot."""
     tell_interrupts()
     parser = Parser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument(
         "words", nargs="*", metavar="key=value",
-        help="run=A run=B, evaluated; metric=log_px, of the picture; out=FILE.png, the picture",
+        help="run=A run=B, evaluated; metric=log_px, for the plot; out=FILE.png, the plot",
     )  # fmt: skip
     words = parser.parse_args(sys.argv[1:] if arguments is None else arguments).words
     given: dict[str, list[str]] = {"run": [], "metric": [], "out": []}

@@ -1,4 +1,4 @@
-"""Settings composed by Hydra from `conf/`, validated, and its refusals in this project's words."""
+"""Composes settings with Hydra from `conf/`, validates them, and words its errors."""
 
 import importlib.util
 import os
@@ -36,10 +36,10 @@ from vae_torch.config import (
 
 Settings = TypeVar("Settings")
 
-# What Hydra and YAML raise over settings that cannot be composed.
+# What Hydra and YAML raise for settings that cannot be composed.
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError)
 
-# Keys whose value is a folder, and may have any name.
+# Keys whose value is a folder, with any name.
 PATHS = (
     "hydra.run.dir",
     "hydra.sweep.dir",
@@ -49,8 +49,7 @@ PATHS = (
     "data.root",
 )
 
-# What brings a launcher or sweeper: our choice of it, its plugin's module, and the extra of
-# pyproject.toml.
+# Launchers and sweepers: our choice, the module of its plugin, and the extra in pyproject.toml.
 PLUGINS = {
     "joblib": ("where=cores", "hydra_joblib_launcher", "sweep"),
     "ray": ("where=ray", "hydra_ray_launcher", "ray"),
@@ -62,14 +61,14 @@ PLUGINS = {
 
 @cache
 def register() -> None:
-    """Tell Hydra what `conf/` refers to."""
+    """Register with Hydra what `conf/` refers to."""
     schema = OmegaConf.create(skeleton(Config))
-    for key in OPTIONS:  # which keys a part takes, it knows itself
+    for key in OPTIONS:  # the part knows its keys
         OmegaConf.set_struct(OmegaConf.select(schema, key), False)
     ConfigStore.instance().store(name="schema", node=schema)
 
     def python_here() -> str:
-        """A shell's command for this Python in this folder: what a Ray worker is to be."""
+        """The shell command of this Python in this folder, for a Ray worker."""
         return shlex.join(["env", f"--chdir={Path.cwd()}", sys.executable])
 
     for resolver in (run_name, after_time, python_here):
@@ -77,7 +76,7 @@ def register() -> None:
 
 
 def load_named_plugins(arguments: Sequence[str]) -> None:
-    """Import what `plugins=[...]` names; Hydra learns of its networks and objectives."""
+    """Import the modules of `plugins=[...]`; register their networks and objectives with Hydra."""
     values = [a.partition("=")[2] for a in arguments if a.lstrip("+").startswith("plugins=")]
     if not values:
         return
@@ -107,7 +106,7 @@ def load_named_plugins(arguments: Sequence[str]) -> None:
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:
-    """The settings of a run, as the command line composes them.
+    """Compose the settings of a run as the command line does.
 
     Args:
         overrides: `model.latent_dim=8`, `experiment=strong`, ...
@@ -116,7 +115,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         The typed settings, validated.
 
     Raises:
-        ConfigError: A key or a value is wrong: one line that says what is allowed.
+        ConfigError: A key or a value is wrong; one line that says what is allowed.
     """
     try:
         with fresh_hydra():
@@ -127,7 +126,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
 
 @contextmanager
 def fresh_hydra() -> Iterator[None]:
-    """Within, Hydra composes from our `conf/`; one initialised before comes back after."""
+    """Inside the block, Hydra composes from our `conf/`; an earlier Hydra is restored later."""
     held = GlobalHydra.instance()
     outer = held.hydra
     held.clear()
@@ -141,17 +140,17 @@ def fresh_hydra() -> Iterator[None]:
 
 
 def compose_run(overrides: Sequence[str]) -> DictConfig:
-    """A run's settings from an initialised Hydra, neither typed nor validated."""
+    """Compose a run's settings, neither typed nor validated; Hydra must be initialised."""
     register()
     load_named_plugins(overrides)
     return hydra.compose("train", [as_hydra_takes_it(override) for override in overrides])
 
 
 def run_settings(cfg: DictConfig) -> Config:
-    """Composed settings as a run's `Config`, which knows neither Hydra nor sweeps."""
+    """Composed settings as a run's `Config`, which knows nothing of Hydra or sweeps."""
     config = typed(cfg, Config, leave_out=("hydra", "sweep"))
     check_combinations(config)
-    # torch, for which who has mistyped a key need not wait
+    # imports torch, so only after misspelt keys have been reported
     from vae_torch.parts.complete import complete
     from vae_torch.parts.registry import load_plugins
 
@@ -172,10 +171,10 @@ def typed(cfg: DictConfig, schema: type[Settings], *, leave_out: Sequence[str] =
 
 
 def as_hydra_takes_it(argument: str) -> str:
-    """An argument as Hydra's grammar understands it, where it names a folder.
+    """An argument that names a folder, quoted for Hydra's grammar.
 
-    `=`, `,`, spaces and letters beyond ASCII would end or split a value unless it is quoted, and
-    no shell expands the `~` of `data.root=~/images`.
+    Unquoted, `=`, `,`, spaces and non-ASCII letters would end or split the value. The shell does
+    not expand the `~` of `data.root=~/images`, so it is expanded here.
     """
     key, given, value = argument.partition("=")
     if not given or key not in PATHS or value[:1] in ("'", '"') or "${" in value:
@@ -187,9 +186,9 @@ def as_hydra_takes_it(argument: str) -> str:
 
 
 def in_our_words(error: Exception, arguments: Sequence[str], schema: type[Any] = Config) -> str:
-    """One line about settings that Hydra could not compose."""
+    """One line about settings that Hydra cannot compose."""
     if isinstance(error, UnicodeDecodeError):
-        return f"a settings file is no UTF-8 text ({error.reason}); correct the file"
+        return f"a settings file is not UTF-8 text ({error.reason}); correct the file"
     if isinstance(error, YAMLError):
         where, reason, path = "", str(error), "a settings file"
         if isinstance(error, MarkedYAMLError) and error.problem_mark:
@@ -220,7 +219,7 @@ def in_our_words(error: Exception, arguments: Sequence[str], schema: type[Any] =
 
 
 def _no_such_choice(group: str, choice: str, text: str) -> str:
-    """A file that is not in a group of `conf/`: `model=vgg`."""
+    """The message for a missing file in a group of `conf/`, such as `model=vgg`."""
     if group in ("hydra/launcher", "hydra/sweeper") and choice in PLUGINS:
         return _not_installed(choice)
     options = sorted(re.findall(r"^\t(\S+)$", text, re.MULTILINE))
@@ -234,7 +233,7 @@ def _no_such_choice(group: str, choice: str, text: str) -> str:
 def _is_installed(plugin: str) -> bool:
     try:
         return importlib.util.find_spec(f"hydra_plugins.{plugin}") is not None
-    except ModuleNotFoundError:  # without any plugin their package is missing too
+    except ModuleNotFoundError:  # without any plug-in their package is missing too
         return False
 
 
@@ -244,9 +243,9 @@ def _not_installed(plugin: str) -> str:
 
 
 def full_errors() -> bool:
-    """Whether the user asked for Hydra's own tracebacks; from here on Hydra raises what it meets.
+    """Whether the user wants Hydra's own tracebacks; from here on Hydra raises its errors.
 
-    Hydra prints an error and exits where this variable is not set, and raises where it is.
+    If this variable is not set, Hydra prints an error and exits; if it is set, Hydra raises.
     """
     asked = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"

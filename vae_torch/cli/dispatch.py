@@ -1,11 +1,11 @@
-"""`vae-torch COMMAND ...`: the commands where the package is installed without its checkout."""
+"""`vae-torch COMMAND ...`: the commands of an installed package without its checkout."""
 
 import importlib
 import sys
 
 COMMANDS = {
     "train": "one run, or with -m a sweep",
-    "evaluate": "what a run is worth: the evaluation card",
+    "evaluate": "how good a run is: the evaluation card",
     "encode": "latents, ELBO and log p(x) of images, as a file",
     "explore": "a page to walk through a run's latent space",
     "sample": "images from a run's model",
@@ -16,7 +16,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Hand the rest of the line to a command."""
+    """Pass the rest of the line to a command."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name not in COMMANDS:
         wrong = name not in ("-h", "--help")

@@ -1,6 +1,6 @@
 """`encode.py`, `vae-torch encode`: latents, ELBO and log p(x) of images, as a file.
 
-The file is written a batch at a time, so that neither images nor results need fit into memory.
+The file is written batch by batch, so images and results need not fit into memory.
 """
 
 import csv
@@ -27,10 +27,10 @@ _BATCH = 256  # images
 
 
 class Source(NamedTuple):
-    """Images to encode, and what they are called."""
+    """Images to encode, with their file and class names."""
 
     images: "ImageDataset"
-    files: Sequence[str] | None  # of a folder
+    files: Sequence[str] | None  # names, if they come from a folder
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     about = "Latents, ELBO and log p(x) of images: run=DIR images=FOLDER out=latents.npz"
     config = asked("encode", about, EncodeConfig, arguments)
     with told(f"out={config.out}"):
-        write = writer_of(config)  # before any work
+        write = writer_of(config)  # fails before any work
         print(encode_run(config, write))
 
 
@@ -47,7 +47,7 @@ Writer = Callable[[Path, Iterator["Encoded"], Source], None]
 
 
 def writer_of(config: EncodeConfig) -> Writer:
-    """What writes files of this name, or a refusal."""
+    """The function that writes files of this type; refuses unknown types."""
     if not config.out:
         raise ConfigError("out is missing: name the file to write, latents.npz")
     kind = Path(config.out).suffix.lower()
@@ -66,12 +66,12 @@ def writer_of(config: EncodeConfig) -> Writer:
             f"reconstructions=true with out={config.out}: a table holds no images; write a .npz"
         )
     if not Path(config.out).absolute().parent.is_dir():
-        raise ConfigError(f"out={config.out}: its folder is not there; make it first")
+        raise ConfigError(f"out={config.out}: its folder does not exist; make it first")
     return writers[kind]
 
 
 def encode_run(config: EncodeConfig, write: Writer) -> str:
-    """Load a run, encode the images, write the file; a line about it."""
+    """Load a run, encode the images, write the file; return a line about it."""
     from vae_torch.data import image_dataset, image_loader, loaders_of
     from vae_torch.encode import encoded_batches
 
@@ -79,14 +79,14 @@ def encode_run(config: EncodeConfig, write: Writer) -> str:
     if config.images is None:
         if config.data_root:
             run_config.data.root = config.data_root
-        run_config.data.augment = "none"  # the images as they are, in order
+        run_config.data.augment = "none"  # images unchanged and in order
         own = dict(zip(("train", "test"), loaders_of(run_config, device), strict=True))
         source = Source(image_dataset(own[config.split]), None)
     else:
         source = other_images(config, run_config, vae, device)
     if vae.classes and source.images.labels is None:
         raise ConfigError(
-            f"images={config.images}: have no labels, and the run's model sees them "
+            f"images={config.images}: have no labels, which the run's model needs "
             "(model.conditional=true); put them into a folder for each class"
         )
     batches = encoded_batches(
@@ -118,7 +118,7 @@ def encode_run(config: EncodeConfig, write: Writer) -> str:
 def other_images(
     config: EncodeConfig, run_config: Config, vae: "VAE", device: "torch.device"
 ) -> Source:
-    """A folder's or a file's images, as the run's model takes them."""
+    """The images of a folder or a file, in the form that the run's model takes."""
     from vae_torch.data import ImageDataset, binarize_images
     from vae_torch.data.folder import image_files
     from vae_torch.data.table import load_source
@@ -137,7 +137,7 @@ def other_images(
         shape = image_shape(vae.input_shape)
         if len(shape) != 3:
             raise ConfigError(
-                f"images={root}: a folder of images, and this model takes vectors of "
+                f"images={root}: a folder of images, but this model takes vectors of "
                 f"{shape[0]} values; give a .npy or .npz"
             )
         settings |= {"name": "folder", "size": list(shape[1:]), "channels": shape[0]}
@@ -155,16 +155,40 @@ def other_images(
         check_shape(images, vae.input_shape)
     except ValueError as error:
         raise ConfigError(f"images={root}: {error}") from None
-    if run_config.data.binarize != "none":  # as the run's own test images
+    if run_config.data.binarize != "none":  # like the run's own test images
         images = binarize_images(images, salt=STATIC_TEST)
+    classes = found.classes
+    if vae.classes and classes and labels is not None:
+        labels, classes = as_the_run_numbers(labels, classes, config, run_config, vae.classes)
     flat = len(vae.input_shape) == 1
-    dataset = ImageDataset(images, labels, flat=flat, classes=found.classes, device=device)
+    dataset = ImageDataset(images, labels, flat=flat, classes=classes, device=device)
     files = image_files(root)[1 if tested else 0] if root.is_dir() else None
     return Source(dataset, files)
 
 
+def as_the_run_numbers(
+    labels: Any, names: Sequence[str], config: EncodeConfig, run_config: Config, count: int
+) -> tuple[Any, Sequence[str]]:
+    """Labels in the numbers of the run's classes, and these: a folder may lack some of them."""
+    import torch
+
+    from vae_torch.data import image_dataset, loaders_of
+
+    if config.data_root:
+        run_config.data.root = config.data_root
+    known = image_dataset(loaders_of(run_config, "cpu")[0]).classes
+    known = known or [str(number) for number in range(count)]
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"images={config.images}: class {name} is not in the run, whose classes are "
+                f"{', '.join(known)}"
+            )
+    return torch.tensor([known.index(name) for name in names])[labels.long()], known
+
+
 def write_npz(path: Path, batches: "Iterator[Encoded]", source: Source) -> None:
-    """Arrays `mean`, `logvar`, `elbo`, `log_px`, `labels`, `reconstruction`; `classes`, `files`."""
+    """Write `mean`, `logvar`, `elbo`, `log_px`, `labels`, `reconstruction`; `classes`, `files`."""
     import numpy as np
 
     count, done = len(source.images), 0
@@ -193,7 +217,7 @@ def write_npz(path: Path, batches: "Iterator[Encoded]", source: Source) -> None:
 
 
 def write_csv(path: Path, batches: "Iterator[Encoded]", source: Source) -> None:
-    """A line for each image; the first names the columns."""
+    """Write a line for each image, below a line with column names."""
     with replaced(path.absolute()) as part, part.open("w", newline="", encoding="utf-8") as file:
         lines = csv.writer(file)
         header: list[str] = []
@@ -205,7 +229,7 @@ def write_csv(path: Path, batches: "Iterator[Encoded]", source: Source) -> None:
 
 
 def write_parquet(path: Path, batches: "Iterator[Encoded]", source: Source) -> None:
-    """The table of `write_csv`, a row group for each batch."""
+    """Write the table of `write_csv`, with a row group per batch."""
     arrow, parquet = (importlib.import_module(name) for name in ("pyarrow", "pyarrow.parquet"))
     with replaced(path.absolute()) as part:
         opened = None

@@ -17,13 +17,14 @@ from vae_torch.cli.messages import leave_disk_errors_to_main, shown, tell_interr
 from vae_torch.cli.settings_line import asked, open_run
 from vae_torch.config import ConfigError, EvaluateConfig
 
+_LONG = timedelta(minutes=10)  # an evaluation that calls for fewer images
 _WIDTH = 100  # columns of the printed card
 _LABEL = 24  # of them for the names
 
-PER_IMAGE = "evaluation.npz"  # beside the card: the values behind its means
-PARTIAL = "evaluation.npz.part"  # while an evaluation is under way: the images that are done
+PER_IMAGE = "evaluation.npz"  # beside the card: the values per image
+PARTIAL = "evaluation.npz.part"  # finished images of an unfinished evaluation
 
-# What each figure is, in a few words; the card has the whole definitions.
+# Each figure in a few words; the card has the whole definitions.
 _MEANINGS = {
     "elbo": "lower bound on log p(x)",
     "reconstruction": "E log p(x|z), z from q(z|x)",
@@ -42,9 +43,11 @@ _MEANINGS = {
     "knn_accuracy": "labels found by 10 neighbours",
     "log_px_exact": "log p(x) by integration",
     "log_px": "log p(x), fitted proposals",
+    "bits_per_dim": "-log_px in bits, by pixel and channel",
     "log_px_encoder": "by {samples:,} samples from q(z|x)",
     "log_px_ais": "log p(x) by annealing",
     "ais_difference": "log_px_ais - log_px",
+    "ais_width": "annealing's error on samples, at most",
     "effective_samples": "of {samples:,} per image",
     "interval_coverage": "z inside the encoder's 95%",
     "sample_auc": "samples told from test images",
@@ -66,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def evaluate_run(config: EvaluateConfig) -> None:
-    """Load a run, evaluate it on its own test set, write the card."""
+    """Load a run, evaluate it on its test set, write the card."""
     import numpy as np
     import torch
 
@@ -81,13 +84,19 @@ def evaluate_run(config: EvaluateConfig) -> None:
 
     vae, run_config, device = open_run(config, config.eval.checkpoint)
     run_dir = Path(config.run)
-    # what stays in a core's cache, or what keeps a GPU busy
+    # fits into a core's cache, or keeps a GPU busy
     chunk = config.eval.chunk or (65536 if device.type == "cuda" else 1024)
-    vae = vae.to(memory_format=torch.channels_last)  # convolutions decode a third faster
+    vae = vae.to(memory_format=torch.channels_last)  # makes convolutions a third faster
     if config.eval.exact and vae.latent_dim > 2:
         raise ConfigError(
             f"eval.exact=true: integration needs latent_dim 1 or 2, this run has {vae.latent_dim}; "
             "use eval.exact=null, log_px is importance sampling"
+        )
+    asked_images = config.eval.log_px_images
+    if config.eval.ais and asked_images and config.eval.ais > asked_images:
+        raise ConfigError(
+            f"eval.ais={config.eval.ais}: annealing checks log_px, so at most "
+            f"eval.log_px_images={asked_images}"
         )
     if config.data_root:
         run_config.data.root = config.data_root
@@ -97,7 +106,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
     state = load_checkpoint(path)
     epoch = state.get("epoch")
     if not isinstance(epoch, int):
-        raise CheckpointError(f"{path}: does not say of which epoch it is")
+        raise CheckpointError(f"{path}: does not record its epoch")
     refuse_other_data(path, state, hashes, run_config.data.root)
     if config.eval.limit:
         run_config.data.limit_test = config.eval.limit
@@ -109,12 +118,14 @@ def evaluate_run(config: EvaluateConfig) -> None:
     instead = refuse_smaller(config, len(test_set), integrates)
     few = min(max(8, chunk // config.eval.num_samples), 256)
     one_class = vae.given(0) if vae.classes else vae
-    tell_duration(one_class, test_set.first(few)[0], len(test_set), config, chunk)
+    estimated = min(asked_images or len(test_set), len(test_set))
+    tell_duration(one_class, test_set.first(few)[0], estimated, config, chunk)
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     samples = (config.eval.num_samples, config.eval.fit_samples, config.eval.seed)
-    partial = Partial(run_dir / PARTIAL, repr((sha256, hashes, samples, versions())))
+    protocol = (sha256, hashes, samples, estimated, versions())
+    partial = Partial(run_dir / PARTIAL, repr(protocol))
     if partial.begun:
-        print("resuming an evaluation that was stopped")
+        print("resuming an interrupted evaluation")
     card, per_image = evaluate_images(
         vae,
         test_loader,
@@ -122,6 +133,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
         num_samples=config.eval.num_samples,
         fit_samples=config.eval.fit_samples,
         fit_images=config.eval.fit_images,
+        log_px_images=asked_images,
         ais=config.eval.ais,
         chunk=chunk,
         exact=config.eval.exact,
@@ -156,19 +168,24 @@ def evaluate_run(config: EvaluateConfig) -> None:
 
 
 def refuse_smaller(config: EvaluateConfig, images: int, integrates: bool) -> str:
-    """Keep a card of this checkpoint that has more images or samples, or an integral.
+    """Refuse to replace a card of this checkpoint that has more images or samples, or an integral.
 
-    Returns what to say of a card that will be replaced.
+    Returns words about a card that will be replaced.
     """
     asked, path = config.eval, Path(config.run) / "evaluation.json"
     try:
         card = json.loads(path.read_text("utf-8"))
         name, sha256 = (card["checkpoint"][key] for key in ("name", "sha256"))
-        fitted = "log_px_encoder" in card  # cards of older versions have no other log_px
+        fitted = "log_px_encoder" in card  # older cards have only one log_px
         encoder = card["log_px_encoder" if fitted else "log_px"]
         annealed = card.get("log_px_ais", {"num_images": 0})
-        known = [  # what it is, how many that card has of it, and how many the next one would
+        known = [  # name, its value in that card, and its value in the next
             ("images", encoder["num_images"], images),
+            (
+                "images with log_px",
+                encoder.get("estimated_images", encoder["num_images"]),
+                min(asked.log_px_images or images, images),
+            ),
             ("importance samples", encoder["num_samples"], asked.num_samples),
             (
                 "fitted images",
@@ -201,25 +218,26 @@ def refuse_smaller(config: EvaluateConfig, images: int, integrates: bool) -> str
 
 
 def tell_duration(vae: Any, x: Any, images: int, config: EvaluateConfig, chunk: int) -> None:
-    """Say how long the longest part will take for all images, judged by a few: x (B, *shape)."""
+    """Print the time that the longest part will take, estimated from a few images x (B, *shape)."""
     from vae_torch.evaluate import importance_log_px
 
     samples = config.eval.num_samples
     took = 0.0
-    for _ in range(2):  # the first time warms up
+    for _ in range(2):  # the first one warms up
         began = time.perf_counter()
         importance_log_px(vae, x, num_samples=samples, chunk=chunk).log_px.sum().item()
         took = time.perf_counter() - began
     left = timedelta(seconds=round(took * images / len(x)))
+    few = " (eval.log_px_images=500 is quicker)" if left > _LONG and images > 500 else ""
     print(
         f"log p(x) of {images:,} images, {samples:,} samples each: about {left} (h:mm:ss), and "
-        "about as long again from fitted proposals",
+        f"about as long again from fitted proposals{few}",
         flush=True,
     )
 
 
 def print_card(card: dict[str, Any]) -> None:
-    """The card as a table, then its verdict, in lines of at most a hundred characters."""
+    """Print the card as a table, then its verdict, in lines of a hundred characters or less."""
     data, checkpoint = card["data"], card["checkpoint"]
     print(
         f"\n{data['name']}, {data['split']} images, binarize={data['binarize']}; "
@@ -239,14 +257,18 @@ def print_card(card: dict[str, Any]) -> None:
 
 
 def _line(name: str, entry: dict[str, Any], card: dict[str, Any]) -> str:
-    """One figure: value ± standard error, unit, of how many images, what it is."""
+    """One figure: value ± standard error, unit, number of images, meaning."""
     value, error = entry["value"], entry["standard_error"]
     number = f"{value:.3f}" if isinstance(value, float) else str(value)
     spread = f"± {error:.3f}" if error is not None else ""
-    unit = {"nats per image": "nats", "share of images": "share"}.get(entry["unit"], entry["unit"])
+    unit = {"nats per image": "nats", "share of images": "share", "bits per dimension": "bits"}.get(
+        entry["unit"], entry["unit"]
+    )
     unit = unit.removesuffix(" dimensions")
     images = entry["num_images"]
     count = f"{images:,} image{'s' if images > 1 else ''}"
+    if "estimated_images" in entry:
+        count = f"{entry['estimated_images']:,} / {images:,}"
     meaning = _MEANINGS.get(name, "").format(samples=entry["num_samples"]) or entry["definition"]
     if name == "gap":
         meaning = "log_px_exact - elbo" if "log_px_exact" in card else "log_px - elbo"

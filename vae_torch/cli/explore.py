@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def explore_run(config: ExploreConfig) -> Path:
-    """Write the page of a run, without points where its images cannot be had."""
+    """Write the page of a run; without points if its images are not available."""
     from vae_torch.data import DataError, image_dataset, loaders_of
     from vae_torch.explorer import explorer_page, run_facts, run_notes
     from vae_torch.files import write_atomically
@@ -58,9 +58,9 @@ def explore_run(config: ExploreConfig) -> Path:
     except DataError as error:
         print(f"no points: {error}", file=sys.stderr)
         notes.append(
-            f"The images of {run_config.data.name} were not to be had from disk when this page was "
-            "written, so no points are shown. Everything else works. Write the page again with "
-            "data_root=FOLDER to see them."
+            f"The images of {run_config.data.name} were not available when the page was made, "
+            "so no points are shown. Everything else works. To see points, make the page again "
+            "with data_root=FOLDER."
         )
     page = explorer_page(
         vae,

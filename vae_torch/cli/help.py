@@ -1,4 +1,4 @@
-"""What `--help` says about the settings, from their declarations."""
+"""The text of `--help` about settings, from their declarations."""
 
 import re
 from collections.abc import Mapping
@@ -53,7 +53,7 @@ def defaults(name: str, schema: type[Any]) -> dict[str, Any]:
 
 
 def lines(name: str, schema: type[Any]) -> str:
-    """A line for each key: its default, what it means, what it may be."""
+    """A line for each key: its default, its meaning, its range."""
     listed, stated = [], defaults(name, schema)
     for key, kind in keys_of(schema).items():
         value = stated.get(key, "")
@@ -70,13 +70,13 @@ def _yaml(value: Any) -> str:
 
 
 def meaning(kind: Any) -> str:
-    """The sentence that stands beside a setting."""
+    """The description of a setting."""
     notes = (part.description for part in get_args(kind) if isinstance(part, FieldInfo))
     return next((note for note in notes if note), "")
 
 
 def range_of(kind: Any) -> str:
-    """What it may be, where that is more than its meaning tells."""
+    """The range of a setting, if its description does not tell it."""
     words = allowed(kind).removesuffix(", or null")
     if words.startswith("one of "):
         choices = words.removeprefix("one of ").split(", ")

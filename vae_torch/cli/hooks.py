@@ -1,4 +1,4 @@
-"""What Hydra asks before a run or a sweep starts, so that what cannot run leaves nothing behind."""
+"""Hooks that Hydra calls before a run or a sweep, so that an impossible one leaves no files."""
 
 import functools
 import os
@@ -28,15 +28,15 @@ from vae_torch.config import (
     flatten,
 )
 
-# The sweep under way: its folder and its jobs' names, or None where they are not known before. It
-# is reported by `on_multirun_end`, or when the command ends without having come there.
+# The current sweep: its folder and its jobs' names (None if unknown before it starts). It is
+# reported by `on_multirun_end`, or when the command ends before that.
 UNREPORTED: list[tuple[Path, list[str] | None]] = []
 
 Hook = Callable[..., None]
 
 
 def firm(hook: Hook) -> Hook:
-    """Let a fault in a hook end the program: Hydra would make a warning of it and go on."""
+    """Let an error in a hook end the program; Hydra would only warn and continue."""
 
     @functools.wraps(hook)
     def wrapped(*arguments: Any, **named: Any) -> None:
@@ -50,16 +50,16 @@ def firm(hook: Hook) -> Hook:
 
 
 class Hooks(Callback):
-    """Checks the settings before Hydra touches a folder, and points it at the right one."""
+    """Checks the settings before Hydra touches a folder, and gives Hydra the right folder."""
 
     @firm
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        """A single run: a new folder, or that of the run which is resumed."""
+        """A single run: use a new folder, or that of the run to resume."""
         try:
             settings = _checked(config)
             if any(str(o).startswith("sweep.dir=") for o in config.hydra.overrides.task):
                 raise ConfigError(
-                    f"sweep.dir={config.sweep.dir}: this is no sweep; add -m, or name the run's "
+                    f"sweep.dir={config.sweep.dir}: this is not a sweep; add -m, or name the run's "
                     "folder with hydra.run.dir"
                 )
             resume = settings.train.resume
@@ -72,13 +72,13 @@ class Hooks(Callback):
             make_folder("hydra.run.dir", run_dir)
             from vae_torch.runs.run import lock_run
 
-            self._lock = lock_run(run_dir)  # before Hydra writes its notes over another process's
+            self._lock = lock_run(run_dir)  # before Hydra writes over another process's notes
         except UserError as error:
             refuse(str(error))
 
     @firm
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """A sweep: the values that it does not vary; `one_run` checks each job's own."""
+        """A sweep: check the values that do not vary; `one_run` checks those of each job."""
         chosen = config.hydra.runtime.choices
         launcher, names = str(chosen["hydra/launcher"]), None
         if launcher in PLUGINS and chosen.get("where", "here") == "here":
@@ -87,12 +87,12 @@ class Hooks(Callback):
             _checked(config)
             refuse_climbing(config)
             if chosen["hydra/sweeper"] == "basic":
-                params = config.hydra.sweeper.params or {}  # what an experiment's file sweeps
+                params = config.hydra.sweeper.params or {}  # swept by an experiment's file
                 more = [f"{key}={value}" for key, value in params.items()]
                 swept, names = jobs_of([*more, *config.hydra.overrides.task])
                 if any(o.startswith("hydra.sweep.subdir=") for o in _own(config)):
                     names = None
-                else:  # said to each job, which is composed from these overrides and its own
+                else:  # passed to each job, which is composed from these overrides and its own
                     with read_write(config), open_dict(config):
                         config.hydra.overrides.hydra.append(
                             "hydra.sweep.subdir='${run_name:${hydra.overrides.task},"
@@ -108,15 +108,15 @@ class Hooks(Callback):
 
     @firm
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:  # noqa: ARG002
-        """What became of the jobs, what to type next, and an exit status that tells."""
+        """Report the jobs and the next command, and set the exit status."""
         if report_sweep(*UNREPORTED.pop()):
             raise SystemExit(1)
 
 
 def _checked(config: DictConfig) -> Config:
-    """The settings of a run that this machine can make."""
+    """The settings of a run, if this machine can run it."""
     settings = run_settings(config)
-    # torch, after what needs none
+    # imports torch, so after the checks that need none
     from vae_torch.machine import cpp_compiler, resolve_device
     from vae_torch.training.step import check_can_compile, check_precision
 
@@ -130,7 +130,7 @@ def _checked(config: DictConfig) -> Config:
 
 
 def point_at_interrupted(config: DictConfig, settings: Config) -> None:
-    """`train.resume=auto`: the newest interrupted run of the same settings, if there is one."""
+    """`train.resume=auto`: use the newest interrupted run of the same settings, if there is one."""
     found, others = interrupted_runs(Path(config.hydra.run.dir).parent.parent, settings)
     if found:
         OmegaConf.update(config, "hydra.run.dir", str(found), force_add=True)
@@ -142,7 +142,7 @@ def point_at_interrupted(config: DictConfig, settings: Config) -> None:
 
 
 def take_up(config: DictConfig, run_dir: Path) -> None:
-    """`train.resume=DIR`: the run's own settings, from its checkpoint; Hydra's notes stay."""
+    """`train.resume=DIR`: use the run's settings from its checkpoint; Hydra's notes stay."""
     if not (run_dir / "checkpoints" / "last.pt").exists():
         raise ConfigError(
             f"train.resume={run_dir}: no such folder, or no checkpoints/last.pt in it; name "
@@ -158,7 +158,7 @@ def take_up(config: DictConfig, run_dir: Path) -> None:
 
 
 def usable_folder(config: DictConfig, resume: str | None) -> Path:
-    """The run's folder: empty, or of a run that can be resumed with these settings."""
+    """The run's folder: empty, or holding a run that can be resumed with these settings."""
     from vae_torch.runs.run import refuse_other_run
     from vae_torch.runs.stages import goes_on
 
@@ -177,7 +177,7 @@ def usable_folder(config: DictConfig, resume: str | None) -> Path:
                 "choose another hydra.run.dir for a new one, or continue it with more "
                 f"epochs: train.resume={shown(run_dir)} train.epochs=N"
             )
-        if resume:  # before Hydra writes other settings over those of the run
+        if resume:  # before Hydra writes other settings over the run's
             refuse_unfit_checkpoint(run_dir, settings)
     except (OSError, OmegaConfBaseException) as error:
         refuse(f"hydra.run.dir: cannot be used ({str(error)[:300]}); choose another folder")
@@ -185,7 +185,7 @@ def usable_folder(config: DictConfig, resume: str | None) -> Path:
 
 
 def _let_runs_end(folder: Path, *_: object) -> None:
-    """On Ctrl-C: joblib kills its workers at once; first their runs have ten seconds to end.
+    """On Ctrl-C, give the runs ten seconds to end before joblib kills its workers.
 
     A second Ctrl-C does not wait.
     """
@@ -199,7 +199,7 @@ def _let_runs_end(folder: Path, *_: object) -> None:
 
 
 def resumed_settings(config: DictConfig, run_dir: Path) -> Config:
-    """What a run was started with, and from the command line only what may change."""
+    """The settings that a run was started with, plus allowed changes from the command line."""
     from vae_torch.checkpoint import load_checkpoint
 
     path = run_dir / "checkpoints" / "last.pt"
@@ -209,7 +209,7 @@ def resumed_settings(config: DictConfig, run_dir: Path) -> Config:
     given = flatten(run_settings(config).to_dict())
     typed = {str(o).lstrip("+").partition("=")[0] for o in config.hydra.overrides.task}
     default = flatten(run_settings(hydra.compose(config.hydra.job.config_name, [])).to_dict())
-    for key in given:  # set by name, or through a group's file
+    for key in given:  # by name, or through a group's file
         if key not in typed and given[key] == default[key]:
             continue
         if key in INCIDENTAL or key in STAGE_KEYS:
@@ -224,9 +224,9 @@ def resumed_settings(config: DictConfig, run_dir: Path) -> Config:
 
 
 def interrupted_runs(outputs: Path, settings: Config) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """Below `outputs/<date>/<time>`: the youngest unfinished run of these settings, and others.
+    """The newest unfinished run of these settings below `outputs/<date>/<time>`, and others.
 
-    The others come with what is different about them, the youngest first.
+    The others come newest first, with how their settings differ.
     """
     from vae_torch.checkpoint import CheckpointError, Checkpoints
     from vae_torch.runs.folders import is_running
@@ -247,7 +247,7 @@ def interrupted_runs(outputs: Path, settings: Config) -> tuple[Path | None, list
 
 
 def refuse_unfit_checkpoint(run_dir: Path, settings: Config) -> None:
-    """A run is resumed with the settings that it was started with, and weights that fit them."""
+    """A run resumes only with its own settings, and with weights that fit them."""
     from vae_torch.checkpoint import Checkpoints, load_run
     from vae_torch.runs.identity import refuse_other_code
     from vae_torch.runs.stages import load_stage
@@ -261,7 +261,7 @@ def refuse_unfit_checkpoint(run_dir: Path, settings: Config) -> None:
 
 
 def refuse_climbing(config: DictConfig) -> None:
-    """A sweep's folders lie inside the sweep's."""
+    """All folders of a sweep must lie inside the sweep's."""
     for override in _own(config):
         if override.startswith("hydra.sweep.subdir=") and re.search(
             r"(^|[=/'\"])\.\.(/|$)|subdir=['\"]?/", override
@@ -270,7 +270,7 @@ def refuse_climbing(config: DictConfig) -> None:
 
 
 def _own(config: DictConfig) -> list[str]:
-    """The overrides of Hydra's settings, with the interpolations that they hold."""
+    """The overrides of Hydra's settings, with their interpolations."""
     stored = OmegaConf.to_container(config.hydra.overrides.hydra, resolve=False)
     assert isinstance(stored, list)
     return [str(override) for override in stored]

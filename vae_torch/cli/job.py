@@ -1,7 +1,7 @@
 """What Hydra and its launchers call: one run, or one job of a sweep.
 
-A run's way: train.main -> Hydra -> task -> one_run -> runs.run.run -> training.loop.train. In a
-sweep task -> sweep_job -> one_run; with where=cores sweep_job is in a child of joblib's worker.
+The path of a run: train.main -> Hydra -> task -> one_run -> runs.run.run -> training.loop.train. In
+a sweep: task -> sweep_job -> one_run; with where=cores, sweep_job is in a child of joblib's worker.
 """
 
 import logging
@@ -69,12 +69,12 @@ def start(typed: Sequence[str]) -> None:
     except ConfigError as error:
         refuse(str(error))
     finally:
-        for folder, asked in UNREPORTED:  # a sweep that was stopped, or whose launcher broke
+        for folder, asked in UNREPORTED:  # a sweep that was stopped, or whose launcher failed
             report_sweep(folder, asked)
 
 
 def task(cfg: DictConfig) -> float:
-    """One run, as Hydra and its launchers call it. Returns its score, see `metrics.score`."""
+    """One run, as Hydra and its launchers call it. Returns its score: see `metrics.score`."""
     job = HydraConfig.get()
     run_dir = Path(job.runtime.output_dir)
     if job.mode is not RunMode.MULTIRUN:
@@ -88,9 +88,9 @@ def task(cfg: DictConfig) -> float:
     overrides = [str(override) for override in job.overrides.task]
     if job.runtime.choices["hydra/launcher"] != "joblib":
         return sweep_job(cfg, run_dir, overrides)
-    # the child knows neither Hydra's logging nor the resolvers, which joblib's workers get from it
+    # the child has neither Hydra's logging nor the resolvers that joblib's workers get from it
     log_settings = OmegaConf.to_container(job.job_logging, resolve=True)
-    try:  # joblib itself gives up all jobs when the worker of one is killed
+    try:  # joblib itself drops all jobs when the worker of one is killed
         return in_a_child(logged_job, log_settings, cfg, run_dir, overrides, job.job.num)
     except KilledError as error:
         return note_failure(run_dir, str(error), overrides)
@@ -103,7 +103,7 @@ def logged_job(
     overrides: Sequence[str],
     number: int,
 ) -> float:
-    """`sweep_job` in a process that Hydra knows nothing of."""
+    """`sweep_job` in a process without Hydra."""
     from vae_torch.machine import device_of_job
 
     register()
@@ -113,17 +113,17 @@ def logged_job(
 
 
 def sweep_job(cfg: DictConfig, run_dir: Path, overrides: Sequence[str]) -> float:
-    """One run of a sweep: NaN where it failed, after it left its reason in its folder."""
+    """One run of a sweep. After a failure it returns NaN, and the reason is in the run's folder."""
     began = time.monotonic()
     try:
         elbo = one_run(cfg, run_dir, in_sweep=True)
     except EndedError as end:
         reason = end.reason
-    except Exception as error:  # a programmer's mistake, but the other jobs may be sound
+    except Exception as error:  # a programmer's mistake, but other jobs may be sound
         log.exception("%s", run_dir.name)
         reason = f"{type(error).__name__}: {error}"
     else:
-        (run_dir / FAILED).unlink(missing_ok=True)  # of an earlier attempt
+        (run_dir / FAILED).unlink(missing_ok=True)  # from an earlier attempt
         seconds = time.monotonic() - began
         log.info("%s: %s, %.0f s", run_dir.name, result_of(cfg, elbo), seconds)
         return elbo
@@ -131,22 +131,22 @@ def sweep_job(cfg: DictConfig, run_dir: Path, overrides: Sequence[str]) -> float
 
 
 def one_run(cfg: DictConfig, run_dir: Path, *, in_sweep: bool) -> float:
-    """From composed settings to a finished folder; what goes wrong is one line and a status."""
+    """From composed settings to a finished folder; an error becomes one line and an exit status."""
     from vae_torch.parts.metrics import score
     from vae_torch.runs.prune import PrunedError, pruned_elbo, pruning
     from vae_torch.runs.run import run
     from vae_torch.runs.signals import StopSignals
     from vae_torch.training.errors import DivergedError, StoppedError
 
-    logging.raiseExceptions = False  # where run.log cannot be written, the records say so, once
+    logging.raiseExceptions = False  # if run.log cannot be written, the records report it once
     threading.excepthook = leave_disk_errors_to_main
     try:
         with StopSignals() as signals:
             config = run_settings(cfg)
             judges = []
             if in_sweep:
-                # the same command again resumes what was interrupted; inside `run` any value means
-                # what lies in this folder, only the hooks of a single run search for another
+                # the same command again resumes an interrupted run; inside `run` any value means
+                # the run in this folder, and only the hooks of a single run search for another
                 config.train.resume = "auto"
                 if config.train.prune_after:
                     if (elbo := pruned_elbo(run_dir)) is not None:
@@ -160,7 +160,7 @@ def one_run(cfg: DictConfig, run_dir: Path, *, in_sweep: bool) -> float:
         log.info("stopped early: %s", pruned)
         return pruned.elbo
     except StoppedError as stopped:
-        if in_sweep:  # whose report says how to resume it
+        if in_sweep:  # the sweep's report says how to resume it
             log.info("%s: stopped: %s", run_dir.name, stopped)
         elif (run_dir / "checkpoints" / "last.pt").exists():
             again = f"{command('train')} {typed_as('train.resume', run_dir)}"
@@ -176,14 +176,14 @@ def one_run(cfg: DictConfig, run_dir: Path, *, in_sweep: bool) -> float:
         refuse("out of memory: lower the model's sizes, data.batch_size or objective.num_samples")
     except DivergedError as error:
         fail(str(error), run_dir)
-    except OSError as error:  # a full disk, a folder that was taken away
+    except OSError as error:  # a full disk, a removed folder
         fail(f"{error.filename or run_dir}: {error.strerror}", run_dir)
 
 
 def fail(reason: str, run_dir: Path) -> NoReturn:
-    """A run that broke: one line that says why and what is left of it."""
+    """End a failed run with one line: the reason, and what is left of it."""
     kept = run_dir / "checkpoints" / "last.pt"
-    if not run_dir.is_dir():  # whatever was under way noticed it first: the kind of error varies
+    if not run_dir.is_dir():  # the kind of error depends on what noticed it first
         reason = f"{run_dir}: No such file or directory"
         left = "the run's folder was moved or removed while the run wrote into it"
     elif kept.exists():
@@ -196,7 +196,7 @@ def fail(reason: str, run_dir: Path) -> NoReturn:
 
 
 def remove_if_unused(run_dir: Path) -> None:
-    """Take away a folder in which nothing but notes was written."""
+    """Remove a folder that holds nothing but notes."""
     from vae_torch.runs.folders import LOCK
 
     if not run_dir.is_dir():
@@ -206,7 +206,7 @@ def remove_if_unused(run_dir: Path) -> None:
         logging.shutdown()
         shutil.rmtree(run_dir / ".hydra", ignore_errors=True)
         for path in notes:
-            with suppress(OSError):  # Windows keeps a file that is open, as the lock is
+            with suppress(OSError):  # Windows keeps an open file, such as the lock
                 path.unlink(missing_ok=True)
         with suppress(OSError):  # a link to a folder stays
             run_dir.rmdir()

@@ -1,4 +1,4 @@
-"""How the commands speak: one line for a mistake, paths as a user would type them."""
+"""The messages of the commands: one line for a mistake, paths as a user would type them."""
 
 import argparse
 import io
@@ -18,7 +18,7 @@ from vae_torch.config import UserError
 
 
 class EndedError(SystemExit):
-    """A command that ends with a line about why; in a sweep the other jobs run."""
+    """Ends a command with a line that says why; in a sweep the other jobs continue."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(status)
@@ -26,12 +26,12 @@ class EndedError(SystemExit):
 
 
 def program() -> str:
-    """What the user called: `train.py`, or `vae-torch`."""
+    """The name of the called program: `train.py`, or `vae-torch`."""
     return Path(sys.argv[0]).name
 
 
 def command(name: str) -> str:
-    """How to call another command of this project from here."""
+    """The command line of another command of this project."""
     python = Path(sys.executable)
     if Path(sys.argv[0]).suffix == ".py":
         script = Path(sys.argv[0]).with_name(f"{name}.py")
@@ -40,7 +40,7 @@ def command(name: str) -> str:
 
 
 def tensorboard(folder: Path) -> str:
-    """How to look at the curves of a folder of runs, and where they are then."""
+    """The command that shows a folder of runs in TensorBoard, and its address."""
     here = Path(sys.executable).parent / "tensorboard"
     port = _free_port()
     ask = "" if port == _PORT else f" --port {port}"
@@ -48,11 +48,11 @@ def tensorboard(folder: Path) -> str:
     return f"{shown(here)} --logdir {logs}{ask}   then open http://localhost:{port}"
 
 
-_PORT = 6006  # TensorBoard's own
+_PORT = 6006  # TensorBoard's default
 
 
 def _free_port() -> int:
-    """TensorBoard's port, or the next one that nobody listens at."""
+    """TensorBoard's port, or the next free one."""
     for port in range(_PORT, _PORT + 20):
         with socket.socket() as listener, suppress(OSError):
             listener.bind(("localhost", port))
@@ -61,7 +61,7 @@ def _free_port() -> int:
 
 
 def refuse(message: str) -> NoReturn:
-    """A user's mistake: one line, exit status 2."""
+    """Report a user's mistake: one line, exit status 2."""
     reason = " ".join(message.split())
     print(f"{program()}: {reason}", file=sys.stderr)
     raise EndedError(2, reason)
@@ -69,7 +69,7 @@ def refuse(message: str) -> NoReturn:
 
 @contextmanager
 def told(place: str, remedy: str = "choose another file") -> Iterator[None]:
-    """Within, a user's mistake ends the command with one line, and so does a failed write.
+    """Inside the block, a user's mistake or a failed write ends the command with one line.
 
     `place` is the setting that says where the command writes: `out=x.npz`.
     """
@@ -82,7 +82,7 @@ def told(place: str, remedy: str = "choose another file") -> Iterator[None]:
 
 
 class Parser(argparse.ArgumentParser):
-    """Tells a mistake in one line, as the commands do whose settings Hydra reads."""
+    """Reports a mistake in one line, like the commands whose settings Hydra reads."""
 
     def error(self, message: str) -> NoReturn:
         """Exit status 2."""
@@ -90,28 +90,28 @@ class Parser(argparse.ArgumentParser):
 
 
 def tell_interrupts() -> None:
-    """Ctrl-C ends a command with a line, not with a traceback; a poor terminal ends none."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a `±` where the locale's letters have none
+    """End on Ctrl-C with one line, and never because of a terminal's encoding."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # for a locale that lacks `±`
         sys.stdout.reconfigure(errors="backslashreplace")
 
     def end(kind: Any, error: Any, trace: Any) -> None:
         if issubclass(kind, KeyboardInterrupt):
             print(f"{program()}: interrupted", file=sys.stderr, flush=True)
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-            signal.raise_signal(signal.SIGINT)  # a shell sees why, and stops its own loop too
+            signal.raise_signal(signal.SIGINT)  # a shell sees it and stops its own loop
         sys.__excepthook__(kind, error, trace)
 
     sys.excepthook = end
 
 
 def leave_disk_errors_to_main(args: threading.ExceptHookArgs) -> None:
-    """TensorBoard writes in a thread of its own, and raises what befell it there in ours too."""
+    """Ignore disk errors of TensorBoard's thread, which it raises again in ours."""
     if not isinstance(args.exc_value, OSError):
         threading.__excepthook__(args)
 
 
 def make_folder(key: str, folder: Path) -> None:
-    """Make a folder that can be written, or refuse in one line and leave nothing behind."""
+    """Make a writable folder, or refuse in one line and leave nothing behind."""
     new = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a run's folder is called: by its overrides, in characters that no shell or Hydra quotes."""
+"""Names of run folders: the overrides, in characters that need no quotes in shell or Hydra."""
 
 import hashlib
 import re
@@ -6,17 +6,17 @@ from collections.abc import Sequence
 
 from vae_torch.config import INCIDENTAL
 
-_LONGEST = 120  # a file's name may have 255 bytes, and TensorBoard shows some 40
-# where and how a run is made, not what it is: they would only lengthen its name
+_LONGEST = 120  # a file name may have 255 bytes, and TensorBoard shows about 40
+# where and how a run is made, not what it is
 _LEFT_OUT = (*INCIDENTAL, "where", "sweep.dir")
 
 
 def run_name(overrides: Sequence[str], first: Sequence[str] = ()) -> str:
-    """`model.latent_dim-2_seed-0` of these overrides: keys in `first` first, each part by alphabet.
+    """`model.latent_dim-2_seed-0` for these overrides: keys in `first`, then the rest by alphabet.
 
-    A name that had to be cut, or in which a character was replaced, ends in a hash of the whole, so
-    that no two runs share a folder. `experiment=strong` stands as `strong`. The default run has
-    an empty name.
+    A name that was shortened, or in which a character was replaced, ends in a hash of the whole, so
+    that no two runs share a folder. `experiment=strong` becomes `strong`. The default run has an
+    empty name.
     """
     parts = [str(override).lstrip("+").partition("=")[::2] for override in overrides]
     parts = [(key, value) for key, value in parts if key not in _LEFT_OUT]
@@ -32,13 +32,13 @@ def run_name(overrides: Sequence[str], first: Sequence[str] = ()) -> str:
 
 
 def after_time(overrides: Sequence[str]) -> str:
-    """What follows the time in the name of a single run's folder."""
+    """The suffix after the time in the name of a single run's folder."""
     name = run_name(overrides)
     return f"_{name}" if name else ""
 
 
 def _short(value: str) -> str:
-    """Four digits of a long number: a search gives sixteen."""
+    """Shorten a long number to four digits: a search gives sixteen."""
     if re.fullmatch(r"\d+\.\d{5,}(e-?\d+)?", value):
         return f"{float(value):.4g}"
     return value

@@ -1,4 +1,4 @@
-"""`sample.py`, `vae-torch sample`: images from a run's model, as a picture or as numbers."""
+"""`sample.py`, `vae-torch sample`: images from a run's model, as a picture or as arrays."""
 
 import math
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ def sample_run(config: SampleConfig) -> Path:
     if config.reconstruct and (config.temperature, config.pixels) != (1, "mean"):
         raise ConfigError(
             f"temperature={config.temperature}, pixels={config.pixels} with reconstruct=true: both "
-            "are of samples; leave them out"
+            "are for samples; leave them out"
         )
     import numpy as np
     import torch
@@ -79,7 +79,7 @@ def sample_run(config: SampleConfig) -> Path:
 def _test_images(
     config: SampleConfig, run_config: Config, device: "torch.device"
 ) -> "tuple[Tensor, Tensor | None]":
-    """The first n of the run's own, and their labels."""
+    """The run's first n test images, and their labels."""
     from vae_torch.data import image_dataset, loaders_of
 
     if config.data_root:

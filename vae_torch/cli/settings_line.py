@@ -1,4 +1,4 @@
-"""The command lines of all but `train`, which has Hydra's own; and the run that they name."""
+"""The command lines of all commands but `train`, which uses Hydra's, and the run they name."""
 
 import argparse
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 Settings = TypeVar("Settings")
 
-_FOLDERS = ("run", "data_root", "images", "out", "readme", "pretrained")  # taken as they are typed
+_FOLDERS = ("run", "data_root", "images", "out", "readme", "pretrained")  # taken literally
 
 
 def parser(name: str, description: str, schema: type[Any]) -> Parser:
-    """Of `[RUN] [key=value ...]`, with the keys and their meanings under the usage."""
+    """A parser for `[RUN] [key=value ...]`, with keys and meanings in its help."""
     takes_run = "run" in keys_of(schema)
     made = Parser(
         description=description,
@@ -41,7 +41,7 @@ def parser(name: str, description: str, schema: type[Any]) -> Parser:
 
 
 def settings_of(options: argparse.Namespace, schema: type[Settings]) -> Settings:
-    """The settings that a parsed command line asks for, from `conf/` and its overrides.
+    """The settings of a parsed command line, from `conf/` and its overrides.
 
     A mistake ends the program with one line.
     """
@@ -55,7 +55,7 @@ def settings_of(options: argparse.Namespace, schema: type[Settings]) -> Settings
             overrides.append(argument)
             continue
         if key == "run" and key in folders:
-            refuse(f"{value}: one run at a time; {folders['run']} is named already")
+            refuse(f"{value}: one run at a time; {folders['run']} is already named")
         folders[key] = value
     try:
         refuse_malformed(overrides)
@@ -86,12 +86,12 @@ def settings_of(options: argparse.Namespace, schema: type[Settings]) -> Settings
 def asked(
     name: str, description: str, schema: type[Settings], arguments: Sequence[str] | None
 ) -> Settings:
-    """The settings of a command that takes nothing else."""
+    """Parse the settings of a command without other options."""
     return settings_of(parser(name, description, schema).parse_args(arguments), schema)
 
 
 def open_run(config: Any, checkpoint: str) -> "tuple[VAE, Config, torch.device]":
-    """The model of a command's `run` on its `device`, that run's settings, and the device."""
+    """The model of a command's `run` on its `device`, the run's settings, and the device."""
     from vae_torch.checkpoint import load_run
     from vae_torch.machine import resolve_device, set_products, tune_cpu
 

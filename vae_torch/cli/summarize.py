@@ -1,4 +1,4 @@
-"""One table of many runs: which setting won, by how much, and whether that is more than luck.
+"""One table of many runs: the best setting, its lead, and whether the lead is more than chance.
 
 python scripts/summarize.py DIR [--metric log_px] [--group-by KEY ...] [--where KEY=VALUE ...]
 """
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command: read, fold, print, write."""
+    """The command: read, average, print, write."""
     tell_interrupts()
     options = parse(arguments)
     from vae_torch.runs.summary_plots import plots  # torch, for which --help need not wait
@@ -71,9 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def write_pictures(folder: Path, pictures: "dict[str, Figure]") -> None:
-    """Write the pictures of this question, and take away those of the last one.
+    """Write the plots of this question and remove those of the previous one.
 
-    `pictures.json` lists what was written, so that nothing else is ever deleted.
+    `pictures.json` lists the written files, so that nothing else is ever deleted.
     """
     record = folder / "pictures.json"
     with suppress(FileNotFoundError, ValueError, TypeError):
@@ -81,7 +81,7 @@ def write_pictures(folder: Path, pictures: "dict[str, Figure]") -> None:
             (folder / Path(name).name).unlink(missing_ok=True)
         record.unlink()
     if not pictures:
-        with suppress(OSError):  # not there, or others' files in it
+        with suppress(OSError):  # missing, or it holds other files
             folder.rmdir()
         return
     from vae_torch.figures import save_png
@@ -104,7 +104,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", metavar="DIR", help="where the files go; DIR itself if left out")
     direction = parser.add_mutually_exclusive_group()
-    words = "rank by a metric whose direction is not known"
+    words = "rank by a metric whose direction is unknown"
     direction.add_argument("--higher-is-better", action="store_true", default=None, help=words)
     direction.add_argument(
         "--lower-is-better", action="store_false", default=None, dest="higher_is_better"

@@ -1,4 +1,4 @@
-"""The jobs of a sweep: their names, why one failed, and what became of them all."""
+"""The jobs of a sweep: their names, reasons of failures, and the final report."""
 
 import json
 import logging
@@ -22,9 +22,9 @@ log = logging.getLogger("vae_torch")
 
 
 def jobs_of(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The keys that a grid's overrides vary, and the name of each of its jobs, all different."""
+    """The keys that a grid's overrides vary, and a unique name for each job."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))
-    last = {o.get_key_element(): o for o in parsed}  # of a key that is given twice, as Hydra does
+    last = {o.get_key_element(): o for o in parsed}  # a repeated key: the last, as in Hydra
     swept = [key for key, o in last.items() if o.is_sweep_override()]
     choices = [
         [f"{key}={value}" for value in o.sweep_string_iterator()]
@@ -33,7 +33,7 @@ def jobs_of(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
         for key, o in last.items()
     ]
     names = [run_name(job, swept) for job in product(*choices)]
-    # macOS and Windows tell no folders apart by the case of their letters
+    # on macOS and Windows, folder names do not differ by case
     count = Counter(map(str.casefold, names))
     for name in names:
         if (times := count[name.casefold()]) > 1:
@@ -45,9 +45,9 @@ def jobs_of(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def note_failure(run_dir: Path, reason: str, overrides: Sequence[str]) -> float:
-    """Keep why a job failed; its result is NaN."""
+    """Keep the reason of a job's failure; its result is NaN."""
     with suppress(OSError):
-        if not is_running(run_dir):  # or else it is another process's run
+        if not is_running(run_dir):  # else another process is running it
             run_dir.mkdir(parents=True, exist_ok=True)
             text = json.dumps({"reason": reason, "overrides": list(overrides)})
             write_atomically(run_dir / FAILED, (text + "\n").encode())
@@ -56,14 +56,14 @@ def note_failure(run_dir: Path, reason: str, overrides: Sequence[str]) -> float:
 
 
 def report_sweep(folder: Path, asked: Sequence[str] | None) -> bool:
-    """The last lines of a sweep: what became of its jobs. Whether one of them is not done.
+    """Print the last lines of a sweep: the state of its jobs. Returns whether one is not done.
 
-    `asked` are the names of the jobs, where they are known before they run.
+    `asked` are the names of the jobs, if they are known before they run.
     """
     if asked is None:
         try:
             runs = read_runs(folder)
-        except SweepError:  # it broke before its first job
+        except SweepError:  # it failed before its first job
             return True
         missing = 0
     else:

@@ -1,4 +1,4 @@
-"""Images: where they come from, as verified tensors, and DataLoaders that feed from them."""
+"""Images: their sources, as verified tensors, and DataLoaders over them."""
 
 from vae_torch.data.sources import load_images  # first in the table
 

@@ -15,21 +15,21 @@ from vae_torch.data.table import Images, Splits, data_sources
 Layout = Literal["auto", "NCHW", "NHWC"]
 _NAMES = ("x", "x_train", "x_test", "y", "y_train", "y_test")
 _MAGIC = b"\x93NUMPY"
-_CHANNELS = 4  # at most, where nobody says which side of an image they are
+_CHANNELS = 4  # at most, if the layout is not given
 
 
 @data_sources.register("array")
 def array(root: Path, *, layout: Layout = "auto") -> Splits:
-    """The arrays of a file; a `.npy` is mapped, so that it may be larger than memory.
+    """Read the arrays of a file; a `.npy` is memory-mapped, so it may be larger than memory.
 
     Args:
         root: A `.npy` with the images; or a `.npz` with `x`, or `x_train` and `x_test`, and
             their labels `y`, or `y_train` and `y_test`.
-        layout: Where the channels are; `auto`: where the shape has 4 or fewer.
+        layout: Position of the channels; `auto`: the dimension of size 4 or less.
 
     Raises:
         DataError: The file cannot be read or holds no images; nothing in it is ever unpickled.
-        ConfigError: `root` is no such file, or a shape may be read in two ways.
+        ConfigError: `root` is not such a file, or the position of the channels is ambiguous.
     """
     if root.suffix not in (".npy", ".npz") or not root.is_file():
         raise ConfigError(f"data.root={root}: must be a .npz or .npy file")
@@ -53,7 +53,7 @@ def array(root: Path, *, layout: Layout = "auto") -> Splits:
 
 
 def in_memory(x_train: Any, x_test: Any, y_train: Any, y_test: Any, layout: str) -> Splits:
-    """Arrays or tensors as a source's images; labels may be words."""
+    """Arrays or tensors as the images of a source; labels may be words."""
     if x_test is None and y_test is not None:
         raise DataError("y_test without x_test: labels need images; give both or neither")
     classes = None
@@ -72,7 +72,7 @@ def in_memory(x_train: Any, x_test: Any, y_train: Any, y_test: Any, layout: str)
 
 
 def _opened(path: Path) -> Mapping[str, Any]:
-    """The arrays of a file by their names; of a `.npy` mapped, as `x`."""
+    """The arrays of a file, by name; those of a `.npy` are mapped, as `x`."""
     try:
         with path.open("rb") as file:
             if file.read(len(_MAGIC)) == _MAGIC:
@@ -83,7 +83,7 @@ def _opened(path: Path) -> Mapping[str, Any]:
             file.seek(0)
             with np.load(file, allow_pickle=False) as held:
                 return {name: held[name] if name in _NAMES else None for name in held.files}
-    except Exception as error:  # bytes that somebody made can raise anything
+    except Exception as error:  # crafted bytes can raise anything
         reason = in_short(error)
         if "pickle" in reason or "bject" in reason:
             reason = "it holds Python objects, which may run code"
@@ -93,7 +93,7 @@ def _opened(path: Path) -> Mapping[str, Any]:
 
 
 def _channels_first(x: Any, layout: str) -> Any:
-    """(N, H, W, C) as (N, C, H, W), where that can be told; other shapes as they are. No copy."""
+    """(N, H, W, C) as (N, C, H, W), without a copy; other shapes are unchanged."""
     if not isinstance(x, np.ndarray | torch.Tensor) or x.ndim != 4:
         if isinstance(x, np.ndarray | torch.Tensor) and x.ndim not in (2, 3):
             raise DataError(
@@ -104,8 +104,8 @@ def _channels_first(x: Any, layout: str) -> Any:
     first, last = x.shape[1] <= _CHANNELS, x.shape[3] <= _CHANNELS
     if layout == "auto" and first == last:
         raise ConfigError(
-            f"data.options.layout=auto: images of shape {tuple(x.shape[1:])} have their channels "
-            "first or last, which cannot be told; set data.options.layout=NCHW or NHWC"
+            f"data.options.layout=auto: images of shape {tuple(x.shape[1:])} may have their "
+            "channels first or last; set data.options.layout=NCHW or NHWC"
         )
     if layout == "NCHW" or (layout == "auto" and first):
         return x

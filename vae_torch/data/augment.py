@@ -1,20 +1,20 @@
-"""Training images that are moved or mirrored at random."""
+"""Data augmentation: training images shifted or mirrored at random."""
 
 import torch
 from torch import Tensor
 
-_REACH = 8  # a shift is at most this fraction of a side
+_REACH = 8  # a shift is at most 1/8 of a side
 
 
 def augment_images(x: Tensor, how: str, *, generator: torch.Generator) -> Tensor:
-    """Move or mirror every image of a batch at random.
+    """Shift or mirror every image of a batch at random.
 
     Args:
         x: (B, C, H, W).
-        how: `shift`: by up to an eighth of a side, up or down and left or right, each whole number
-            of pixels as likely; the edge is repeated. `flip`: left and right exchanged in every
-            other image.
-        generator: Of the CPU: the same choices on every device.
+        how: `shift`: move by up to an eighth of a side, vertically and horizontally, with equal
+            probability for each number of pixels; edges are repeated. `flip`: mirror left and right
+            with probability 1/2.
+        generator: A CPU generator, so that every device makes the same choices.
 
     Returns:
         (B, C, H, W), on the device of `x`.
@@ -31,7 +31,7 @@ def augment_images(x: Tensor, how: str, *, generator: torch.Generator) -> Tensor
 
 
 def _moved(count: int, side: int, generator: torch.Generator) -> Tensor:
-    """Which row or column each one shows, (count, side)."""
+    """The row or column that each one shows, (count, side)."""
     reach = max(1, side // _REACH)
     by = torch.randint(-reach, reach + 1, (count, 1), generator=generator)
     return (torch.arange(side) - by).clamp(0, side - 1)

@@ -1,4 +1,4 @@
-"""Whatever holds images as batches, and what a batch holds."""
+"""Anything that holds images as batches, and the content of a batch."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from vae_torch.data.pixels import tensor_of
 from vae_torch.data.table import Images
 from vae_torch.images import check_shape
 
-Loader = DataLoader[Batch]  # of x (B, *shape) in [0, 1], and labels (B,) where there are some
+Loader = DataLoader[Batch]  # of x (B, *shape) in [0, 1], and labels (B,) if there are any
 
 # What `as_loader` takes: a loader, any other iterable of batches, or the images themselves.
 Data = Loader | Iterable[Any] | Tensor | np.ndarray
@@ -23,12 +23,12 @@ Data = Loader | Iterable[Any] | Tensor | np.ndarray
 def image_loader(
     dataset: ImageDataset, batch_size: int, *, shuffle: bool = False, seed: int = 0
 ) -> Loader:
-    """A DataLoader that fetches a whole batch at once, shuffled anew every epoch by `seed`."""
+    """A DataLoader that fetches whole batches, shuffled by `seed` in a new order every epoch."""
     return DataLoader(
         dataset,
         batch_sampler=EpochBatches(dataset, batch_size, shuffle=shuffle, seed=seed),  # type: ignore[arg-type]
         collate_fn=_as_fetched,
-        # DataLoader draws a seed for workers that it has not got; keep it off the global generator
+        # DataLoader draws a seed for workers, even without any; keep the global generator unchanged
         generator=torch.Generator(),
     )
 
@@ -46,19 +46,19 @@ def as_loader(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Iterable[Any]:
-    """Whatever holds images as an iterable of batches that can be passed through again and again.
+    """Images in any form as an iterable of batches that can be repeated.
 
     Args:
-        data: A DataLoader or another iterable of batches, which stays as it is; or the images
+        data: A DataLoader or another iterable of batches, which is unchanged; or the images
             themselves, (N, *shape) bytes or floats in [0, 1]: a tensor, an array, or `Images`.
-        input_shape: Of the model's images.
-        batch_size: Of a loader that is made here; so are the others.
-        shuffle: Anew every epoch.
-        seed: Of the order.
-        device: Where the images live.
+        input_shape: Shape of the model's images.
+        batch_size: Batch size of a loader that is made here, as are the next three.
+        shuffle: Shuffle anew in every epoch.
+        seed: Random seed of the order.
+        device: Device of the images.
 
     Raises:
-        ValueError: Images of another shape or type, or nothing that batches can be read from twice.
+        ValueError: Images of another shape or type, or batches that can be read only once.
     """
     if isinstance(data, np.ndarray | Tensor):
         data = Images(data)
@@ -88,10 +88,10 @@ def as_loader(
 def images_of(batch: Any) -> Tensor:
     """The images x of a batch: x alone, [x], (x, label), (x, label, anything), or {"image": x}.
 
-    Bytes are divided by 255, floats stay as they are.
+    Bytes are divided by 255; floats are unchanged.
 
     Raises:
-        ValueError: No tensor and no array stands there.
+        ValueError: It holds no tensor or array of images.
     """
     x = batch[0] if isinstance(batch, list | tuple) and batch else batch
     if isinstance(batch, dict):
@@ -107,7 +107,7 @@ def images_of(batch: Any) -> Tensor:
 
 
 def labels_of(batch: Any) -> Tensor | None:
-    """The labels (B,) of a batch, where all of its images have one: see `images_of`."""
+    """The labels (B,) of a batch, if all of its images have one: see `images_of`."""
     if isinstance(batch, dict):
         labels = batch.get("label")
     else:
@@ -119,15 +119,15 @@ def labels_of(batch: Any) -> Tensor | None:
 
 
 def as_batch(batch: Any, device: torch.device, dtype: torch.dtype) -> images.Batch:
-    """What a loader gives, as images and labels on a device: see `images_of`."""
+    """A loader's batch as images and labels on a device: see `images_of`."""
     x, y = images_of(batch), labels_of(batch)
     x = x.to(device, dtype, non_blocking=True)
     return images.Batch(x, None if y is None else y.to(device, non_blocking=True))
 
 
 def batches_in(loader: Iterable[Any]) -> int | None:
-    """How many batches an epoch has; None where the loader cannot tell."""
+    """The number of batches in an epoch; None if the loader does not know."""
     try:
         return len(loader)  # type: ignore[arg-type]
-    except (TypeError, NotImplementedError):  # of an IterableDataset, a DataLoader's len raises
+    except (TypeError, NotImplementedError):  # e.g. a DataLoader over an IterableDataset
         return None

@@ -1,6 +1,6 @@
 """The benchmark files of the literature: binarised MNIST, OMNIGLOT, Caltech-101 silhouettes.
 
-Nothing is fetched: each source says which file belongs where, and what it holds.
+Nothing is downloaded. Each source tells which file it needs and where, and checks its content.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ from vae_torch.data.table import Images, Splits, data_sources
 _SIDE = 28
 _PIXELS = _SIDE * _SIDE
 
-# Images in each file, or in each part of it.
+# Number of images in each file, or in each part of it.
 _LAROCHELLE = {"train": 50_000, "valid": 10_000, "test": 10_000}
 _OMNIGLOT = {"data": 24_345, "testdata": 8_070}
 _CALTECH = {"train": 4_100, "val": 2_264, "test": 2_307}
@@ -31,7 +31,7 @@ def larochelle(root: Path) -> Splits:
         root: Holds `binarized_mnist_train.amat`, `..._valid.amat` and `..._test.amat`.
 
     Raises:
-        DataError: A file is absent, or not the published one's layout.
+        DataError: A file is missing, or its layout differs from the published one's.
     """
     where = "http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist"
     train, valid, test = (
@@ -51,7 +51,7 @@ def omniglot(root: Path) -> Splits:
         root: Holds `chardata.mat`.
 
     Raises:
-        DataError: The file is absent, or not the published one's layout.
+        DataError: The file is missing, or its layout differs from the published one's.
     """
     where = "https://github.com/yburda/iwae/tree/master/datasets/OMNIGLOT"
     path = _found(root, "chardata.mat", where)
@@ -75,7 +75,7 @@ def caltech101_silhouettes(root: Path) -> Splits:
         root: Holds `caltech101_silhouettes_28_split1.mat`.
 
     Raises:
-        DataError: The file is absent, or not the published one's layout.
+        DataError: The file is missing, or its layout differs from the published one's.
     """
     where = "https://people.cs.umass.edu/~marlin/data.shtml"
     path = _found(root, "caltech101_silhouettes_28_split1.mat", where)
@@ -92,9 +92,9 @@ def caltech101_silhouettes(root: Path) -> Splits:
 
 
 def _found(root: Path, name: str, where: str) -> Path:
-    """A file under the data folder; a refusal says `where` to get it."""
+    """A file in the data folder; the error message says `where` to get it."""
     if not (root / name).is_file():
-        raise DataError(f"{root / name}: is not there; get it from {where}")
+        raise DataError(f"{root / name}: is missing; get it from {where}")
     return root / name
 
 
@@ -107,7 +107,7 @@ def _amat(path: Path, count: int) -> np.ndarray:
     if not blank.all() or lines != count or digits.sum() != count * _PIXELS:
         raise DataError(
             f"{path}: {lines:,} lines, {int(digits.sum()):,} digits; the published file has "
-            f"{count:,} lines of {_PIXELS} zeros and ones; get it anew"
+            f"{count:,} lines of {_PIXELS} zeros and ones; download it again"
         )
     pixels: np.ndarray = text[digits] == ord("1")
     return pixels.reshape(-1, 1, _SIDE, _SIDE)
@@ -118,22 +118,22 @@ def _mat(path: Path) -> dict[str, Any]:
     try:
         from scipy.io import loadmat
     except ModuleNotFoundError:
-        raise DataError(f"{path}: is read by scipy, which is absent; pip install scipy") from None
+        raise DataError(f"{path}: scipy is not installed; pip install scipy") from None
     try:
         held: dict[str, Any] = loadmat(path)
-    except Exception as error:  # bytes that somebody made can raise anything
-        raise DataError(f"{path}: no MATLAB file ({in_short(error, 80)}); get it anew") from None
+    except Exception as error:  # crafted bytes can raise anything
+        raise DataError(f"{path}: no MATLAB file ({in_short(error)}); download it again") from None
     return held
 
 
 def _part(path: Path, held: dict[str, Any], name: str, shape: tuple[int, int]) -> np.ndarray:
     array = held.get(name)
     if not isinstance(array, np.ndarray) or array.shape != shape or array.dtype.kind not in "buif":
-        has = f"has shape {array.shape}" if isinstance(array, np.ndarray) else "is absent"
-        raise DataError(f"{path}: {name} {has}; must have {shape}; get the file anew")
+        has = f"has shape {array.shape}" if isinstance(array, np.ndarray) else "is missing"
+        raise DataError(f"{path}: {name} {has}; must have {shape}; download the file again")
     return array
 
 
 def _upright(images: np.ndarray) -> np.ndarray:
-    """MATLAB's images, column after column, (N, 784) -> (N, 1, 28, 28)."""
+    """Transpose MATLAB's images, stored by columns: (N, 784) -> (N, 1, 28, 28)."""
     return images.reshape(-1, 1, _SIDE, _SIDE).swapaxes(2, 3)

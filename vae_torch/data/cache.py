@@ -1,4 +1,4 @@
-"""Decoded pixels on disk: written once, mapped into memory ever after."""
+"""Decoded pixels on disk: written once, memory-mapped afterwards."""
 
 import hashlib
 import os
@@ -24,18 +24,18 @@ def cached(
     *,
     dtype: str = "|u1",
 ) -> np.ndarray:
-    """An array that was made before, or is made now, mapped from a file.
+    """An array mapped from a file, which is written first if it does not exist.
 
-    The file lies in `root/.vae_torch`, or where that cannot be written in the user's cache folder.
-    It is replaced when the content changes. Several processes may ask at once: one makes it.
+    The file lies in `root/.vae_torch`, or in the user's cache folder if that cannot be written. It
+    is replaced when the content changes. If several processes need it at once, one writes it.
 
     Args:
         root: The data folder.
-        settings: What the array is made with, ...
-        content: ... and from: any values whose text tells them apart.
-        shape: Of the whole array.
-        made: Its parts, in order, along the first axis.
-        dtype: Of the array, as NumPy writes it.
+        settings: How the array is made; with `content`, the identity of the file.
+        content: What it is made from: any values whose text identifies them.
+        shape: Shape of the whole array.
+        made: Its parts along the first axis, in order.
+        dtype: Type of the array, as NumPy writes it.
     """
     group = _digest((str(root.resolve()), settings))
     name = f"{group}-{_digest((content, shape, dtype))}.npy"
@@ -46,7 +46,7 @@ def cached(
             return array
     reasons = []
     for place in places:
-        held = not place.exists()  # by nobody else
+        held = not place.exists()  # by another process
         try:
             place.mkdir(parents=place == user, exist_ok=True)
             lock = FileLock(place / "lock").acquire()
@@ -58,7 +58,7 @@ def cached(
                 if _mapped(place / name, shape, dtype) is None:
                     _write(place / name, shape, dtype, made())
                     for old in set(place.glob(f"{group}-*.npy")) - {place / name}:
-                        with suppress(OSError):  # another system holds what is mapped
+                        with suppress(OSError):  # some systems refuse to delete a mapped file
                             old.unlink()
             except BaseException:
                 if held:
@@ -76,7 +76,7 @@ def cached(
 
 
 def _mapped(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray | None:
-    """The file's array, if it is there and whole."""
+    """The file's array, if it exists and is complete."""
     try:
         array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):

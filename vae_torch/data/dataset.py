@@ -1,7 +1,7 @@
-"""Images as one tensor, whole batches of it, and the order of an epoch.
+"""Images as one tensor, fetched in whole batches, and the order of an epoch.
 
-A batch is one indexing of the tensor, a small part of a training step; decoding images one by one
-costs more than the step. The tensor may be a mapped file that is larger than memory.
+A batch is one indexing of the tensor, which costs little of a training step; decoding images one by
+one costs more than the step. The tensor may be a memory-mapped file that is larger than memory.
 """
 
 import math
@@ -18,7 +18,7 @@ from vae_torch.images import check_pixels
 from vae_torch.machine import wide
 from vae_torch.seeds import Stream, mix_seed, seeded_generator
 
-Batch = tuple[Tensor, ...]  # x (B, *shape) float32 in [0, 1], and labels (B,) where there are some
+Batch = tuple[Tensor, ...]  # x (B, *shape) float32 in [0, 1], and labels (B,) if there are any
 
 
 class ImageDataset(Dataset[Batch]):
@@ -26,22 +26,22 @@ class ImageDataset(Dataset[Batch]):
 
     Args:
         images: (N, *shape), bytes (uint8) or floats in [0, 1]. Bytes are divided by 255 when they
-            are fetched, floats are fetched as they are.
+            are fetched.
         labels: (N,) int64, or None: a batch is then (x,).
-        rows: Which of the images, by number; all where absent. `labels` are of these.
-        flat: Batches are (B, pixels); else (B, C, H, W), where images have no channels (B, 1, H,
-            W), and where they are vectors (B, D).
+        rows: Indices of the images to use; all if absent. `labels` are of these.
+        flat: Batches are (B, pixels); else (B, C, H, W), with C = 1 for images without channels, or
+            (B, D) for vectors.
         augment: `shift`, `flip` or `none`: what `augment_images` does to every batch.
-        binarize_generator: With one, each fetch draws binary pixels anew with the grey values as
+        binarize_generator: If given, each fetch samples binary pixels with the grey values as
             probabilities (dynamic binarisation).
         classes: The names of the classes, by label.
-        device: Where the tensors live, and the batches too. Images that fill more than half of a
-            GPU's free memory stay where they are, and their batches are moved.
+        device: Device of the tensors and the batches. Images that fill more than half of a GPU's
+            free memory stay where they are, and their batches are moved.
 
     Raises:
         ValueError: No image, pixels that are neither bytes nor floats in [0, 1], or another number
-            of labels.
-        ConfigError: Vectors that are to be augmented.
+            of labels than of images.
+        ConfigError: Vectors with `augment`.
     """
 
     def __init__(
@@ -71,8 +71,8 @@ class ImageDataset(Dataset[Batch]):
         self.shape = (math.prod(sides),) if flat else self.image_shape  # of a batch's images
         if augment != "none" and len(self.image_shape) != 3:
             raise ConfigError(
-                f"data.augment={augment}: the images are vectors of {math.prod(sides)} values, "
-                "which have no sides; give them as (N, C, H, W), or leave it out"
+                f"data.augment={augment}: the images are vectors of {math.prod(sides)} values; "
+                "give them as (N, C, H, W), or leave it out"
             )
         self.classes = classes
         self.augment = augment
@@ -102,7 +102,7 @@ class ImageDataset(Dataset[Batch]):
         return tuple(of_one[0] for of_one in self.__getitems__(torch.tensor([index])))
 
     def __getitems__(self, indices: Tensor) -> Batch:
-        """Pixels x (B, *shape) float32 in [0, 1], and labels (B,) where there are some."""
+        """Pixels x (B, *shape) float32 in [0, 1], and labels (B,) if there are any."""
         indices = torch.as_tensor(indices, device=self.images.device)
         x = self.images.index_select(0, indices if self.rows is None else self.rows[indices])
         if self._apart:
@@ -121,16 +121,16 @@ class ImageDataset(Dataset[Batch]):
         return x, labels.to(self.device) if self._apart else labels
 
     def first(self, n: int) -> tuple[Tensor, Tensor | None]:
-        """The first n images, or all where there are fewer, and their labels or None."""
+        """The first n images, or all if there are fewer, and their labels or None."""
         x, *labels = self.__getitems__(torch.arange(min(n, len(self))))
         return x, labels[0] if labels else None
 
 
 class EpochBatches(Sampler[Tensor]):
-    """Batches of indices, shuffled anew by (seed, epoch) and by nothing else.
+    """Batches of indices, shuffled by (seed, epoch) alone.
 
-    `set_epoch(n)` chooses the order, as with torch's DistributedSampler; without it, every pass
-    moves to the next epoch. Whatever draws random pixels in the dataset is seeded with it.
+    `set_epoch(n)` chooses the order, as in torch's DistributedSampler; without it, every pass moves
+    to the next epoch. It also seeds the random pixels of the dataset.
     """
 
     def __init__(self, dataset: ImageDataset, batch_size: int, *, shuffle: bool, seed: int) -> None:
@@ -141,18 +141,18 @@ class EpochBatches(Sampler[Tensor]):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, *, skip: int = 0, pixels: Tensor | None = None) -> None:
-        """The next pass is in the order of this epoch.
+        """Make the next pass follow the order of this epoch.
 
         Args:
             epoch: Counted from 0.
-            skip: Batches to leave out: those that a stopped run has had.
-            pixels: What `pixels()` said after the last of them. Without it, the binary pixels of
-                the rest are drawn anew, seeded by (seed, epoch, skip).
+            skip: Batches to leave out, because a stopped run has used them.
+            pixels: The result of `pixels()` after the last of these. Without it, the binary pixels
+                of the remaining batches are seeded by (seed, epoch, skip).
         """
         self.epoch, self._skip, self._pixels = epoch, skip, pixels
 
     def pixels(self) -> Tensor | None:
-        """The state of the generator that draws binary pixels, where there is one."""
+        """The state of the generator of binary pixels, if there is one."""
         generator = self.dataset.binarize_generator
         return generator.get_state() if generator else None
 
@@ -176,7 +176,7 @@ class EpochBatches(Sampler[Tensor]):
         batches = order.to(self.dataset.images.device).split(self.batch_size)[skip:]
         self.set_epoch(epoch + 1)
         for step, batch in enumerate(batches, skip):
-            if self.dataset.augment != "none":  # a batch is fetched before the next is asked for
+            if self.dataset.augment != "none":  # a batch is fetched before the next
                 self.dataset.augment_generator.manual_seed(
                     mix_seed(self.seed, epoch, Stream.AUGMENT, step)
                 )
@@ -186,7 +186,7 @@ class EpochBatches(Sampler[Tensor]):
 def _placed(
     images: Tensor, rows: Tensor | None, device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
-    """The images on the device, if they leave room there for anything else; else as they are."""
+    """The images on the device if they leave enough room there, else unchanged."""
     if device.type == images.device.type:
         return images.to(device), rows
     count = len(images) if rows is None else len(rows)

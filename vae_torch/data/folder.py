@@ -22,9 +22,9 @@ _log = logging.getLogger("vae_torch")
 
 
 class File(NamedTuple):
-    """An image file, and what changes when its content does."""
+    """An image file, with values that change when its content does."""
 
-    name: str  # from the data folder on, with /
+    name: str  # path in the data folder, with /
     size: int  # bytes
     changed: int  # nanoseconds
 
@@ -37,17 +37,17 @@ def folder(
     channels: int | None = None,
     background: str = "white",
 ) -> Splits:
-    """PNG, JPEG, BMP, WebP and GIF files, decoded once into a cache that is mapped into memory.
+    """PNG, JPEG, BMP, WebP and GIF files, decoded once into a memory-mapped cache.
 
     Args:
-        root: The folder. `train` and `test` in it are training and test images. Below, sub-folders
-            are classes, unless a `labels.csv` lists files and their labels.
-        size: Of all images: N or [height, width]. They are resized, and cut to the middle.
-        channels: 1 (grey) or 3 (colour). Absent: 3 where any file has colours.
+        root: The folder. Its sub-folders `train` and `test`, if both exist, hold training and test
+            images. Other sub-folders are classes, unless a `labels.csv` lists files and labels.
+        size: Of all images: N or [height, width]. They are resized and center-cropped.
+        channels: 1 (grey) or 3 (colour). If absent: 3 if any file has colours.
         background: The colour behind transparent pixels.
 
     Raises:
-        DataError: No image, one that cannot be read, or images of several sizes without `size`.
+        DataError: No image, an unreadable one, or images of several sizes without `size`.
         ConfigError: No such folder, or a setting that is not allowed.
     """
     if not root.is_dir():
@@ -60,7 +60,7 @@ def folder(
             "folder with data.root"
         )
     if others:
-        _log.info("%s: %d files that are no images are left out: %s", root, len(others), others[0])
+        _log.info("%s: %d files that are not images are left out: %s", root, len(others), others[0])
     splits = _splits(files)
     names, labels = _labels(root, files, inside=1 if len(splits) == 2 else 0)
     form = Form(*_form(root, files, size, channels), background)
@@ -74,7 +74,7 @@ def folder(
 def image_files(root: Path) -> list[list[str]]:
     """The names of a folder's image files, in the order of the images that `folder` returns.
 
-    All of them; or those in `train` and those in `test`, where these two are there.
+    These are all files, or those in `train` and those in `test` if both exist.
     """
     files = _listed(root)[0]
     return [[file.name for file in files[part]] for part in _splits(files)]
@@ -83,7 +83,7 @@ def image_files(root: Path) -> list[list[str]]:
 def _form(
     root: Path, files: Sequence[File], size: int | list[int] | None, channels: int | None
 ) -> tuple[int, int, int]:
-    """Height, width and channels: as given, or looked up in all files, once for each content."""
+    """Height, width and channels: the given values, or those of the files, cached by content."""
     if size is not None and channels is not None:
         return *sides(size), channels
     paths = [file.name for file in files]
@@ -100,7 +100,7 @@ def _form(
 
 
 def _listed(root: Path) -> tuple[list[File], list[str]]:
-    """The image files below a folder, by name, and the names of other files."""
+    """The image files below a folder, by name, and the names of the other files."""
     files, others = [], []
     for name, entry in _walk(str(root), "", ()):
         if f".{entry.name.rpartition('.')[2].lower()}" not in _SUFFIXES:
@@ -118,20 +118,20 @@ def _listed(root: Path) -> tuple[list[File], list[str]]:
 
 
 def _walk(folder: str, name: str, above: tuple[str, ...]) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """The files below a folder, hidden ones aside. A link to a folder above is not followed."""
+    """The files below a folder except hidden ones. Links to a folder above are not followed."""
     real = os.path.realpath(folder)
     if real in above:
         return
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
-        raise DataError(f"{folder}: cannot be read ({error.strerror}); check its rights") from None
+        raise DataError(f"{folder}: cannot be read ({error.strerror}); check the rights") from None
     for entry in entries:
         if entry.name.startswith("."):
             continue
         try:
             inner = entry.is_dir()
-        except OSError:  # a link that leads to itself: told where it would be read
+        except OSError:  # a link to itself: reported when it is read
             inner = False
         if inner:
             yield from _walk(entry.path, f"{name}{entry.name}/", (*above, real))
@@ -140,7 +140,7 @@ def _walk(folder: str, name: str, above: tuple[str, ...]) -> Iterator[tuple[str,
 
 
 def _splits(files: Sequence[File]) -> list[slice]:
-    """All files; or those in `train` and those in `test`, where these two are there."""
+    """All files; or those in `train` and those in `test`, if both exist."""
     tops = [file.name.split("/")[0] if "/" in file.name else "" for file in files]
     parts = {"train", "test"}
     if not parts <= set(tops):
@@ -148,14 +148,14 @@ def _splits(files: Sequence[File]) -> list[slice]:
     if set(tops) != parts:
         odd = next(file.name for file, top in zip(files, tops, strict=True) if top not in parts)
         raise DataError(f"{odd}: lies beside train and test; move it into one of them")
-    cut = tops.index("train")  # by name, test comes first
+    cut = tops.index("train")  # sorted by name, test comes first
     return [slice(cut, len(files)), slice(0, cut)]
 
 
 def _labels(
     root: Path, files: Sequence[File], *, inside: int
 ) -> tuple[list[str] | None, np.ndarray | None]:
-    """Class names and labels, by `labels.csv`, else by the sub-folder `inside` folders down."""
+    """Class names and labels, from `labels.csv`, else from the sub-folder `inside` levels down."""
     if (root / _LABELS).is_file():
         words = _listed_labels(root / _LABELS, files)
     else:
@@ -176,7 +176,7 @@ def _labels(
 
 
 def _listed_labels(path: Path, files: Sequence[File]) -> list[str]:
-    """The label of every file, from lines FILE,LABEL; a first line may name the columns."""
+    """The label of every file, from lines FILE,LABEL, perhaps below a line with column names."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as lines:
             rows = [(n, row) for n, row in enumerate(csv.reader(lines), 1) if row]
@@ -187,7 +187,7 @@ def _listed_labels(path: Path, files: Sequence[File]) -> list[str]:
     for line, row in rows:
         name, label = (row[0].strip(), row[1].strip()) if len(row) == 2 else ("", "")
         if line == 1 and name not in known and Path(name).suffix.lower() not in _SUFFIXES:
-            continue  # the columns' names
+            continue  # column names
         if not label or name not in known or found.setdefault(name, label) != label:
             wrong = "two labels" if name in found else "no image beside it"
             wrong = wrong if label else "not FILE,LABEL"

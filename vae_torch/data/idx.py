@@ -12,19 +12,19 @@ from vae_torch.config import UserError
 
 
 class DataError(UserError):
-    """Images cannot be had, or cannot be trusted: one line that names the file and the remedy."""
+    """Images are missing or damaged: one line that names the file and the remedy."""
 
 
 def read_idx(path: Path, *, sha256: str | None = None) -> np.ndarray:
-    """An IDX file of bytes or big-endian int32, plain or `.gz`, as an array.
+    """Read an IDX file of bytes or big-endian int32, plain or `.gz`.
 
     Args:
         path: The file.
-        sha256: Of the uncompressed bytes, where it is known.
+        sha256: SHA-256 of the uncompressed bytes, if known.
 
     Raises:
-        DataError: Names the file, what is wrong with it and what to do. The size that a header
-            claims is held against the file's size before memory is taken.
+        DataError: The message names the file, the fault and the remedy. The size that a header
+            claims is checked against the file's size before memory is allocated.
     """
     remedy = "delete the file to fetch it again"
     packed = path.suffix == ".gz"
@@ -41,7 +41,7 @@ def read_idx(path: Path, *, sha256: str | None = None) -> np.ndarray:
             sizes = file.read(4 * header[3])
             shape = tuple(int(n) for n in np.frombuffer(sizes[: len(sizes) // 4 * 4], ">u4"))
             claimed = 4 + 4 * header[3] + math.prod(shape) * dtype.itemsize
-            # deflate packs at most about 1,032 to 1
+            # deflate compresses at most about 1,032 to 1
             most = path.stat().st_size * (1032 if packed else 1)
             if len(shape) != header[3] or not shape or claimed > most:
                 raise DataError(f"{path}: truncated; its header claims {claimed:,} bytes; {remedy}")

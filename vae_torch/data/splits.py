@@ -1,4 +1,4 @@
-"""Which images are trained on, and which are tested on."""
+"""Splits images into those to train on and those to test on."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,14 +11,14 @@ from vae_torch.data.idx import DataError
 from vae_torch.data.table import Images, Splits
 from vae_torch.seeds import BINARIZE_SEED, HOLD_OUT, seeded_generator
 
-_SHARE = 0.1  # of the images of a source without test images
+_SHARE = 0.1  # share of the images that a source without test images tests on
 
 
 class Part(NamedTuple):
     """Some of a source's images."""
 
     images: Tensor  # (N, *shape)
-    labels: Tensor | None  # of these rows, in their order
+    labels: Tensor | None  # of these rows, in order
     rows: Tensor | None  # None: all
 
 
@@ -29,10 +29,10 @@ def divide(
     classes: Sequence[int | str] | None = None,
     where: str = "data",
 ) -> tuple[Part, Part]:
-    """Training and test images: see `data.hold_out` and `data.classes`.
+    """Split into training and test images: see `data.hold_out` and `data.classes`.
 
-    Held out are the last training images of a source whose images are mixed, of others a random
-    choice that is the same for every run's seed. A source without test images gives a tenth.
+    Held out are the last training images of a source in random order, else a random choice that is
+    the same for every run's seed. A source without test images holds out a tenth.
     """
     kept = _numbers(classes, found.classes) if classes is not None else None
     rows = _rows(found.train, kept)
@@ -47,7 +47,7 @@ def divide(
         train, test = (_part(found.train, some) for some in _held_out(rows, hold_out, found.mixed))
     for part, name in ((train, "training"), (test, "test")):
         if (len(part.images) if part.rows is None else len(part.rows)) == 0:
-            raise DataError(f"data.classes={list(classes or [])}: no {name} image is of them")
+            raise DataError(f"data.classes={list(classes or [])}: no {name} image belongs to them")
     return train, test
 
 
@@ -76,7 +76,7 @@ def _rows(images: Images, kept: Sequence[int] | None) -> Tensor:
 
 
 def _part(images: Images, rows: Tensor) -> Part:
-    """These rows, which rise: a slice where they have no gaps."""
+    """These rows, in ascending order: a slice if they have no gaps."""
     x, labels = images
     if len(rows) and int(rows[-1] - rows[0]) + 1 == len(rows):
         here = slice(int(rows[0]), int(rows[-1]) + 1)
@@ -85,7 +85,7 @@ def _part(images: Images, rows: Tensor) -> Part:
 
 
 def _numbers(classes: Sequence[int | str], names: Sequence[str] | None) -> list[int]:
-    """The labels of classes: by name where one is called so, else by number."""
+    """The labels of classes: by name if one has that name, else by number."""
     known = {name: number for number, name in enumerate(names or [])}
     numbers = []
     for wanted in classes:

@@ -1,4 +1,4 @@
-"""The table of data sources, and what a source returns.
+"""The table of data sources, and the return value of a source.
 
 A source is a function under a name:
 
@@ -6,7 +6,7 @@ A source is a function under a name:
     def blobs(root: Path, *, count: int = 1000) -> Splits:
         return Splits(Images(x_train, labels), Images(x_test, more_labels))
 
-It gets `data.root`. Its keyword-only arguments are its options: `data.options.count=500`. Those
+It gets `data.root`. Its keyword-only arguments are its options: `data.options.count=500`. Options
 called `size`, `channels`, `background`, `split` or `dataset` are set as `data.size` and so on.
 """
 
@@ -24,7 +24,7 @@ SHARED = ("size", "channels", "background", "split", "dataset")  # settings that
 
 
 class Images(NamedTuple):
-    """Images and their labels, as a source has them."""
+    """Images and their labels, as a source returns them."""
 
     images: Any  # (N, C, H, W), (N, H, W) or (N, D): bytes, or floats in [0, 1]; array or tensor
     labels: Any = None  # (N,) whole numbers, or None
@@ -32,14 +32,14 @@ class Images(NamedTuple):
 
 @dataclass(frozen=True)
 class Splits:
-    """What a source returns.
+    """The return value of a source.
 
     Args:
         train: The training images.
-        test: The test images; None where the source has none of its own.
-        classes: Their names, by label.
+        test: The test images; None if the source has none of its own.
+        classes: Names of the classes, by label.
         flat: Batches are (B, pixels), as MNIST's are, not (B, C, H, W).
-        mixed: The training images are in no order, so that `data.hold_out` takes the last ones.
+        mixed: The training images are in random order, so that `data.hold_out` takes the last ones.
     """
 
     train: Images
@@ -53,7 +53,7 @@ data_sources: Table[Callable[..., Splits]] = Table("data.name", "data.options")
 
 
 def load_source(config: DataConfig) -> Splits:
-    """What the source of these settings returns, checked, as tensors."""
+    """Load the source that the settings name; the result is checked and holds tensors."""
     accepted = data_sources.accepts(config.name)
     given = {key: value for key in SHARED if (value := getattr(config, key)) is not None}
     for key, value in given.items():

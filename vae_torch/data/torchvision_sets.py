@@ -31,19 +31,19 @@ def torchvision(
     channels: int | None = None,
     background: str = "white",
 ) -> Splits:
-    """Any image data set of torchvision, fetched as torchvision does, decoded once.
+    """Any image data set of torchvision, downloaded by torchvision and decoded once.
 
     Args:
         root: The data folder.
         dataset: The class in `torchvision.datasets`: `CIFAR10`, `SVHN`, `Omniglot`, `CelebA`.
-        split: Of the training images, where the class has others than `train`.
-        size: As of a folder's images; must be given where they have several sizes.
-        channels: 1 (grey) or 3 (colour). Absent: as the first image has.
+        split: Split of the training images, for classes with others than `train`.
+        size: As for a folder's images; needed if they have several sizes.
+        channels: 1 (grey) or 3 (colour). If absent: as in the first image.
         background: The colour behind transparent pixels.
 
     Raises:
         ConfigError: No such class, or one that needs more than a folder.
-        DataError: It cannot be fetched, or holds no images of one size.
+        DataError: It cannot be downloaded, or its images have several sizes.
     """
     kind = _class(dataset)
     colour(background)
@@ -69,7 +69,7 @@ def torchvision(
 
 
 def _class(name: str | None) -> Any:
-    from torchvision import datasets  # heavy
+    from torchvision import datasets  # slow to import
 
     kind = getattr(datasets, str(name)) if name in datasets.__all__ else None
     if not inspect.isclass(kind) or "root" not in inspect.signature(kind).parameters:
@@ -81,7 +81,7 @@ def _class(name: str | None) -> Any:
 
 
 def _opened(kind: Any, root: Path, options: dict[str, Any]) -> Any:
-    """The data set from disk; else fetched, beside what is there, and moved in place when whole."""
+    """The data set from disk; else downloaded into a scratch folder and moved when complete."""
     name = kind.__name__
     downloads = "download" in inspect.signature(kind).parameters
     off = {"download": False} if downloads else {}
@@ -119,7 +119,7 @@ def _form(
 ) -> Form:
     image = data[0][0] if len(data) else None
     if not isinstance(image, Image.Image):
-        raise DataError(f"data.dataset={name}: gives a {type(image).__name__}, no image")
+        raise DataError(f"data.dataset={name}: gives a {type(image).__name__}, not an image")
     with image:
         height, width, colours = looks(image)
     if size is not None:
@@ -130,7 +130,7 @@ def _form(
 def _decoded(
     data: Any, root: Path, which: object, content: object, form: Form, one_size: bool
 ) -> Images:
-    """Pixels and labels, from the cache where it has them."""
+    """Pixels and labels, from the cache if it has them."""
     labels: list[int] = []
     name = type(data).__name__
 
@@ -148,7 +148,7 @@ def _decoded(
                     yield pixels(image, form)
             except DataError:
                 raise
-            except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises
+            except (OSError, ValueError, SyntaxError) as error:  # raised by Pillow
                 raise DataError(
                     f"data.dataset={name}: image {i} cannot be read ({in_short(error)}); replace it"
                 ) from None
@@ -169,7 +169,7 @@ def _decoded(
 
 
 def _number(label: Any) -> int:
-    """A label as a number; -1 where it is none."""
+    """A label as a number; -1 if it is none."""
     whole = isinstance(label, int | np.integer) or getattr(label, "shape", None) == ()
     return int(label) if whole else -1
 
@@ -180,7 +180,7 @@ def _names(data: Any) -> list[str] | None:
 
 
 def _content(root: Path) -> list[tuple[str, int, int]]:
-    """What lies under the data folder; hidden files aside."""
+    """The files in the data folder except hidden ones."""
     below = ((path, f"/{path.relative_to(root).as_posix()}") for path in sorted(root.rglob("*")))
     found = [(name, path.stat()) for path, name in below if "/." not in name and path.is_file()]
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]

@@ -1,1 +1,1 @@
-"""What a trained model is worth: bounds, log p(x), how it uses its latents, and the card."""
+"""How good a trained model is: bounds, log p(x), the use of its latents, and the card."""

@@ -8,24 +8,25 @@ from torch import Tensor
 
 from vae_torch.bars import bar
 from vae_torch.config import ConfigError
+from vae_torch.evaluation.partial import Partial, in_parts
+from vae_torch.evaluation.simulated import simulated_pixels
 from vae_torch.machine import wide
-from vae_torch.parts.likelihoods import Bernoulli
 from vae_torch.seeds import Stream, seeded_generator
 from vae_torch.vae import VAE, in_eval_mode
 
-_ACCEPTED = 0.65  # share of HMC's proposals: Neal, *MCMC using Hamiltonian dynamics* (2011)
+_ACCEPTED = 0.65  # target acceptance of HMC: Neal, *MCMC using Hamiltonian dynamics* (2011)
 
 
 class AnnealedEstimate(NamedTuple):
     """log p(x) of N images by annealed importance sampling."""
 
     log_px: Tensor  # (N,) nats, in expectation a lower bound
-    log_weights: Tensor  # (chains, N) of each chain
+    log_weights: Tensor  # (chains, N) log-weight of each chain
     acceptance: Tensor  # (N,) share of the proposals that were accepted
 
 
 class Sandwich(NamedTuple):
-    """Bounds on log p(x) of images that the model itself has made."""
+    """Bounds on log p(x) of images sampled from the model itself."""
 
     x: Tensor  # (N, *shape)
     lower: Tensor  # (N,) nats
@@ -43,24 +44,25 @@ def annealed_log_px(
     seed: int = 0,
     chunk: int = 4096,
     progress: bool = False,
+    store: Partial | None = None,
 ) -> AnnealedEstimate:
     """Log p(x) by annealed importance sampling from the prior, with Hamiltonian Monte Carlo.
 
     Wu, Burda, Salakhutdinov and Grosse, *On the Quantitative Analysis of Decoder-Based Generative
     Models* (ICLR 2017): chains move from p(z) to p(x|z) p(z) through p(z) p(x|z)^β. They start from
-    the prior and not from q(z|x), so a mode that the encoder does not know of is not missed for
-    that. The step sizes are tuned by chains that run before and count for nothing; else the
-    estimate would lose what makes it a lower bound.
+    the prior and not from q(z|x), so they can find modes that the encoder does not know. Separate
+    chains tune the step sizes beforehand; tuning on the counted chains would break the lower bound.
 
     Args:
         vae: The model.
         x: (N, *shape).
         temperatures: Values of β; the bound rises with them.
-        chains: Of each image.
-        leapfrogs: Steps of a proposal.
-        seed: Of all noise.
+        chains: Chains per image.
+        leapfrogs: Leapfrog steps per proposal.
+        seed: Random seed of all noise.
         chunk: Decoder rows at once: `chunk / chains` images.
         progress: Show a bar on a terminal.
+        store: Keeps finished images, so that an interrupted estimate resumes.
 
     Raises:
         ValueError: A number is below 1, `VAE.check` refuses x, or log p(x|z) has no gradient.
@@ -68,21 +70,20 @@ def annealed_log_px(
     _check_counts(temperatures, chains, leapfrogs, chunk)
     check_gradient(vae)
     x = vae.check(x)
-    found = []
-    steps = range(0, len(x), max(1, chunk // chains))
-    for start in steps:
-        part = x[start : start + steps.step]
+
+    def anneal(start: int, stop: int) -> Tensor:
+        part = x[start:stop]
         noise = seeded_generator(x.device, seed, start, Stream.ANNEAL)
         z = _from_prior(vae, chains * len(part), noise).to(x).unflatten(0, (chains, -1))
         sizes = _tuned(vae, part, z, temperatures, leapfrogs, noise)
-        words = f"AIS, images {start + 1} to {start + len(part)}"
-        log_w, accepted = _anneal(
-            vae, part, z, sizes, leapfrogs, noise, words=words if progress else None
-        )
-        found.append((log_w, accepted))
-    log_w = torch.cat([each for each, _ in found], 1)
-    log_px = log_w.logsumexp(0) - math.log(chains)
-    return AnnealedEstimate(log_px, log_w, torch.cat([accepted for _, accepted in found]))
+        words = f"AIS, images {start + 1} to {stop}" if progress else None
+        log_w, accepted = _anneal(vae, part, z, sizes, leapfrogs, noise, words=words)
+        return torch.cat([log_w, accepted.unsqueeze(0)]).T
+
+    together = max(1, chunk // chains)
+    rows = in_parts(anneal, len(x), together, vae=vae, name="ais", store=store, progress=False)
+    log_w = rows[:, :-1].T
+    return AnnealedEstimate(log_w.logsumexp(0) - math.log(chains), log_w, rows[:, -1])
 
 
 @in_eval_mode
@@ -96,35 +97,31 @@ def sandwich_log_px(
     seed: int = 0,
     progress: bool = False,
 ) -> Sandwich:
-    """Bounds from below and from above on log p(x) of images drawn from the model.
+    """Bounds from below and above on log p(x) of images sampled from the model.
 
     Bidirectional Monte Carlo: Grosse, Ghahramani and Adams, *Sandwiching the marginal likelihood*
-    (2015). The z that an image was made from is an exact sample of p(z|x), from which chains run
-    back to the prior. How far the bounds are apart says what annealing is worth on this model.
+    (2015). The z that an image was made from is an exact sample of p(z|x); chains run from it back
+    to the prior. The distance between the bounds shows how exact annealing is on this model.
 
     Args:
-        vae: A model with Bernoulli pixels.
-        images: How many to draw.
+        vae: A model whose likelihood can sample.
+        images: Number of images to sample.
         temperatures: As in `annealed_log_px`.
-        chains: As there.
-        leapfrogs: As there.
-        seed: Of all noise.
+        chains: As in `annealed_log_px`.
+        leapfrogs: As in `annealed_log_px`.
+        seed: Random seed of all noise.
         progress: Show a bar on a terminal.
 
     Raises:
-        ValueError: A number is below 1, or the likelihood cannot be sampled here.
+        ValueError: A number is below 1.
+        ConfigError: The likelihood cannot sample.
     """
     _check_counts(temperatures, chains, leapfrogs, images)
-    if not isinstance(vae.likelihood, Bernoulli):
-        raise ValueError(
-            f"the likelihood is {type(vae.likelihood).__name__}: images are drawn from Bernoulli "
-            "pixels only; use annealed_log_px on images that you have"
-        )
     weight = next(vae.parameters())
     noise = seeded_generator(weight.device, seed, Stream.ANNEAL, 1)
     with torch.no_grad():
         z = _from_prior(vae, images, noise).to(weight)
-        x = torch.bernoulli(vae.likelihood.mean(vae.decode(z)), generator=noise)
+        x = simulated_pixels(vae, vae.decode(z), noise)
     settings = (temperatures, leapfrogs, noise)
     fresh = _from_prior(vae, chains * images, noise).to(weight).unflatten(0, (chains, -1))
     sizes = _tuned(vae, x, fresh, *settings)
@@ -137,7 +134,7 @@ def sandwich_log_px(
 
 
 def check_gradient(vae: VAE) -> None:
-    """Whether chains can move.
+    """Check that chains can move.
 
     Raises:
         ConfigError: log p(x|z) has no gradient.
@@ -149,7 +146,7 @@ def check_gradient(vae: VAE) -> None:
         found = torch.autograd.grad(log_px.sum() + 0 * weight.sum(), z, allow_unused=True)[0]
     if found is None:
         raise ConfigError(
-            f"eval.ais: likelihood {type(vae.likelihood).__name__} has no gradient by z, which "
+            f"eval.ais: likelihood {type(vae.likelihood).__name__} has no gradient in z, which "
             "Hamiltonian Monte Carlo needs; leave eval.ais out"
         )
 
@@ -182,7 +179,7 @@ def _tuned(
     leapfrogs: int,
     noise: torch.Generator,
 ) -> Tensor:
-    """Step sizes (temperatures, N) at which HMC accepts two of three proposals."""
+    """Step sizes (temperatures, N) with which HMC accepts two of three proposals."""
     few = min(temperatures, max(50, temperatures // 10))
     sizes = z.new_full((few, len(x)), 0.1)
     _anneal(vae, x, z, sizes, leapfrogs, noise, tune=True)
@@ -232,7 +229,7 @@ def _anneal(
 
 
 class _State(NamedTuple):
-    """Chains' places, with what both parts of the target are there."""
+    """Positions of the chains, with both terms of the target and their gradients there."""
 
     z: Tensor  # (chains, N, latent_dim)
     log_px_given_z: Tensor  # (chains, N)

@@ -1,4 +1,4 @@
-"""The ELBO: its means over a data set, its values per image, and that of any Gaussian posterior."""
+"""The ELBO: means over a data set, values per image, and the ELBO of any Gaussian posterior."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -11,6 +11,7 @@ from vae_torch.config import ObjectiveConfig
 from vae_torch.data import Data, as_batch, as_loader
 from vae_torch.images import Batch
 from vae_torch.machine import wide
+from vae_torch.parts.likelihoods import bits_per_dim
 from vae_torch.parts.objectives import (
     Noise,
     Objective,
@@ -35,29 +36,30 @@ def bound_metrics(
     beta: float = 1.0,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Means over a data set of what the training loop logs about it.
+    """Means over a data set of what the training loop logs.
 
-    The noise depends on `seed` and the number of draws alone, so the curves of a run move where the
-    model moved; `loss` also where beta or the number of draws does.
+    The noise depends on `seed` and the number of samples alone, so a run's curves change only where
+    the model does; that of `loss` also where beta or the number of samples changes.
 
     Args:
         vae: The model.
         loader: Batches x, [x] or (x, label, ...), or all images as one tensor or array.
-        objective: Whose loss.
-        num_samples: Draws of z for each image; the objective's own where it is None.
-        beta: The KL's weight.
-        seed: Of the noise.
+        objective: The objective whose loss is computed.
+        num_samples: Samples of z per image; None: the objective's own number.
+        beta: Weight of the KL.
+        seed: Random seed of the noise.
 
     Returns:
-        `loss`, `elbo`, `reconstruction`, `kl` in nats per image, whatever else the objective gives,
-        and `kl_per_dim`, one per latent dimension, where the KL has a closed form.
+        `loss`, `elbo`, `reconstruction`, `kl` in nats per image, the objective's other metrics, and
+        `kl_per_dim`, one per latent dimension, where the KL has a closed form. The elbo's
+        `bits_per_dim` where the likelihood has `levels`.
 
     Raises:
         ValueError: No image, or images that `VAE.check` refuses.
     """
     weight = next(vae.parameters())
     device = weight.device
-    batches: Iterable[Any] = loader  # one pass: an iterator will do
+    batches: Iterable[Any] = loader  # one pass: an iterator is enough
     if not isinstance(loader, Iterator):
         batches = as_loader(loader, vae.input_shape, batch_size=1000, device=device)
     generator = seeded_generator(device, seed, Stream.BOUND)
@@ -72,7 +74,7 @@ def bound_metrics(
             shape = (draws, len(part.x), vae.latent_dim)
             eps = torch.randn(shape, generator=generator, device=device)
             loss, metrics = loss_and_metrics(minimise, vae, part, Noise(eps), beta)
-            if not {"reconstruction", "kl"} <= metrics.keys():  # the plain bound is always there
+            if not {"reconstruction", "kl"} <= metrics.keys():  # the plain ELBO is always reported
                 metrics = {**bound(vae, part, eps).metrics(), **metrics}
             elbo = metrics["reconstruction"] - metrics["kl"]
             for name, values in {"loss": loss, "elbo": elbo, **metrics}.items():
@@ -81,17 +83,19 @@ def bound_metrics(
             images += len(part.x)
     if not images:
         raise ValueError("there is no image to evaluate; the loader gave no batch")
-    return {name: (total / images).tolist() for name, total in sums.items()}
+    means: dict[str, Any] = {name: (total / images).tolist() for name, total in sums.items()}
+    bits = bits_per_dim(vae.likelihood, means["elbo"], vae.input_shape)
+    return means if bits is None else {**means, "bits_per_dim": bits}
 
 
 @torch.no_grad()
 def bounds_of(vae: VAE, batches: Iterable[Batch], seed: int) -> Tensor:
-    """The elbo, reconstruction and KL of each image from one draw of z: (3, N) nats, in double."""
+    """ELBO, reconstruction and KL of each image from one sample of z: (3, N) nats, in double."""
     device = next(vae.parameters()).device
     noise = seeded_generator(device, seed, Stream.BOUND)
     rows = []
     for batch in batches:
-        for part in batch.split(1000):  # bounds the decoder's memory
+        for part in batch.split(1000):  # limits the decoder's memory
             x = part.x.to(device)
             eps = torch.randn((1, len(x), vae.latent_dim), generator=noise, device=device)
             parts = bound(vae, Batch(x, part.y), eps.to(x.dtype))
@@ -124,7 +128,7 @@ def elbo_of(vae: VAE, x: Tensor, q: Posterior, *, num_samples: int = 1000, seed:
     noise = seeded_generator(x.device, seed, Stream.FIT, 1)
     total = wide(x.new_zeros(len(x)))
     done = 0
-    while done < num_samples:  # twenty at a time bound the memory
+    while done < num_samples:  # twenty at a time limit the memory
         shape = (min(20, num_samples - done), len(x), vae.latent_dim)
         eps = torch.randn(shape, generator=noise, device=x.device, dtype=x.dtype)
         total += wide(log_weights(vae, x, q, eps)).sum(0)

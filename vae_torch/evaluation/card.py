@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vae_torch.config import ConfigError
 from vae_torch.data import Data, as_loader
-from vae_torch.evaluation.ais import annealed_log_px, check_gradient
+from vae_torch.evaluation.ais import annealed_log_px, check_gradient, sandwich_log_px
 from vae_torch.evaluation.bounds import bounds_of, elbo_of, posterior_elbo
 from vae_torch.evaluation.figures import (
     Figures,
@@ -27,21 +28,27 @@ from vae_torch.evaluation.proposals import fitted_log_px
 from vae_torch.evaluation.simulated import put_simulated
 from vae_torch.evaluation.verdict import verdict
 from vae_torch.images import Batch
-from vae_torch.parts.likelihoods import Bernoulli, Gaussian
+from vae_torch.parts.likelihoods import Bernoulli, Gaussian, bits_per_dim
 from vae_torch.parts.objectives import ACTIVE_UNIT_VARIANCE
 from vae_torch.quadrature import QuadratureError, check_few_latents, exact_log_px
 from vae_torch.seeds import Stream, seeded_generator
 from vae_torch.vae import VAE, in_eval_mode
 
-# Whose log p(x) tells whether the model overfits: all of them would take longer than the test set.
+# Importance samples from q(z|x) of every image, where only some get log_px. The difference of the
+# two hardly varies between images, so a few hundred give the mean of all.
+_FEW_SAMPLES = 20
+
+_SANDWICHED = 100  # sampled images between two bounds, at most
+
+# Images whose log p(x) shows overfitting: all of them would take longer than the test set.
 _TRAIN_IMAGES = 1000
 
 
 class Evaluation(NamedTuple):
-    """The evaluation card, and the values behind its means."""
+    """The evaluation card, and the values per image behind its means."""
 
     card: dict[str, Any]
-    per_image: dict[str, Tensor]  # by figure, (N,) float64; NaN for images that were not fitted
+    per_image: dict[str, Tensor]  # by name, (N,) float64; NaN for images that were not fitted
 
 
 def evaluate_model(
@@ -52,40 +59,43 @@ def evaluate_model(
     num_samples: int = 5000,
     fit_samples: int = 1000,
     fit_images: int = 100,
+    log_px_images: int | None = None,
     ais: int | None = None,
     chunk: int = 1024,
     exact: bool | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """The evaluation card.
+    """Measure the evaluation card of a trained model.
 
     Args:
         vae: The model.
-        loader: Of the test set: batches x, [x] or (x, label, ...), or all images as one tensor or
-            array.
-        train_loader: Adds the training bound, log p(x) of a thousand training images and, where
-            both sets have labels, probes of the latents fitted on it.
-        num_samples: Importance samples from q(z|x), of log_px_encoder.
-        fit_samples: Importance samples from fitted proposals, of log_px.
-        fit_images: How many images get a posterior of their own, to split the gap. The seed chooses
-            them at random.
-        ais: How many images get an annealed estimate too, as a check of log_px. The seed chooses
-            them at random; None leaves it out.
+        loader: Test set: batches x, [x] or (x, label, ...), or all images as one tensor or array.
+        train_loader: Training set. It adds the training bound, log p(x) of a thousand training
+            images and, where both sets have labels, probes of the latents fitted on it.
+        num_samples: Importance samples from q(z|x), for log_px_encoder.
+        fit_samples: Importance samples from fitted proposals, for log_px.
+        fit_images: Number of images that get a fitted posterior, to split the gap; chosen at random
+            by the seed.
+        log_px_images: Number of images that get log_px and log_px_encoder, chosen at random by the
+            seed. The mean of all images is that of a quick bound of all, by 20 importance samples,
+            plus the mean difference on these. None computes every image.
+        ais: Number of images that also get an annealed estimate, as a check of log_px; chosen at
+            random by the seed. None leaves it out.
         chunk: Decoder rows at once.
-        exact: Integrate log p(x) over the latents; None does so for one or two of them.
-        seed: Of all noise.
+        exact: Integrate log p(x) over the latents; None does so for one or two latents.
+        seed: Random seed of all noise.
         progress: Show bars on a terminal.
 
     Returns:
-        Each figure as `{"value", "standard_error", "unit", "definition", "num_samples",
-        "num_images", "seed"}`, by name, and under `verdict` a list of sentences. An integral that
-        does not settle is left out, and the verdict says so.
+        Each figure by name, as `{"value", "standard_error", "unit", "definition", "num_samples",
+        "num_images", "seed"}`, and under `verdict` a list of sentences. An integral that does not
+        settle is left out, and the verdict says so.
 
     Raises:
-        ValueError: num_samples, fit_samples, fit_images, ais or chunk is below 1; an
-            integral over more than two latents is asked for; or no image, or images that
-            `VAE.check` refuses.
+        ValueError: num_samples, fit_samples, fit_images, log_px_images, ais or chunk is below 1;
+            log_px_images is below ais; an integral over more than two latents is asked for; or no
+            image, or images that `VAE.check` refuses.
     """
     return evaluate_images(
         vae,
@@ -94,6 +104,7 @@ def evaluate_model(
         num_samples=num_samples,
         fit_samples=fit_samples,
         fit_images=fit_images,
+        log_px_images=log_px_images,
         ais=ais,
         chunk=chunk,
         exact=exact,
@@ -111,6 +122,7 @@ def evaluate_images(
     num_samples: int = 5000,
     fit_samples: int = 1000,
     fit_images: int = 100,
+    log_px_images: int | None = None,
     ais: int | None = None,
     chunk: int = 1024,
     exact: bool | None = None,
@@ -120,16 +132,25 @@ def evaluate_images(
 ) -> Evaluation:
     """`evaluate_model`, with the values of each image beside the card.
 
-    Args and errors are those of `evaluate_model`; `store` keeps what is done of log_px and of
-    log_px_encoder, so that an evaluation that was killed resumes.
+    Arguments and errors are those of `evaluate_model`. `store` keeps the finished part of log_px
+    and log_px_encoder, so that an interrupted evaluation resumes.
 
     Returns:
-        The card, and by name the values of each image of `loader`, in its order.
+        The card, and by name the values of each image of `loader`, in order.
     """
-    counts = {"num_samples": num_samples, "fit_samples": fit_samples, "fit_images": fit_images}
-    for name, given in {**counts, "ais": ais, "chunk": chunk}.items():
+    counts = {
+        "num_samples": num_samples,
+        "fit_samples": fit_samples,
+        "fit_images": fit_images,
+        "log_px_images": log_px_images,
+        "ais": ais,
+        "chunk": chunk,
+    }
+    for name, given in counts.items():
         if given is not None and given < 1:  # before any work
             raise ValueError(f"{name}={given}: must be 1 or more")
+    if ais is not None and log_px_images is not None and ais > log_px_images:
+        raise ValueError(f"ais={ais}: checks log_px, so at most log_px_images={log_px_images}")
     if exact:
         check_few_latents(vae)
     if ais is not None:
@@ -145,7 +166,7 @@ def evaluate_images(
         _put_residual(card, vae.likelihood, x[0].numel())
     train: _Train | None = None
     if train_loader is not None:
-        train = _put_train_elbo(card, vae, train_loader)
+        train = _put_train_elbo(card, vae, train_loader, log_px_images or _TRAIN_IMAGES)
     if isinstance(vae.likelihood, Bernoulli) and not ((x == 0) | (x == 1)).all():
         floor = -torch.special.xlogy(x, x) - torch.special.xlogy(1 - x, 1 - x)
         card.put(
@@ -176,15 +197,22 @@ def evaluate_images(
                 more={"residual": grid.residual},
             )
     how: dict[str, Any] = {"seed": seed, "chunk": chunk, "progress": progress, "store": store}
-    _put_log_px(card, vae, batch, fit_samples, how)
+    some = _chosen(len(x), log_px_images or len(x), seed).to(x.device)
+    few = None
+    if len(some) < len(x):
+        of_all = partial(importance_log_px, num_samples=_FEW_SAMPLES, name="few", **how)
+        few = by_class(vae, batch, of_all).log_px.double()
+    _put_log_px(card, vae, batch, (some, few), fit_samples, how)
     sampled = partial(importance_log_px, num_samples=num_samples, **how)
-    estimate = by_class(vae, batch, sampled)
+    estimate = by_class(vae, batch.rows(some), sampled)
     card.put(
         "log_px_encoder",
         estimate.log_px,
         "log p(x) by importance sampling from q(z|x), as papers report it; in expectation too low, "
         "by an amount that differs between models",
         num_samples,
+        of=some,
+        from_all=few,
     )
     card.put(
         "effective_samples",
@@ -192,16 +220,17 @@ def evaluate_images(
         "(Σ w)² / Σ w² of the importance weights of log_px_encoder",
         num_samples,
         unit="samples",
+        of=some,
         more={"share_below_10": (estimate.effective_samples < 10).double().mean().item()},
     )
     card.compare("log_px", "log_px_encoder")
     if "log_px_exact" in card.per_image:
         card.compare("log_px", "log_px_exact")
     if ais is not None:
-        _put_annealed(card, vae, batch, ais, progress)
+        _put_annealed(card, vae, batch, ais, how)
     if train is not None:
         _put_train_log_px(card, vae, train, fit_samples, how)
-    _put_gap(card, vae, batch, fit_images, progress)
+    _put_gap(card, vae, batch, min(fit_images, len(some)), progress)
     said += verdict(card.figures, num_samples)
     if "entropy_floor" in card.figures:
         said.append(
@@ -211,21 +240,21 @@ def evaluate_images(
         )
     if vae.classes:
         said.append(
-            "The model is given each image's label: log p(x|y) is what an image of a known class "
-            "is worth. It does not compare with log p(x) of models that see no label."
+            "The model sees each image's label, so its figures are of log p(x|y). They do not "
+            "compare with log p(x) of models without labels."
         )
     return Evaluation({**card.figures, "verdict": said}, card.per_image)
 
 
 class _Train(NamedTuple):
-    """Training images, at random, and their bound."""
+    """Some training images, chosen at random, and their ELBO."""
 
     batch: Batch  # x (M, *shape)
     elbo: Tensor  # (M,)
 
 
-def _put_train_elbo(card: Figures, vae: VAE, train_loader: Iterable[Any]) -> _Train:
-    """Put the bound of all training images; return some of them."""
+def _put_train_elbo(card: Figures, vae: VAE, train_loader: Iterable[Any], count: int) -> _Train:
+    """Put the bound of all training images on the card; return at most `count` of them."""
     batches = checked(vae, train_loader)
     bound, _, _ = bounds_of(vae, batches, card.seed)
     card.put(
@@ -236,57 +265,96 @@ def _put_train_elbo(card: Figures, vae: VAE, train_loader: Iterable[Any]) -> _Tr
         standard_error=standard_error_of(bound),
         num_images=len(bound),
     )
-    some = _chosen(len(bound), _TRAIN_IMAGES, card.seed)
+    some = _chosen(len(bound), min(count, _TRAIN_IMAGES), card.seed)
     x, y = joined(batches).rows(some)
     return _Train(Batch(x.to(next(vae.parameters()).device), y), bound[some])
 
 
 def _chosen(images: int, count: int, seed: int) -> Tensor:
-    """The places of `count` of them, at random, in order."""
+    """Indices of `count` images, chosen at random, in order."""
     choice = torch.randperm(images, generator=seeded_generator("cpu", seed, Stream.CHOICE))
     return choice[:count].sort().values
 
 
 def _put_log_px(
-    card: Figures, vae: VAE, batch: Batch, num_samples: int, how: dict[str, Any]
+    card: Figures,
+    vae: VAE,
+    batch: Batch,
+    which: tuple[Tensor, Tensor | None],
+    num_samples: int,
+    how: dict[str, Any],
 ) -> None:
-    found = by_class(vae, batch, partial(fitted_log_px, num_samples=num_samples, **how))
+    """Put log_px of the images that `which` numbers, with a bound of all where those are some."""
+    some, from_all = which
+    estimate = partial(fitted_log_px, num_samples=num_samples, **how)
+    found = by_class(vae, batch.rows(some), estimate)
     card.put(
         "log_px",
         found.log_px,
         "log p(x) by importance sampling from Gaussians fitted to each image, with q(z|x) and the "
         "prior; in expectation a lower bound",
         num_samples,
+        of=some,
+        from_all=from_all,
         more={
             "proposal": "fitted",
             "rise_from_half": found.rise.mean().item(),
             "share_doubtful": found.doubtful.double().mean().item(),
         },
     )
-    card.per_image["pareto_k"] = found.pareto_k.double()
-    card.per_image["rise_from_half"] = found.rise.double()
+    log_px = card.figures["log_px"]
+    if (bits := bits_per_dim(vae.likelihood, -1.0, vae.input_shape)) is not None:
+        error = log_px["standard_error"]
+        card.put(
+            "bits_per_dim",
+            -bits * log_px["value"],
+            "-log_px / (log 2 and the number of pixels and channels)",
+            num_samples,
+            unit="bits per dimension",
+            standard_error=None if error is None else bits * error,
+        )
+    card.keep("pareto_k", found.pareto_k, some)
+    card.keep("rise_from_half", found.rise, some)
 
 
-def _put_annealed(card: Figures, vae: VAE, batch: Batch, images: int, progress: bool) -> None:
+def _put_annealed(card: Figures, vae: VAE, batch: Batch, images: int, how: dict[str, Any]) -> None:
     chosen = _chosen(len(batch.x), images, card.seed)
-    annealed = partial(annealed_log_px, seed=card.seed, progress=progress)
+    few = max(8, how["chunk"] // 4)  # an interruption loses the images that are under way
+    annealed = partial(annealed_log_px, **{**how, "chunk": few})
     found = by_class(vae, batch.rows(chosen), annealed)
-    how = f"annealed importance sampling from the prior, {len(chosen)} images drawn at random"
+    words = f"annealed importance sampling from the prior, {len(chosen)} images chosen at random"
     chains = len(found.log_weights)
-    card.put("log_px_ais", found.log_px, f"log p(x) by {how}; a lower bound too", chains, of=chosen)
+    card.put(
+        "log_px_ais", found.log_px, f"log p(x) by {words}; a lower bound too", chains, of=chosen
+    )
     card.put(
         "ais_difference",
         found.log_px - card.per_image["log_px"][chosen],
-        f"log_px_ais - log_px of the same images: {how}",
+        f"log_px_ais - log_px of the same images: {words}",
         chains,
         of=chosen,
     )
+    grey = "entropy_floor" in card.figures  # Bernoulli samples would be black and white
+    if vae.classes or grey:
+        return
+    with suppress(ConfigError):  # a likelihood that cannot sample
+        both = sandwich_log_px(
+            vae, min(images, _SANDWICHED), seed=card.seed, progress=how["progress"]
+        )
+        card.put(
+            "ais_width",
+            both.upper - both.lower,
+            "bounds on log p(x) of images sampled from the model, by annealing from both ends: the "
+            "distance of upper and lower (Grosse et al., 2015)",
+            chains,
+            stored=False,
+        )
 
 
 def _put_train_log_px(
     card: Figures, vae: VAE, train: _Train, num_samples: int, settings: dict[str, Any]
 ) -> None:
-    """Put log p(x) and the gap of training images, by the method of the evaluated ones."""
+    """Put log p(x) and the gap of training images, measured as for the test images."""
     log_px, how, samples = None, "by integration", 0
     if "log_px_exact" in card.per_image:
         with suppress(QuadratureError):
@@ -297,7 +365,7 @@ def _put_train_log_px(
         fitted = partial(fitted_log_px, num_samples=samples, name="fitted_train", **settings)
         log_px = by_class(vae, train.batch, fitted).log_px
     log_px = log_px.double()
-    whose = f"{len(log_px):,} training images, drawn at random"
+    whose = f"{len(log_px):,} training images, chosen at random"
     for name, values, definition in (
         ("train_log_px", log_px, f"log p(x) {how}, of {whose}"),
         ("train_gap", log_px - train.elbo, f"log p(x) {how} - elbo, of {whose}"),
@@ -321,7 +389,7 @@ def _put_bound(card: Figures, vae: VAE, batch: Batch) -> None:
     analytic = per_dim is not None
     card.put("elbo", elbo, "reconstruction - kl, a lower bound on log p(x)", 1)
     card.put("reconstruction", reconstruction, "E_q log p(x|z), summed over pixels", 1)
-    how = "in closed form" if analytic else "a Monte Carlo estimate from one draw of z"
+    how = "in closed form" if analytic else "a Monte Carlo estimate from one sample of z"
     card.put("kl", kl, f"KL(q(z|x) || p(z)), {how}", 0 if analytic else 1)
     if per_dim is not None:
         card.put(
@@ -347,7 +415,7 @@ def _put_bound(card: Figures, vae: VAE, batch: Batch) -> None:
 
 
 def _put_residual(card: Figures, likelihood: Gaussian, pixels: int) -> None:
-    """Put how far pixels lie from a Gaussian's centres, which E_q log p(x|z) and sigma tell."""
+    """Put the distance of pixels from a Gaussian's centres, from E_q log p(x|z) and sigma."""
     logvar = likelihood.logvar.item()
     nats = -2 * card.per_image["reconstruction"].mean().item() / pixels
     square = math.exp(logvar) * (nats - logvar - math.log(2 * math.pi))
@@ -366,7 +434,9 @@ def _put_gap(card: Figures, vae: VAE, batch: Batch, fit_images: int, progress: b
     name = "log_px_exact" if "log_px_exact" in known else "log_px"
     log_px, samples = known[name], card.figures[name]["num_samples"]
     low = "" if samples == 0 else "; in expectation log_px is too low, and so is this gap"
-    card.put("gap", log_px - known["elbo"], f"{name} - elbo{low}", samples or 1)
+    estimated = log_px.isfinite().nonzero()[:, 0]
+    gap = (log_px - known["elbo"])[estimated]
+    card.put("gap", gap, f"{name} - elbo{low}", samples or 1, of=estimated)
 
     chosen = _chosen(len(batch.x), fit_images, seed)
     batch, log_px = batch.rows(chosen), log_px[chosen]
@@ -379,8 +449,8 @@ def _put_gap(card: Figures, vae: VAE, batch: Batch, fit_images: int, progress: b
     card.put(
         "fitted_gap",
         log_px - encoder_elbo,
-        f"log p(x) - elbo of {len(x)} images, drawn at random by the seed; the sum of the "
-        f"approximation_gap and the amortisation_gap, which are of the same images; {how}",
+        f"log p(x) - elbo of {len(x)} images, chosen at random by the seed; the sum of the "
+        f"approximation_gap and the amortisation_gap of the same images; {how}",
         1000,
         of=chosen,
     )

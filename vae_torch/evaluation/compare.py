@@ -1,4 +1,4 @@
-"""Two evaluated runs, image by image: a paired difference has a far smaller error than two means.
+"""Two evaluated runs, image by image: the error of a paired difference is small.
 
 Reads `evaluation.json` and `evaluation.npz` of both.
 """
@@ -15,7 +15,7 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# What both cards must have alike for one figure to compare.
+# Both cards must agree in these for a figure to be compared.
 _ALIKE = ("num_samples", "seed", "proposal")
 
 
@@ -24,7 +24,7 @@ class CompareError(ValueError):
 
 
 class Comparison(NamedTuple):
-    """One figure of two runs on the same images."""
+    """One figure of two runs, on the same images."""
 
     metric: str
     a: Any  # (N,) values of the first run
@@ -55,14 +55,14 @@ class Comparison(NamedTuple):
 
 
 def compare_runs(first: Path, second: Path) -> list[Comparison]:
-    """Every figure that both runs have for each image, measured alike.
+    """Compare every figure that both runs have per image and measured in the same way.
 
-    The error is over images alone: another random seed of either model would move the difference
-    more, and only several runs show by how much.
+    The error is over images alone. Another random seed of either model moves the difference by
+    more; only several runs show by how much.
 
     Raises:
-        CompareError: A run has no evaluation, one of an older version or a damaged one, or the two
-            are of other images.
+        CompareError: A run has no evaluation, a damaged one or one of an older version, or the two
+            evaluations are of different images.
     """
     (card_a, values_a), (card_b, values_b) = _read(first), _read(second)
     if card_a["data"]["sha256"] != card_b["data"]["sha256"]:
@@ -89,19 +89,18 @@ def compare_runs(first: Path, second: Path) -> list[Comparison]:
 
 
 def scatter(comparison: Comparison, names: tuple[str, str]) -> "Figure":
-    """Each image's value in the two runs, and how the differences are distributed."""
-    from matplotlib.figure import Figure
+    """Each image's value in both runs, and the distribution of the differences."""
+    from vae_torch.figures import DIGIT_COLOURS, new_axes
 
-    figure = Figure(figsize=(9, 4.2), dpi=120, layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = new_axes(9, 4.2, columns=2)
     a, b = comparison.a, comparison.b
-    left.plot(a, b, ".", markersize=2, alpha=0.4, color="#332288")
+    left.plot(a, b, ".", markersize=2, alpha=0.4, color=DIGIT_COLOURS[0])
     ends = [min(a.min(), b.min()), max(a.max(), b.max())]
-    left.plot(ends, ends, color="#555555", linewidth=0.8)
+    left.plot(ends, ends, color=DIGIT_COLOURS[9], linewidth=0.8)
     left.set_xlabel(f"{comparison.metric}, {names[0]}")
     left.set_ylabel(f"{comparison.metric}, {names[1]}")
-    right.hist(b - a, bins=60, color="#88ccee")
-    right.axvline(comparison.difference, color="#882255")
+    right.hist(b - a, bins=60, color=DIGIT_COLOURS[1])
+    right.axvline(comparison.difference, color=DIGIT_COLOURS[6])
     right.set_xlabel(f"{names[1]} - {names[0]}: {comparison.difference:+.3f}")
     right.set_ylabel("images")
     return figure
@@ -113,7 +112,7 @@ def _read(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise CompareError(f"run={run}: has no evaluation.json; run scripts/evaluate.py first")
     if not values_path.exists():
         raise CompareError(
-            f"run={run}: its card is of an older version, without evaluation.npz; run "
+            f"run={run}: its card comes from an older version, without evaluation.npz; run "
             "scripts/evaluate.py again"
         )
     try:
@@ -130,6 +129,6 @@ def _read(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         ) from None
     if any(each.shape != (images,) for each in values.values()):
         raise CompareError(
-            f"run={run}: evaluation.npz is of another card; run scripts/evaluate.py again"
+            f"run={run}: evaluation.npz belongs to another card; run scripts/evaluate.py again"
         )
     return card, values

@@ -15,12 +15,12 @@ from vae_torch.vae import VAE
 
 
 class Figures:
-    """The card's figures as they come in.
+    """The figures of a card, collected one by one.
 
     Args:
-        images: How many are evaluated.
-        seed: Of all noise.
-        px: What the definitions call p(x): p(x|y) of a conditional model.
+        images: Number of evaluated images.
+        seed: Random seed of all noise.
+        px: Name of p(x) in the definitions: p(x|y) for a conditional model.
     """
 
     def __init__(self, images: int, seed: int, *, px: str = "p(x)") -> None:
@@ -39,27 +39,31 @@ class Figures:
         *,
         unit: str = "nats per image",
         of: Tensor | None = None,
+        from_all: Tensor | None = None,
         standard_error: Any = None,
         num_images: int | None = None,
         stored: bool = True,
         more: dict[str, Any] | None = None,
     ) -> None:
-        """Add a figure: a tensor is averaged, with its standard error; other values stand.
+        """Add a figure: a tensor becomes its mean with a standard error; other values stay.
 
-        A tensor has one value per image, or per image that `of` numbers; or, where it is not
-        `stored`, per image of another kind.
+        A tensor has one value per image, or per image whose index is in `of`. If it is not
+        `stored`, it has one per image of another kind.
+
+        If `of` has only some of the images, `from_all` is a bound of every image, (N,): the mean of
+        all is that of the bound, plus the mean difference on some.
         """
         images = self.images if num_images is None else num_images
         if isinstance(value, Tensor):
             value = wide(value)
             images, standard_error = len(value), standard_error_of(value)
-            each = value
-            if of is not None:
-                each = value.new_full((self.images,), math.nan)
-                each[of] = value
             if stored:
-                self.per_image[name] = each
-            value = value.mean().item()
+                self.keep(name, value, of)
+            if of is not None and from_all is not None:
+                value, standard_error, more = self._from_some(value, of, from_all, more or {})
+                images = self.images
+            else:
+                value = value.mean().item()
         self.figures[name] = {
             "value": value,
             "standard_error": standard_error,
@@ -71,15 +75,41 @@ class Figures:
             **(more or {}),
         }
 
+    def keep(self, name: str, values: Tensor, of: Tensor | None = None) -> None:
+        """Store a value per image, NaN for those that `of` does not number."""
+        values = wide(values)
+        if of is not None:
+            each = values.new_full((self.images,), math.nan)
+            each[of] = values
+            values = each
+        self.per_image[name] = values
+
+    def _from_some(
+        self, values: Tensor, of: Tensor, from_all: Tensor, more: dict[str, Any]
+    ) -> tuple[float, float | None, dict[str, Any]]:
+        """The difference estimator of the mean of all images, its error, and what to note of it.
+
+        Cochran, *Sampling Techniques* (1977), section 7.3. The error is that of the images, as if
+        all had been estimated, joined with that of the choice of some.
+        """
+        differences = values - from_all[of]
+        mean = from_all.mean().item() + differences.mean().item()
+        more = {**more, "estimated_images": len(of)}
+        if len(of) == 1:
+            return mean, None, more
+        choice = differences.var().item() * (1 / len(of) - 1 / self.images)
+        error = math.sqrt(values.var().item() / self.images + choice)
+        return mean, error, {**more, "error_of_the_choice": math.sqrt(choice)}
+
     def compare(self, name: str, other: str) -> None:
-        """Note on a figure how far it is above another, image by image, with the paired error."""
+        """Note how far a figure is above another, image by image, with the paired error."""
         both = self.per_image[name] - self.per_image[other]
         both = both[both.isfinite()]
         above = self.figures[name].setdefault("above", {})
         above[other] = [both.mean().item(), standard_error_of(both)]
 
     def bound(self, *names: str) -> None:
-        """Note on figures the 95% interval of their mean over images."""
+        """Note the 95% interval of figures' means over images."""
         for name in names:
             values = self.per_image[name]
             finite = values[values.isfinite()].cpu().numpy()
@@ -87,7 +117,7 @@ class Figures:
 
 
 def bootstrap_interval(values: np.ndarray, seed: int) -> list[float] | None:
-    """95% bootstrap-t interval of a mean, which allows for a skewed tail; None below ten values.
+    """95% bootstrap-t interval of a mean, for skewed values; None for fewer than ten values.
 
     Efron and Tibshirani, *An Introduction to the Bootstrap* (1993), section 12.5.
     """
@@ -103,7 +133,7 @@ def bootstrap_interval(values: np.ndarray, seed: int) -> list[float] | None:
 
 
 def whole_set(vae: VAE, loader: Data) -> Batch:
-    """All images (N, *shape), checked, and their labels (N,), where all have some."""
+    """All images (N, *shape), checked, and their labels (N,), if all have some."""
     weight = next(vae.parameters())
     batches = list(as_loader(loader, vae.input_shape, batch_size=1000))
     if not batches:
@@ -113,12 +143,12 @@ def whole_set(vae: VAE, loader: Data) -> Batch:
 
 
 def checked(vae: VAE, batches: Iterable[Any]) -> list[Batch]:
-    """What a loader gives, with images that the model takes."""
+    """The batches of a loader, checked against the model."""
     return [Batch(vae.check(images_of(batch)), labels_of(batch)) for batch in batches]
 
 
 def joined(batches: Sequence[Batch]) -> Batch:
-    """One batch of all; it has labels where all have some."""
+    """One batch of all; it has labels if all have some."""
     labels = [batch.y for batch in batches if batch.y is not None]
     x = torch.cat([batch.x for batch in batches])
     return Batch(x, torch.cat(labels) if len(labels) == len(batches) else None)
@@ -128,15 +158,15 @@ Found = TypeVar("Found", bound=tuple[Any, ...])
 
 
 def by_class(vae: VAE, batch: Batch, estimate: Callable[[VAE, Tensor], Found]) -> Found:
-    """What an estimator finds out about images: a conditional model is asked class by class.
+    """Run an estimator on images; for a conditional model, class by class.
 
-    Given a class, it is a model like any other, so that no estimator need know of labels.
+    With its class given, a conditional model is like any other, so estimators need not know labels.
 
     Args:
         vae: The model.
-        batch: Images, with labels where the model sees some.
-        estimate: Returns a named tuple of tensors (..., N); of its other values, which are of the
-            whole, the largest of all classes is returned.
+        batch: Images, with labels for a conditional model.
+        estimate: Returns a named tuple of tensors (..., N). Of its other values, which describe
+            all images, the largest over classes is returned.
     """
     model = vae.of(batch)
     if model.y is None or model.y.ndim == 0:
@@ -153,5 +183,5 @@ def by_class(vae: VAE, batch: Batch, estimate: Callable[[VAE, Tensor], Found]) -
 
 
 def standard_error_of(values: Tensor) -> float | None:
-    """The standard error of a mean; None of a single value."""
+    """The standard error of a mean; None for a single value."""
     return wide(values).std().item() / math.sqrt(len(values)) if len(values) > 1 else None

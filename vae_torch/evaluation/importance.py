@@ -1,4 +1,4 @@
-"""log p(x) by importance sampling, and the posteriors that are fitted for it. Nats per image."""
+"""log p(x) by importance sampling, and fitted posteriors. Nats per image."""
 
 import math
 from typing import NamedTuple
@@ -36,22 +36,24 @@ def importance_log_px(
     proposal: tuple[Tensor, Tensor] | None = None,
     progress: bool = False,
     store: Partial | None = None,
+    name: str = "encoder",
 ) -> ImportanceEstimate:
     """Log 1/K Σ_k p(x, z_k) / q(z_k|x): Burda et al. (2016), equation 8 with a large K.
 
-    Each image's noise depends on (seed, its place) alone, so the answer does not depend on `chunk`
-    beyond the rounding of sums.
+    The noise of an image depends on (seed, its index) alone, so `chunk` changes the result only by
+    the rounding of sums.
 
     Args:
         vae: The model.
         x: (N, *shape) in [0, 1].
         num_samples: K.
-        seed: Of the noise.
-        chunk: Decoder rows at once. A thousand stay in a core's cache; any number gives the same
-            answer.
-        proposal: Mean and log-variance, (N, latent_dim) each, to draw from instead of q(z|x).
+        seed: Random seed of the noise.
+        chunk: Decoder rows at once; any number gives the same result. A thousand fit into a core's
+            cache.
+        proposal: Mean and log-variance, (N, latent_dim) each, to sample from instead of q(z|x).
         progress: Show a bar on a terminal.
-        store: Keeps what is done, and knows what was done before.
+        store: Keeps finished images, so that an interrupted estimate resumes.
+        name: Of the estimate, in `store`.
 
     Raises:
         ValueError: num_samples or chunk is below 1, or `VAE.check` refuses x.
@@ -95,7 +97,7 @@ def importance_log_px(
         estimate,
         len(x),
         max(1, chunk // num_samples),
-        name="encoder",
+        name=name,
         store=store,
         vae=vae,
         progress=progress,
@@ -113,17 +115,17 @@ def fit_posterior(
     seed: int = 0,
     progress: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The best Gaussian posterior of each image, found by ascent on its ELBO from the encoder's.
+    """The best Gaussian posterior of each image, by gradient ascent on its ELBO from the encoder's.
 
     Cremer, Li and Duvenaud, *Inference Suboptimality in Variational Autoencoders* (ICML 2018),
     table 1: q*.
 
     Args:
-        vae: The model; its weights stay as they are.
+        vae: The model; its weights do not change.
         x: (N, *shape) in [0, 1].
-        steps: Of Adam, on each image's own mean and log-variance.
-        num_samples: Draws of z per step.
-        seed: Of the noise.
+        steps: Steps of Adam, on each image's own mean and log-variance.
+        num_samples: Samples of z per step.
+        seed: Random seed of the noise.
         progress: Show a bar on a terminal.
 
     Returns:

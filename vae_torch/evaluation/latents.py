@@ -1,4 +1,4 @@
-"""How a model uses its latents: mutual information, distance to the prior, probes of labels."""
+"""The use of latents: mutual information, distance to the prior, probes of labels."""
 
 import logging
 import math
@@ -26,10 +26,10 @@ _log = logging.getLogger("vae_torch")
 
 @in_eval_mode
 def aggregate_kl(vae: VAE, x: Tensor, *, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """The mean KL(q(z|x) || p(z)) as mutual information plus KL(q(z) || p(z)).
+    """Split the mean KL(q(z|x) || p(z)) into mutual information and KL(q(z) || p(z)).
 
-    Hoffman and Johnson, *ELBO surgery* (2016), with q(z) the mean of the N posteriors and one draw
-    of z from each.
+    Hoffman and Johnson, *ELBO surgery* (2016), with q(z) the mean of the N posteriors and one
+    sample of z from each.
 
     Returns:
         log q(z_n|x_n) - log q(z_n) and log q(z_n) - log p(z_n), (N,) each; their means are the two
@@ -44,7 +44,7 @@ def aggregate_kl(vae: VAE, x: Tensor, *, seed: int = 0) -> tuple[Tensor, Tensor]
 
 
 class _Aggregate(NamedTuple):
-    """Log-densities of one draw z_n of each posterior: (N,) each, nats."""
+    """Log-densities at one sample z_n of each posterior: (N,) each, nats."""
 
     own: Tensor  # q(z_n|x_n)
     log_qz: Tensor  # the mean of all N posteriors
@@ -61,7 +61,7 @@ def _aggregate(vae: VAE, x: Tensor, seed: int) -> _Aggregate:
     z = reparameterize(mean, logvar, eps=eps)
     own = log_normal(z, mean, logvar)
     uniform = -math.log(len(mean))
-    # in double, since posteriors can be narrow where log_mixture subtracts squares
+    # in double: log_mixture subtracts squares, and posteriors can be narrow
     parts = tuple(map(wide, (mean, logvar, mean.new_full((len(mean),), uniform))))
     all_of_them, others = [], []
     for at in torch.arange(len(z), device=z.device).split(1000):
@@ -69,7 +69,7 @@ def _aggregate(vae: VAE, x: Tensor, seed: int) -> _Aggregate:
         all_of_them.append(log_q.logsumexp(1))
         log_q[torch.arange(len(at)), at.cpu()] = -math.inf
         others.append(log_q.logsumexp(1))
-    # the own posterior's share: where all are so narrow that the squares lose it even in double
+    # restore the own posterior's share where it is so narrow that even double loses it
     log_qz = torch.maximum(torch.cat(all_of_them), wide(own + uniform))
     log_others = torch.cat(others) - math.log1p(-1 / len(z)) if len(z) > 1 else log_qz
     return _Aggregate(wide(own), log_qz, log_others, wide(vae.log_prior(z)))
@@ -84,7 +84,7 @@ def log_components(z: Tensor, means: Tensor, logvars: Tensor, log_weights: Tenso
 
 
 def put_latents(card: Figures, vae: VAE, batch: Batch, train_loader: Iterable[Any] | None) -> None:
-    """Put the parts of the mean KL on the card and, with labels, the probes' accuracies."""
+    """Put the parts of the mean KL on the card and, with labels, the accuracy of the probes."""
     first = batch.rows(slice(1))
     if isinstance(vae.of(first).encode(first.x), DiagonalGaussian):  # log q(z_n|x_m) of all pairs
         _put_information(card, vae.of(batch), batch.x)
@@ -159,6 +159,6 @@ def _put_information(card: Figures, vae: VAE, x: Tensor) -> None:
         card.put(
             "marginal_kl_lower",
             lower,
-            "the mean KL less mutual_information_upper: a lower bound on KL(q(z) || p(z))",
+            "the mean KL minus mutual_information_upper: a lower bound on KL(q(z) || p(z))",
             1,
         )

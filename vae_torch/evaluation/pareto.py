@@ -1,4 +1,4 @@
-"""The tail of importance weights: whether an estimate from them can be trusted."""
+"""The tail of importance weights shows whether an estimate can be trusted."""
 
 import math
 
@@ -9,19 +9,19 @@ from vae_torch.machine import wide
 
 
 def pareto_k(log_w: Tensor) -> Tensor:
-    """Shape k of the generalised Pareto distribution that the largest weights follow.
+    """Shape k of the generalised Pareto distribution of the largest weights.
 
-    Above 0.7 an importance-sampling estimate is not to be trusted: Vehtari, Simpson, Gelman, Yao
+    Do not trust an importance-sampling estimate if k is above 0.7: Vehtari, Simpson, Gelman, Yao
     and Gabry, *Pareto Smoothed Importance Sampling* (JMLR 2024). The fit is that of Zhang and
     Stephens, *A New and Efficient Estimation Method for the Generalized Pareto Distribution*
     (2009), with the weak prior of Vehtari et al., appendix C. A small k does not prove that the
-    draws have seen all of the posterior.
+    samples cover the whole posterior.
 
     Args:
         log_w: (K, ...) log-weights.
 
     Returns:
-        (...); NaN where K is below 25, which is too few to see a tail.
+        (...); NaN if K is below 25, too few to see a tail.
     """
     samples = len(log_w)
     size = min(samples // 5, math.ceil(3 * math.sqrt(samples)))
@@ -32,7 +32,7 @@ def pareto_k(log_w: Tensor) -> Tensor:
     tail = (weights[1:] - weights[0]).clamp(min=torch.finfo(torch.float64).tiny)  # (size, ...)
     k = _zhang_stephens(tail)
     k = (k * size + 10 * 0.5) / (size + 10)
-    flat = tail[-1] < 1e-9  # weights that are equal have no tail
+    flat = tail[-1] < 1e-9  # equal weights have no tail
     return torch.where(flat, k.new_tensor(-math.inf), k).to(log_w)
 
 

@@ -1,6 +1,7 @@
-"""Finished images of an evaluation, kept in a file: an evaluation that was killed resumes."""
+"""Finished images of an evaluation, kept in a file so that an interrupted evaluation resumes."""
 
 import io
+import time
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,15 +17,15 @@ from vae_torch.files import write_atomically
 from vae_torch.machine import wide
 from vae_torch.vae import VAE
 
-_EVERY = 100  # images
+_EVERY = 10.0  # seconds between writes
 
 
 class Partial:
-    """Values of the images that are done, by estimate.
+    """The values of finished images, by estimate.
 
     Args:
-        path: The file. One of another protocol, or a damaged one, is replaced.
-        protocol: All that the values depend on: weights, images, samples, random seed.
+        path: The file. A damaged one, or one of another protocol, is replaced.
+        protocol: Everything that the values depend on: weights, images, samples, random seed.
     """
 
     def __init__(self, path: Path, protocol: str) -> None:
@@ -37,11 +38,11 @@ class Partial:
 
     @property
     def begun(self) -> bool:
-        """Whether some images are done."""
+        """Whether some images are finished."""
         return bool(self._rows)
 
     def rows(self, name: str) -> Tensor | None:
-        """(images, values); None where the estimate has not begun."""
+        """(images, values); None if the estimate has not begun."""
         found = self._rows.get(name)
         return None if found is None else torch.from_numpy(found)
 
@@ -54,7 +55,7 @@ class Partial:
         write_atomically(self.path, file.getvalue())
 
     def remove(self) -> None:
-        """Delete the file: the card has it all."""
+        """Delete the file once the card is complete."""
         self.path.unlink(missing_ok=True)
 
 
@@ -68,20 +69,20 @@ def in_parts(
     store: Partial | None,
     progress: bool,
 ) -> Tensor:
-    """What `work(start, stop)` gives for all images, part by part: (images, values).
+    """The results of `work(start, stop)` for all images, part by part: (images, values).
 
-    Parts that `store` has under `name`, and under the class that the model is given, are not
+    Parts that `store` holds under `name`, and under the class of a conditional model, are not
     computed again.
     """
     name = name if vae.y is None else f"{name}, class {vae.y.tolist()}"
     known = store.rows(name) if store else None
     at = wide(next(vae.parameters())[:0]).device
     rows = [] if known is None else [known.to(at)]
-    done = kept = sum(map(len, rows))
+    done, written = sum(map(len, rows)), time.monotonic()
     for start in bar(range(done, images, at_once), "log p(x)", show=progress):
         rows.append(work(start, min(start + at_once, images)))
         done += len(rows[-1])
-        if store and (done - kept >= _EVERY or done == images):
+        if store and (time.monotonic() - written >= _EVERY or done == images):
             store.keep(name, torch.cat(rows))
-            kept = done
+            written = time.monotonic()
     return torch.cat(rows)

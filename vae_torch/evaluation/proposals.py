@@ -1,7 +1,7 @@
-"""log p(x) by importance sampling from Gaussians that are fitted to each image's posterior.
+"""log p(x) by importance sampling from Gaussians fitted to each image's posterior. Nats per image.
 
-An encoder's q(z|x) is a poor proposal: it misses correlations, tails and whole modes. A short fit
-from it, with a full covariance, needs a tenth of the samples. Nats per image.
+An encoder's q(z|x) is a poor proposal: it misses correlations, tails and whole modes. Gaussians
+with a full covariance, fitted for a short time, need a tenth of the samples.
 """
 
 import math
@@ -18,19 +18,20 @@ from vae_torch.parts.posteriors import gaussian_near
 from vae_torch.seeds import Stream, seeded_generator
 from vae_torch.vae import VAE, in_eval_mode
 
-# Draws from the prior, the same for all images: where one of them fits an image well, the fit gets
-# a second start from there, in case the encoder does not know of that mode.
+# Samples from the prior, the same for all images. Where one of them fits an image well, the fit
+# gets a second start there, in case the encoder does not know that mode.
 _POINTS, _NEIGHBOURS, _STARTS = 8192, 8, 4
-_HOPELESS = 15.0  # a start that many nats below the best place adds nothing to p(x)
+_HOPELESS = 15.0  # a start this many nats below the best one adds nothing to p(x)
 
 _STEPS, _DRAWS, _RATE = 100, 8, 0.1  # of the fit: Adam, in units of the encoder's deviations
-_FEW_ENTRIES = 2**24  # of covariances at once
+_FEW_ENTRIES = 2**24  # entries of the covariances at once
 
-# Shares of the samples. The encoder's and the prior's bound the weights where the fit has failed.
+# Shares of the samples. Those of the encoder and the prior limit the weights if a fit fails.
 _FITTED, _ENCODER, _PRIOR = 0.85, 0.1, 0.05
-_WIDER = 1.1  # the fitted deviations, so that the tails are covered
+_WIDER = 1.1  # factor on the fitted deviations, to cover the tails
 
-# Above, weights have no variance: Vehtari et al., *Pareto smoothed importance sampling* (JMLR 2024)
+# Above this, the variance of weights is infinite: Vehtari et al., *Pareto smoothed importance
+# sampling* (JMLR 2024)
 _LARGE_K = 0.7
 _LARGE_RISE = 0.5  # nats from half of the samples to all
 
@@ -39,13 +40,13 @@ class FittedEstimate(NamedTuple):
     """log p(x) by importance sampling from fitted proposals, one entry per image."""
 
     log_px: Tensor  # (N,) nats, in expectation a lower bound
-    rise: Tensor  # (N,) nats by which it rose from half of the samples; the bias left is about that
+    rise: Tensor  # (N,) nats gained from half of the samples to all; about the bias that is left
     effective_samples: Tensor  # (N,) (Σ w)² / Σ w²
     pareto_k: Tensor  # (N,) shape of the weights' tail
 
     @property
     def doubtful(self) -> Tensor:
-        """Which estimates show that they may be far too low: (N,). The others may be so too."""
+        """Which estimates show signs of being far too low: (N,). Others may be so without signs."""
         return (self.pareto_k > _LARGE_K) | (self.rise > _LARGE_RISE)
 
 
@@ -61,25 +62,25 @@ def fitted_log_px(
     store: Partial | None = None,
     name: str = "fitted",
 ) -> FittedEstimate:
-    """Log 1/K Σ_k p(x, z_k) / r(z_k), with proposals r that are fitted to each image.
+    """Log 1/K Σ_k p(x, z_k) / r(z_k), with proposals r fitted to each image.
 
-    r is a mixture of Gaussians with full covariances, fitted from the encoder's and, where draws
-    from the prior find another mode, from there too; of q(z|x); and of a standard deviation of the
-    prior's draws. Each is drawn from in its share, and all draws are weighed by the whole mixture:
-    Owen and Zhou, *Safe and effective importance sampling* (2000).
+    r is a mixture of three kinds: Gaussians with full covariances, fitted from the encoder's and,
+    where samples from the prior find another mode, from there too; q(z|x); and a Gaussian as wide
+    as the prior's samples. Each gives its share of the samples, and all are weighted by the whole
+    mixture: Owen and Zhou, *Safe and effective importance sampling* (2000).
 
-    An image's noise depends on (seed, its place) alone, so the answer does not depend on `chunk`
-    beyond rounding.
+    The noise of an image depends on (seed, its index) alone, so `chunk` changes the result only by
+    rounding.
 
     Args:
         vae: The model.
         x: (N, *shape).
         num_samples: K, rounded up to an even number.
-        seed: Of the noise.
+        seed: Random seed of the noise.
         chunk: Decoder rows at once.
         progress: Show a bar on a terminal.
-        store: Keeps what is done, and knows what was done before.
-        name: Of the images, in `store`.
+        store: Keeps finished images, so that an interrupted estimate resumes.
+        name: Name of the images in `store`.
 
     Raises:
         ValueError: num_samples or chunk is below 1, or `VAE.check` refuses x.
@@ -105,7 +106,7 @@ def fitted_log_px(
 
 
 class _Points(NamedTuple):
-    """Draws from the prior, with what every image needs to know of them."""
+    """Samples from the prior, with what every image needs to know of them."""
 
     params: Tensor  # (M, *shape), of the likelihood
     log_pz: Tensor  # (M,)
@@ -151,10 +152,10 @@ def _log_joint(vae: VAE, x: Tensor, z: Tensor) -> Tensor:
 def _starts(
     vae: VAE, x: Tensor, mean: Tensor, deviation: Tensor, points: _Points
 ) -> tuple[Tensor, Tensor]:
-    """Whose start (P,) and where (P, latent_dim): the encoder's mean and the points that are peaks.
+    """Image (P,) and place (P, latent_dim) of each start: the encoder's mean, and points at peaks.
 
-    A point is a peak of an image's p(x, z) if p(x, z) is higher there than at its neighbours. One
-    on the encoder's own slope is none.
+    A point is a peak of an image's p(x, z) if p(x, z) is higher there than at its neighbours. A
+    point on the slope of the encoder's own mode is none.
     """
     everything = torch.arange(len(x), device=x.device)
     scores = pairwise(vae.likelihood, x, points.params) + points.log_pz  # (B, M)
@@ -173,10 +174,10 @@ def _starts(
 
 
 def _fit(vae: VAE, x: Tensor, points: _Points, seed: int) -> _Fits:
-    """Full-covariance Gaussians by ascent on the ELBO, from every start.
+    """Fit full-covariance Gaussians by gradient ascent on the ELBO, from every start.
 
-    The gradient is that of Roeder, Wu and Duvenaud, *Sticking the Landing* (2017): its noise goes
-    away as the fit becomes good. All images share the noise, so none depends on the others.
+    The gradient is that of Roeder, Wu and Duvenaud, *Sticking the Landing* (2017): its noise
+    vanishes as the fit improves. All images share the noise, so none depends on the others.
     """
     with torch.no_grad():
         start_noise = seeded_generator(x.device, seed, Stream.PROPOSAL, 2)
@@ -239,15 +240,15 @@ def _estimate(
     chunk: int,
     noise: torch.Generator,
 ) -> Tensor:
-    """What a `FittedEstimate` holds of one image: (4,)."""
+    """The values of a `FittedEstimate` for one image: (4,)."""
     mean = torch.cat([fits.mean, fits.encoder_mean[:1], points.mean.unsqueeze(0)])
     others = torch.stack([fits.encoder_scale[0], points.deviation])
     scale = torch.cat([_WIDER * fits.scale, torch.diag_embed(others)])
-    # a fit's ELBO says what its mode is worth, but for a nat or two
+    # a fit's ELBO tells the weight of its mode within a nat or two
     worth = 0.8 * (fits.elbo.nan_to_num(nan=-math.inf) / 2).softmax(0) + 0.2 / len(fits.elbo)
     shares = torch.cat([_FITTED * worth, worth.new_tensor([_ENCODER, _PRIOR])])
     half = math.ceil(num_samples / 2)
-    # as many draws of each as its share says, up to one; the same in both halves
+    # as many samples of each as its share says, up to one; the same in both halves
     quantiles = (torch.arange(half, device=x.device) + 0.5) / half
     which = torch.searchsorted(shares.cumsum(0), quantiles).clamp(max=len(shares) - 1)
     shares = torch.bincount(which, minlength=len(shares)) / half

@@ -1,4 +1,4 @@
-"""What images drawn from the model tell: of the encoder, and of the model itself."""
+"""Checks with images sampled from the model: of the encoder, and of the model itself."""
 
 import numpy as np
 import torch
@@ -15,21 +15,21 @@ from vae_torch.samples import draw_pixels
 from vae_torch.seeds import Stream, seeded_generator
 from vae_torch.vae import VAE
 
-_IMAGES, _NEAREST = 2000, 500  # of each kind, for the test and for distances
+_IMAGES, _NEAREST = 2000, 500  # images of each kind, for the test and for distances
 _NORMAL_95 = 1.959964  # standard deviations
 
 
 @torch.no_grad()
 def put_simulated(card: Figures, vae: VAE, batch: Batch, train_loader: Data | None) -> None:
-    """Put a calibration of q(z|x) and a two-sample test on the card, where images can be drawn.
+    """Put a calibration of q(z|x) and a two-sample test on the card, if the model can be sampled.
 
-    Bernoulli pixels are drawn as 0 or 1, so evaluated grey images are other than samples for that
-    alone, and the figures are left out.
+    Sampled Bernoulli pixels are 0 or 1. That alone tells them from grey test images, so the figures
+    are left out for those.
 
     Args:
         card: Gets the figures.
         vae: The model.
-        batch: All evaluated images, with labels where the model sees some.
+        batch: All evaluated images, with labels for a conditional model.
         train_loader: Adds the distance of samples to the nearest training image.
     """
     x, seed = batch.x, card.seed
@@ -43,7 +43,7 @@ def put_simulated(card: Figures, vae: VAE, batch: Batch, train_loader: Data | No
         model = vae.of(Batch(x[at], None if batch.y is None else batch.y[at]))
         z = model.prior.sample(len(at), noise).to(x)
         try:
-            drawn = _pixels(model, model.decode(z), noise)
+            drawn = simulated_pixels(model, model.decode(z), noise)
         except ConfigError:  # a likelihood that cannot be sampled
             return
         samples.append(drawn)
@@ -57,18 +57,23 @@ def put_simulated(card: Figures, vae: VAE, batch: Batch, train_loader: Data | No
         _put_nearest(card, x[chosen], torch.cat(samples), train_loader)
 
 
-def _pixels(vae: VAE, params: Tensor, noise: torch.Generator) -> Tensor:
-    if isinstance(vae.likelihood, Gaussian):  # not held inside [0, 1], unlike images to look at
+def simulated_pixels(vae: VAE, params: Tensor, noise: torch.Generator) -> Tensor:
+    """A sample of p(x|z) for each decoder output, exactly as the likelihood has it.
+
+    Raises:
+        ConfigError: This likelihood cannot sample.
+    """
+    if isinstance(vae.likelihood, Gaussian):  # not clamped to [0, 1], unlike images to look at
         normal = torch.randn(params.shape, generator=noise, device=params.device).to(params)
         return params + torch.exp(0.5 * vae.likelihood.logvar) * normal
     return draw_pixels(vae, params, noise)
 
 
 def _put_coverage(card: Figures, held: Tensor) -> None:
-    """How often the encoder's intervals hold the z that an image was drawn from: (N, latent_dim).
+    """How often the encoder's intervals hold the z that an image was made from: (N, latent_dim).
 
     Talts et al., *Validating Bayesian Inference Algorithms with Simulation-Based Calibration*
-    (2018): for exact posteriors that is their nominal share, whatever the model.
+    (2018): for exact posteriors it is the nominal share, whatever the model.
     """
     card.put(
         "interval_coverage",
@@ -82,7 +87,7 @@ def _put_coverage(card: Figures, held: Tensor) -> None:
 
 
 def _put_auc(card: Figures, x: Tensor, drawn: Tensor) -> None:
-    """Whether a classifier tells samples from images, trained on half of both."""
+    """Train a classifier on half of both to tell samples from test images."""
     try:
         from sklearn.ensemble import RandomForestClassifier
     except ImportError:
@@ -107,7 +112,7 @@ def _put_auc(card: Figures, x: Tensor, drawn: Tensor) -> None:
 
 
 def auc(high: np.ndarray, low: np.ndarray) -> tuple[float, float]:
-    """How often a score of the first is above one of the second, with its standard error.
+    """How often a score of `high` is above one of `low`, with its standard error.
 
     DeLong, DeLong and Clarke-Pearson, *Comparing the Areas under Two or More Correlated Receiver
     Operating Characteristic Curves* (1988).
@@ -118,7 +123,7 @@ def auc(high: np.ndarray, low: np.ndarray) -> tuple[float, float]:
 
 
 def _put_nearest(card: Figures, x: Tensor, drawn: Tensor, train_loader: Data) -> None:
-    """How near samples are to training images, beside how near the evaluated images are."""
+    """How near samples are to training images, compared with the test images."""
     drawn = drawn[:_NEAREST]
     both = torch.cat([drawn, x[:_NEAREST]]).flatten(1)
     nearest = both.new_full((len(both),), torch.inf)
@@ -129,8 +134,8 @@ def _put_nearest(card: Figures, x: Tensor, drawn: Tensor, train_loader: Data) ->
     card.put(
         "nearest_train_image",
         of_samples,
-        "Euclidean distance of samples to the nearest training image; much less than that of test "
-        "images: the model copies",
+        "Euclidean distance of samples to the nearest training image; if it is much less than that "
+        "of test images, the model copies",
         1,
         unit="of pixels",
         stored=False,

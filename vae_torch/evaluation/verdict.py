@@ -3,18 +3,18 @@
 import math
 from typing import Any
 
-# Fewer importance samples cannot show whether they cover the posterior.
+# With fewer importance samples it cannot be seen whether they cover the posterior.
 _FEW_SAMPLES = 100
-# A sigma that is larger or smaller than the residual by less is not far from it.
+# A sigma within this factor of the residual is close enough.
 _NEAR = 1.1
 # Nats: a smaller difference is not worth a sentence, however sure.
 _NOTEWORTHY = 0.5
 
 
 def verdict(card: dict[str, Any], num_samples: int) -> list[str]:
-    """What the card's figures mean, in sentences, each with something to try.
+    """What the card's figures mean, in sentences, with advice.
 
-    Figures that a sentence compares are of the same images, or it names their counts.
+    A sentence compares figures of the same images, or it names their numbers.
     """
     value = {name: entry["value"] for name, entry in card.items()}
     said = []
@@ -59,6 +59,12 @@ def verdict(card: dict[str, Any], num_samples: int) -> list[str]:
         said.append(
             f"log_px is {abs(off):.2f}{spread} nats {'below' if off > 0 else 'above'} annealed "
             f"importance sampling, which is a lower bound too, on {images:,} images."
+        )
+    if "ais_width" in value:
+        width, images = value["ais_width"], card["ais_width"]["num_images"]
+        said.append(
+            f"On {images:,} images sampled from the model, annealing is at most {width:.2f} nats "
+            "from the truth, in the mean: its bounds from both ends are that far apart."
         )
     if "log_px_encoder" in value:
         short, error = _above(card, "log_px", "log_px_encoder")
@@ -122,7 +128,7 @@ def verdict(card: dict[str, Any], num_samples: int) -> list[str]:
 
 
 def _misfit(residual: dict[str, Any]) -> list[str]:
-    """What a Gaussian's sigma costs that is far from the residual."""
+    """What it costs that a Gaussian's sigma is far from the residual."""
     best, sigma = residual["value"], residual["sigma"]
     if best <= 0 or max(best / sigma, sigma / best) < _NEAR:
         return []
@@ -135,7 +141,7 @@ def _misfit(residual: dict[str, Any]) -> list[str]:
 
 
 def _overfitting(card: dict[str, Any]) -> list[str]:
-    """Who overfits: the model, which log p(x) shows, or the encoder, which the gap shows."""
+    """What overfits: the model, as log p(x) shows, or the encoder, as the gap shows."""
     said = []
     name = "log_px_exact" if card["train_log_px"]["exact"] else "log_px"
     trained = f"{card['train_log_px']['num_images']:,} training images"
@@ -162,12 +168,12 @@ def _overfitting(card: dict[str, Any]) -> list[str]:
 
 
 def _above(card: dict[str, Any], name: str, other: str) -> tuple[float, float]:
-    """By how much a figure is above another on the same images, with the paired error."""
+    """How far a figure is above another on the same images, with the paired error."""
     difference, error = card[name]["above"][other]
     return difference, math.inf if error is None else error
 
 
 def _joint_error(card: dict[str, Any], *names: str) -> float:
-    """Standard error of a sum or difference of independent figures; infinite where one has none."""
+    """Standard error of a sum or difference of independent figures; infinite if one has none."""
     errors = [card[name]["standard_error"] for name in names]
     return math.inf if None in errors else math.hypot(*errors)

@@ -1,4 +1,4 @@
-"""Every picture: grids as tensors in [0, 1], plots as matplotlib figures.
+"""All pictures: grids as tensors in [0, 1], plots as matplotlib figures.
 
 `save_png` writes either. Nothing here touches pyplot's global state or needs a screen.
 """
@@ -29,6 +29,7 @@ from vae_torch.figures.plots import (
     latent_scatter,
     log_px_map,
     name_of,
+    new_axes,
 )
 from vae_torch.figures.tables import (
     image_table,
@@ -51,6 +52,7 @@ __all__ = [
     "log_px_map",
     "manifold_grid",
     "name_of",
+    "new_axes",
     "pictures",
     "read_png",
     "reconstruction_figure",

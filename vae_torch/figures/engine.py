@@ -12,8 +12,8 @@ from vae_torch.parts.likelihoods import Bernoulli, ContinuousBernoulli, Gaussian
 from vae_torch.vae import VAE
 
 _GRID_SIDES = {1: (33, 65, 129, 257), 2: (17, 25, 33, 49, 65)}  # by latents; tried in this order
-_GRID_ERROR = 0.02  # a pixel, in the mean of an image, where no decoded image lies
-_DECODED = 2**24  # pixels at once: bounds the memory
+_GRID_ERROR = 0.02  # mean error per pixel between decoded images, at most
+_DECODED = 2**24  # pixels at once: limits memory
 
 _ACTIVATION_OPS: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
@@ -25,19 +25,19 @@ _ACTIVATION_OPS: dict[type[nn.Module], str] = {
 _LAYERS = "Linear, LayerNorm, ConvTranspose2d, Unflatten, residual blocks and " + ", ".join(
     sorted(kind.__name__ for kind in _ACTIVATION_OPS)
 )
-# What the page makes pixels with, by a likelihood's `drawn_as`.
+# How the page turns decoder outputs into pixels, by a likelihood's `drawn_as`.
 _MEANS = {"sigmoid": Bernoulli, "continuous": ContinuousBernoulli, "clamp": Gaussian}
 
 
 class ExplorerError(ValueError):
-    """A model of which no page can be made: one line that says why."""
+    """No page can be made of this model: one line that says why."""
 
 
 def packed_decoder(vae: VAE, *, max_bytes: int) -> dict[str, Any]:
-    """The decoder for the page to run: `ops`, `weights` and how it makes pixels, `mean`.
+    """The decoder for the page to run: `ops`, `weights`, and `mean`, which makes the pixels.
 
     Raises:
-        ExplorerError: The weights are not finite, or more than `max_bytes`; or the page does not
+        ExplorerError: The weights are not finite, or larger than `max_bytes`; or the page does not
             know a layer or the likelihood, or would draw other pixels than the model.
     """
     mean = mean_op(vae.likelihood)
@@ -63,13 +63,13 @@ def decoded_grid(
 
     Args:
         vae: The model.
-        low: (latent_dim,), the first corner.
-        high: (latent_dim,), the last one.
-        max_bytes: Of all images.
+        low: (latent_dim,), the corner with the smallest coordinates.
+        high: (latent_dim,), the opposite corner.
+        max_bytes: Limit for all images.
         reason: Why the page does not run the decoder itself.
 
     Raises:
-        ExplorerError: No grid of this size comes near to the model; begins with the reason.
+        ExplorerError: No grid of this size is close to the model; the message begins with `reason`.
     """
     off = math.inf
     for side in _GRID_SIDES[vae.latent_dim]:
@@ -79,7 +79,7 @@ def decoded_grid(
         if not bool(nodes.isfinite().all()):
             raise ExplorerError("the decoder's images are not finite; did it diverge?")
         nodes = (nodes.clamp(0, 1) * 255).round()
-        middles = torch.linspace(0, 1, 2 * side - 1)[1::2]  # as far from the images as any
+        middles = torch.linspace(0, 1, 2 * side - 1)[1::2]  # as far as possible from decoded images
         right = _grid_pixels(vae, low, high, middles).clamp(0, 1)
         off = (_between(nodes) / 255 - right).abs().flatten(vae.latent_dim).mean(-1).max().item()
         if off < _GRID_ERROR:
@@ -95,7 +95,7 @@ def decoded_grid(
 
 
 def _grid_pixels(vae: VAE, low: Tensor, high: Tensor, places: Tensor) -> Tensor:
-    """Pixels at these places of each side: (side, [side,] pixels), the first latent comes last."""
+    """Pixels at these places of each side: (side, [side,] pixels), the first latent last."""
     axes = [first + places * (last - first) for first, last in zip(low, high, strict=True)]
     z = torch.stack(torch.meshgrid(*axes[::-1], indexing="ij")[::-1], -1)
     weight = next(vae.parameters())
@@ -106,7 +106,7 @@ def _grid_pixels(vae: VAE, low: Tensor, high: Tensor, places: Tensor) -> Tensor:
 
 
 def _between(nodes: Tensor) -> Tensor:
-    """The middle of each cell of a grid, as the page interpolates."""
+    """Interpolate the centres of a grid's cells, as the page does."""
     for axis in range(nodes.ndim - 1):
         length = nodes.shape[axis] - 1
         nodes = (nodes.narrow(axis, 0, length) + nodes.narrow(axis, 1, length)) / 2
@@ -114,7 +114,7 @@ def _between(nodes: Tensor) -> Tensor:
 
 
 def half_base64(values: Tensor) -> str:
-    """Half floats, as the page reads them."""
+    """Values as half floats in base64, as the page reads them."""
     halves = values.detach().cpu().numpy().astype("<f2")
     return base64.b64encode(np.ascontiguousarray(halves).tobytes()).decode()
 
@@ -122,8 +122,8 @@ def half_base64(values: Tensor) -> str:
 def decoder_ops(decoder: nn.Module, latent_dim: int, weights: list[Tensor]) -> list[dict[str, Any]]:
     """The decoder as a list of operations for the page; appends their weights to `weights`.
 
-    Each operation has a name under `op`, its sizes, and where its weights begin in all of them
-    flattened one after the other.
+    Each operation has a name under `op`, its sizes, and the index at which its weights begin when
+    all weights are flattened and joined.
 
     Raises:
         ExplorerError: A layer that the page does not know.
@@ -142,7 +142,7 @@ def decoder_ops(decoder: nn.Module, latent_dim: int, weights: list[Tensor]) -> l
 def _ops(
     module: nn.Module, shape: tuple[int, ...], weights: list[Tensor]
 ) -> tuple[list[dict[str, Any]], tuple[int, ...]]:
-    """Operations of one module for an input of `shape`, and the shape of its output."""
+    """The operations of one module for an input of `shape`, and the shape of its output."""
 
     def stored(*tensors: Tensor) -> list[int]:
         begins = []
@@ -229,10 +229,10 @@ def _transposed(
 
 
 def mean_op(likelihood: nn.Module) -> dict[str, Any]:
-    """How the page makes pixels of the decoder's output.
+    """How the page turns decoder outputs into pixels.
 
     Raises:
-        ExplorerError: The likelihood's `drawn_as` is none that the page knows.
+        ExplorerError: The page does not know the likelihood's `drawn_as`.
     """
     op = getattr(likelihood, "drawn_as", None)
     if op == "logistic":
@@ -249,7 +249,7 @@ def mean_op(likelihood: nn.Module) -> dict[str, Any]:
 def _refuse_other_pixels(
     vae: VAE, ops: list[dict[str, Any]], mean: dict[str, Any], packed: Tensor
 ) -> None:
-    """Whether the page's operations give the model's pixels: a layer may compute what it likes.
+    """Check that the page's operations give the model's pixels: a layer may compute anything.
 
     Raises:
         ExplorerError: They do not.
@@ -269,20 +269,20 @@ def _refuse_other_pixels(
             (got - right).abs().max().item() / max(1.0, right.abs().max().item())
             for got, right in zip((ours, _run([mean], ours, packed)), theirs, strict=True)
         ]
-    except RuntimeError as error:  # of shapes that do not chain
+    except RuntimeError as error:  # shapes that do not fit together
         raise ExplorerError(
             f"the page cannot run the decoder {type(vae.decoder).__name__} ({error})"
         ) from None
     for part, by in zip((vae.decoder, vae.likelihood), off, strict=True):
         if not by < 0.01:
             raise ExplorerError(
-                f"the page would not draw what the model does: {type(part).__name__} is no chain "
-                f"of layers that the page knows; it runs {_LAYERS}"
+                f"the page would not draw what the model does: {type(part).__name__} is not a "
+                f"chain of layers that the page knows; it runs {_LAYERS}"
             )
 
 
 def _run(ops: list[dict[str, Any]], x: Tensor, packed: Tensor) -> Tensor:
-    """What explorer.html computes of x (n, inputs): (n, outputs)."""
+    """What explorer.html computes from x (n, inputs): (n, outputs)."""
 
     def stored(begin: int, *shape: int) -> Tensor:
         return packed[begin : begin + math.prod(shape)].view(shape)
@@ -320,8 +320,8 @@ def _run(ops: list[dict[str, Any]], x: Tensor, packed: Tensor) -> Tensor:
 def _logistic_mean(x: Tensor, mixtures: int) -> Tensor:
     """Means of mixtures of logistics: (n, outputs * pixels), output by output -> (n, pixels).
 
-    The outputs are the mixture's weights, where there is more than one logistic, its centres, which
-    are held in [0, 1], and its scales.
+    The outputs are the weights of the mixture (if it has several logistics), the centres, which are
+    clamped to [0, 1], and the scales.
     """
     outputs = x.view(len(x), 2 if mixtures == 1 else 3 * mixtures, -1)
     if mixtures == 1:

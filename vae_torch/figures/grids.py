@@ -8,7 +8,7 @@ from vae_torch.figures.pictures import as_pictures, decoded_pictures, pictures, 
 from vae_torch.images import Batch
 from vae_torch.vae import VAE
 
-_LONGEST = 128  # pixels of an image's side: larger ones are reduced, or a grid fills a wall
+_LONGEST = 128  # longest side of an image in pixels; larger images are reduced
 
 
 def image_grid(images: Tensor, columns: int, *, gap: int = 2) -> Tensor:
@@ -54,9 +54,9 @@ def reconstruction_grid(vae: VAE, x: Tensor) -> Tensor:
 
 
 def sample_grid(vae: VAE, *, rows: int = 8, seed: int = 0) -> Tensor:
-    """The expected images of rows x rows draws from the prior, the same draws for one seed.
+    """Expected images of rows x rows samples from the prior, the same for the same seed.
 
-    A conditional model has a row for each class, and the same `rows` draws in all of them.
+    A conditional model has a row for each class, with the same `rows` samples of z in all of them.
     """
     device = next(vae.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
@@ -93,8 +93,8 @@ def growth_frame(vae: VAE, x: Tensor, epoch: int, *, labels: Tensor | None = Non
     Args:
         vae: The model.
         x: (n, *shape): the images to reconstruct.
-        epoch: Written above them.
-        labels: (n,) classes, which a conditional model needs: its samples have a row for each.
+        epoch: Number written above them.
+        labels: (n,) classes, for a conditional model; its samples have a row for each class.
 
     Returns:
         (H, W) or (H, W, 3) uint8, of one size for a whole run.

@@ -1,4 +1,4 @@
-"""Latents of images: where they lie, which are active, and ways between them."""
+"""Latents of images: their positions, their activity, and interpolations between them."""
 
 import torch
 from torch import Tensor
@@ -13,13 +13,13 @@ from vae_torch.vae import VAE
 def spherical_interpolation(start: Tensor, end: Tensor, *, steps: int) -> Tensor:
     """From `start` to `end` around the origin: directions along an arc, lengths linearly.
 
-    After White (2016), section 2.1, whose weights are of vectors of one length: with other lengths
-    they lead far out where the angle is large. Here no point lies nearer to the origin than both
-    ends or farther away. Where no arc is given, these are the choices:
+    After White (2016), section 2.1, whose weights assume vectors of equal length: with other
+    lengths they lead far outside where the angle is large. Here every point's distance from the
+    origin lies between those of the two ends. Special cases:
 
-    - Opposite directions: half a circle through the axis that is nearest to a right angle.
-    - A zero vector has no direction: the way is straight.
-    - One dimension: a circle of two points. The way jumps from one side to the other halfway.
+    - Opposite directions: half a circle through the axis that is closest to a right angle.
+    - A zero vector has no direction: a straight line.
+    - One dimension: the sign changes halfway.
 
     Args:
         start: (latent_dim,).
@@ -52,17 +52,17 @@ def spherical_interpolation(start: Tensor, end: Tensor, *, steps: int) -> Tensor
 
 @torch.no_grad()
 def posterior_means(vae: VAE, x: Tensor, y: Tensor | None = None) -> Tensor:
-    """Centres of the posteriors (N, latent_dim) on the CPU, in batches that bound the memory."""
+    """Centres of the posteriors (N, latent_dim), on the CPU, in batches to limit memory."""
     parts = Batch(x, y).split(1000)
     return torch.cat([vae.of(part).encode(part.x).mean for part in parts]).float().cpu()
 
 
 @torch.no_grad()
 def gaussian_posterior(vae: VAE, batch: Batch, what: str) -> tuple[Tensor, Tensor]:
-    """Means and log-variances of Gaussians on the CPU, in batches that bound the memory.
+    """Means and log-variances of Gaussian posteriors, on the CPU, in batches to limit memory.
 
     Raises:
-        ConfigError: q(z|x) is no Gaussian; the message begins with `what`.
+        ConfigError: q(z|x) is not Gaussian; the message begins with `what`.
     """
     parts = [gaussian_of(vae.of(some).encode(some.x), what) for some in batch.split(1000)]
     mean, logvar = (torch.cat(part).float().cpu() for part in zip(*parts, strict=True))
@@ -70,19 +70,19 @@ def gaussian_posterior(vae: VAE, batch: Batch, what: str) -> tuple[Tensor, Tenso
 
 
 def most_active(means: Tensor) -> list[int]:
-    """Latent dimensions, the one whose means vary most first; of two the order is their own."""
+    """Latent dimensions by the variance of their means, largest first; two keep their own order."""
     if means.shape[1] <= 2:
         return list(range(means.shape[1]))
     return variances(means).argsort(descending=True).tolist()
 
 
 def variances(means: Tensor) -> Tensor:
-    """(latent_dim,) over the images; one image has none."""
+    """(latent_dim,) over the images; zero for one image."""
     return means.var(0) if len(means) > 1 else torch.zeros(means.shape[1])
 
 
 def activity(means: Tensor) -> str:
-    """How many dimensions are active."""
+    """The number of active dimensions, in words."""
     if len(means) == 1:
         return "one image: activity unknown"
     count, total = int((variances(means) > ACTIVE_UNIT_VARIANCE).sum()), means.shape[1]

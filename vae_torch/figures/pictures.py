@@ -13,19 +13,19 @@ from torch import Tensor
 from vae_torch.files import write_atomically
 from vae_torch.vae import VAE
 
-if TYPE_CHECKING:  # half a second that a run without figures need not pay
+if TYPE_CHECKING:  # half a second that runs without figures save
     from matplotlib.figure import Figure
 
 
-_DECODED = 2**24  # pixels at once: bounds the memory
+_DECODED = 2**24  # pixels at once: limits memory
 
 
 class NoPicturesError(ValueError):
-    """Images that cannot be drawn: vectors, or other channels than grey and RGB."""
+    """Images that cannot be drawn: vectors, or channels other than grey and RGB."""
 
 
 def pictures(vae: VAE, x: Tensor) -> Tensor:
-    """Images of a model, flat or not, in the shape that it knows, on the CPU.
+    """Images of a model, flat or not, as pictures on the CPU.
 
     Returns:
         (N, H, W) grey, or (N, 3, H, W) colour.
@@ -48,7 +48,7 @@ def as_pictures(images: Tensor) -> Tensor:
     """(N, pixels), (N, H, W), (N, 1, H, W) or (N, 3, H, W) -> (N, H, W) or (N, 3, H, W), CPU.
 
     Raises:
-        NoPicturesError: They are of another shape; flat ones must be square.
+        NoPicturesError: Another shape; flat images must be square.
     """
     images = images.detach().cpu()
     shape = tuple(images.shape)
@@ -68,7 +68,7 @@ def as_pictures(images: Tensor) -> Tensor:
 
 
 def shrunk(images: Tensor, longest: int) -> Tensor:
-    """Pictures (..., H, W) whose sides have at most `longest` pixels; smaller ones as they are."""
+    """Pictures (..., H, W) with sides of at most `longest` pixels; smaller ones are unchanged."""
     sides = images.shape[-2:]
     if max(sides) <= longest:
         return images
@@ -107,7 +107,7 @@ def save_png(picture: "Tensor | Figure | np.ndarray", path: str | Path, *, scale
 
 
 def read_png(path: Path) -> np.ndarray:
-    """What `save_png` wrote."""
+    """Read a file that `save_png` wrote."""
     from PIL import Image
 
     with Image.open(path) as image:
@@ -115,7 +115,7 @@ def read_png(path: Path) -> np.ndarray:
 
 
 def save_gif(frames: Sequence[np.ndarray], path: str | Path, *, milliseconds: int = 250) -> None:
-    """Write frames, grey or colour, as one animation that loops and rests on its last frame.
+    """Write frames, grey or colour, as an animation that loops and pauses on its last frame.
 
     Raises:
         ValueError: No frame.
@@ -123,7 +123,7 @@ def save_gif(frames: Sequence[np.ndarray], path: str | Path, *, milliseconds: in
     from PIL import Image
 
     if not frames:
-        raise ValueError("no frames: an animation needs one at least")
+        raise ValueError("no frames: an animation needs one or more")
     first, *rest = (Image.fromarray(frame) for frame in frames)
     buffer = io.BytesIO()
     durations = [milliseconds] * len(rest) + [2000]

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,12 +21,11 @@ from vae_torch.parts.objectives import ACTIVE_UNIT_VARIANCE
 from vae_torch.parts.posteriors import DiagonalGaussian, kl_per_dim
 from vae_torch.vae import VAE
 
-if TYPE_CHECKING:  # half a second that a run without figures need not pay
-    from matplotlib.axes import Axes
+if TYPE_CHECKING:  # half a second that runs without figures save
     from matplotlib.figure import Figure
 
-# Paul Tol's "muted" scheme, which stays apart for colour-blind eyes, with grey as the tenth; in an
-# order that gives digits of similar shape (4 and 9, 3 and 8, 1 and 7) the most different colours.
+# Paul Tol's "muted" scheme, distinct for colour-blind eyes, with grey as the tenth. Its order gives
+# digits of similar shape (4 and 9, 3 and 8, 1 and 7) the most different colours.
 DIGIT_COLOURS = (
     "#332288",
     "#88ccee",
@@ -49,25 +48,25 @@ def latent_scatter(
 ) -> "Figure":
     """Posterior means of images, coloured by class, with each class's name near its median.
 
-    With more than two latents: the two whose means vary most. With one: the class is the height.
-    Without labels all points have one colour, and with one latent the height means nothing.
-    Two units around the origin are always in view, so that a collapsed posterior looks like one.
-    From the eleventh class on the colours repeat: then the names tell.
+    With more than two latents, the two whose means vary most are shown. With one, the class is the
+    height. Without labels, all points have one colour, and with one latent the height is random.
+    Two units around the origin are always visible, so that a collapsed posterior looks like one.
+    From the eleventh class on the colours repeat, and only the names tell classes apart.
 
     Args:
         vae: The model.
         x: (N, *shape) in [0, 1].
         labels: (N,) classes, or None.
-        class_names: What they are called, by label; absent: their numbers.
+        class_names: Names of the classes, by label; numbers if absent.
     """
     means = posterior_means(vae, x, labels)
     known = labels is not None
     classes = np.zeros(len(x), int) if labels is None else labels.cpu().numpy()
     first, *more = most_active(means)
     across = means[:, first].numpy()
-    spread = np.random.default_rng(0).uniform(-0.3, 0.3, len(classes))  # points, not a line
+    spread = np.random.default_rng(0).uniform(-0.3, 0.3, len(classes))  # not all on a line
     up = means[:, more[0]].numpy() if more else classes + spread
-    figure, axes = _figure(7, 6)
+    figure, axes = new_axes(7, 6)
     from matplotlib.patheffects import withStroke
 
     names = np.unique(classes)
@@ -80,7 +79,7 @@ def latent_scatter(
     middle = np.median(up)
     axes.update_datalim([(-2, -2 if more else middle), (2, 2 if more else middle)])
     axes.autoscale_view()
-    if not more:  # all of each class's points, however few the classes
+    if not more:  # show all points of each class if the classes are few
         axes.set_ylim(names[0] - 0.6, names[-1] + 0.6)
     active = bool((variances(means) > ACTIVE_UNIT_VARIANCE).any())
     few = len(names) <= len(DIGIT_COLOURS)
@@ -112,7 +111,7 @@ def latent_scatter(
 
 
 def name_of(label: int, class_names: Sequence[str] | None) -> str:
-    """A class's name, cut where it is long, or its number."""
+    """A class's name, shortened if long, or its number."""
     if class_names is None or label >= len(class_names):
         return str(label)
     name = class_names[label]
@@ -120,7 +119,7 @@ def name_of(label: int, class_names: Sequence[str] | None) -> str:
 
 
 def _apart(places: np.ndarray, distance: float) -> np.ndarray:
-    """Places (n, 2), moved until no two are nearer than `distance`, or some two hundred times."""
+    """Move places (n, 2) apart until none are nearer than `distance`, for two hundred rounds."""
     places = places + 1e-6 * distance * np.arange(len(places))[:, None] * [1, -1]  # no two equal
     for _ in range(200):
         away = places[:, None] - places[None]  # (n, n, 2)
@@ -145,7 +144,7 @@ def kl_figure(vae: VAE, x: Tensor, labels: Tensor | None = None) -> "Figure":
     kl = kl_per_dim(means, logvars).mean(0)
     order, n = kl.argsort(descending=True), len(kl)
     active = (variances(means) > ACTIVE_UNIT_VARIANCE)[order].numpy()
-    figure, axes = _figure(max(3.2, min(10, 2 + 0.3 * n)), 4)
+    figure, axes = new_axes(max(3.2, min(10, 2 + 0.3 * n)), 4)
     colours = {"active": DIGIT_COLOURS[0], "inactive": DIGIT_COLOURS[4]}
     for kind, chosen in {"active": active, "inactive": ~active}.items():
         places = np.flatnonzero(chosen)
@@ -156,12 +155,12 @@ def kl_figure(vae: VAE, x: Tensor, labels: Tensor | None = None) -> "Figure":
     if 0 < active.sum() < n:
         axes.legend(loc="upper right", frameon=False)
     axes.set_title(activity(means), fontsize=11)
-    half = max(n, 2) / 2 + 0.2  # one bar is no wall
+    half = max(n, 2) / 2 + 0.2  # so that one bar does not fill the width
     axes.set_xlim((n - 1) / 2 - half, (n - 1) / 2 + half)
-    axes.set_ylim(0, max(1.08 * kl.max().item(), 0.1))  # a collapsed one is no tower
+    axes.set_ylim(0, max(1.08 * kl.max().item(), 0.1))  # so that a collapsed KL does not look tall
     if n <= 40:
         axes.set_xticks(range(n), [str(d + 1) for d in order.tolist()], fontsize=8)
-    else:  # names of each would be too small to read
+    else:  # names of each would be too small
         ranks = [1, *range(10, n + 1, 10)]
         axes.set_xticks([rank - 1 for rank in ranks], map(str, ranks))
     axes.set_xlabel("latent dimension" if n <= 40 else "latent dimensions, largest KL first")
@@ -172,14 +171,14 @@ def kl_figure(vae: VAE, x: Tensor, labels: Tensor | None = None) -> "Figure":
 def log_px_map(
     vae: VAE, x: Tensor, log_px: Tensor, labels: Tensor | None = None, *, ellipses: int = 12
 ) -> "Figure":
-    """Where in the latent plane the model explains images well, and how sure q(z|x) is there.
+    """The latent plane, coloured by how well the model explains images, with some posteriors.
 
     Args:
         vae: A model with latent_dim 2.
         x: (N, *shape) in [0, 1].
         log_px: (N,) nats, from `evaluate.exact_log_px`.
-        labels: (N,) classes, which a conditional model needs.
-        ellipses: Of the first images: q(z|x) at two standard deviations, where it is a Gaussian.
+        labels: (N,) classes, for a conditional model.
+        ellipses: Number of images, from the first, whose Gaussian q(z|x) is drawn at two sd.
 
     Raises:
         ValueError: latent_dim is not 2.
@@ -187,11 +186,11 @@ def log_px_map(
     if vae.latent_dim != 2:
         raise ValueError(f"latent_dim is {vae.latent_dim}; the map needs 2")
     means = posterior_means(vae, x, labels)
-    figure, axes = _figure(7.5, 6)
+    figure, axes = new_axes(7.5, 6)
     from matplotlib.patches import Ellipse
 
     log_px = log_px.cpu()
-    order = log_px.argsort(descending=True)  # the badly explained ones on top
+    order = log_px.argsort(descending=True)  # badly explained images on top
     low, high = np.quantile(log_px.numpy(), [0.01, 0.99])
     across, up = means[order].T.numpy()
     points = axes.scatter(
@@ -220,18 +219,20 @@ def _images(count: int) -> str:
     return f"{count:,} test {'image' if count == 1 else 'images'}"
 
 
-def _figure(width: float, height: float) -> "tuple[Figure, Axes]":
+def new_axes(width: float, height: float, columns: int = 1) -> "tuple[Figure, Any]":
+    """A figure in the style of all plots, and its axes, or several of them side by side."""
     figure = import_matplotlib()(figsize=(width, height), dpi=110, layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
+    axes = figure.subplots(1, columns)
+    for each in figure.axes:
+        each.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
 def import_matplotlib() -> "type[Figure]":
-    """Import what draws, without matplotlib's news.
+    """Import matplotlib's Figure without its log message.
 
-    The first import on a machine tells at INFO that it has listed the fonts, which would go into
-    a run's log. Its level is set aside for the import alone, and only where nobody chose one.
+    On a machine's first import matplotlib logs at INFO that it builds a font cache, which would go
+    into a run's log. Its level is raised during the import, unless somebody has set one.
     """
     logger = logging.getLogger("matplotlib.font_manager")
     chosen = logger.level

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def reconstruction_figure(vae: VAE, x: Tensor) -> "Figure":
-    """Originals over reconstructions, with what each reconstruction is worth under it.
+    """Originals over reconstructions, with the nats of each reconstruction under it.
 
     Args:
         vae: The model.
@@ -60,12 +60,12 @@ def traversal_figure(
 
     Args:
         vae: The model.
-        x: (N, *shape) in [0, 1]: the first is the image that moves, the first `context` say which
-            dimensions are active and how far their posterior means reach.
-        labels: (N,) classes, which a conditional model needs: all is decoded with the first one.
+        x: (N, *shape) in [0, 1]. The first image is decoded; the first `context` images decide
+            which dimensions are active and how far each moves.
+        labels: (N,) classes, for a conditional model; everything is decoded with the first one.
         steps: Images in a row, from -3 to 3 standard deviations of these means around their mean.
-        dimensions: Rows at most.
-        context: Images to encode.
+        dimensions: Largest number of rows.
+        context: Number of images to encode.
     """
     batch = Batch(x, labels)
     means = posterior_means(vae, *batch.rows(slice(context)))
@@ -89,19 +89,19 @@ def traversal_figure(
 
 @torch.no_grad()
 def interpolation_figure(vae: VAE, x: Tensor, *, steps: int = 9) -> "Figure":
-    """The way from one image to another in latent space: straight, and around the origin.
+    """Interpolate between two images in latent space: in a straight line, and around the origin.
 
-    In many dimensions the prior's mass lies on a shell, which a straight way leaves; the spherical
-    one (White, *Sampling Generative Networks* (2016), section 2.1) stays on it. One latent has the
-    straight way alone.
+    In many dimensions the prior's mass lies on a shell, which a straight line leaves. The spherical
+    interpolation (White, *Sampling Generative Networks* (2016), section 2.1) stays on it. With one
+    latent there is only the straight line.
 
     Args:
         vae: The model.
-        x: (2, *shape) in [0, 1], both ends.
-        steps: Images on the way, ends included.
+        x: (2, *shape) in [0, 1], the two ends.
+        steps: Images in a row, ends included.
 
     Raises:
-        ValueError: x holds not two images.
+        ValueError: x does not hold two images.
     """
     if len(x) != 2:
         raise ValueError(f"x has shape {tuple(x.shape)}; an interpolation has two ends")
@@ -122,24 +122,24 @@ def interpolation_figure(vae: VAE, x: Tensor, *, steps: int = 9) -> "Figure":
 def image_table(
     images: Tensor, *, rows: Sequence[str], columns: Sequence[str], caption: str = ""
 ) -> "Figure":
-    """Images in a table whose rows and columns have names.
+    """Images in a table with names for rows and columns.
 
-    A pixel of a small image is two by two on the screen, and the text can be read where TensorBoard
-    shows the whole in 350 pixels.
+    A pixel of a small image takes two by two on the screen, and the text stays readable where
+    TensorBoard shows the whole table in 350 pixels.
 
     Args:
         images: (rows * columns, pixels), (..., H, W), (..., 1, H, W) or (..., 3, H, W) in [0, 1],
             row by row; flat ones must be square.
-        rows: A name for each row, to its left.
-        columns: A name for each column, under it; empty ones take no space.
-        caption: A line or more under the table.
+        rows: A name for each row, on its left.
+        columns: A name for each column, under it; empty names take no space.
+        caption: One or more lines under the table.
     """
     images = as_pictures(images)
     tall, wide = images.shape[-2:]
     dpi, size = 100, 12  # size: of the text, in points
     scale = 2 if wide < 64 else 1
     gap, letter, line = 2, 0.6 * size * dpi / 72, 1.35 * size * dpi / 72
-    # on one axis: many are slow
+    # on one axis: many axes are slow
     grid = image_grid(images if images.ndim == 4 else images[:, None], len(columns), gap=gap)
     height, width = (scale * side for side in grid.shape[:2])
     left, right = letter * max(map(len, rows)) + 12, 4.0

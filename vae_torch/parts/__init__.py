@@ -1,1 +1,1 @@
-"""The parts of a model, one module a kind, each with its table from name to class."""
+"""The parts of a model: one module per kind, each with its table from name to class."""

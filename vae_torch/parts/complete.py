@@ -1,4 +1,4 @@
-"""A run's settings with every option of its parts, checked by the parts."""
+"""Fills in every option of a run's parts and checks it."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,10 +16,10 @@ from vae_torch.parts.registry import Table
 
 
 def complete(config: Config) -> Config:
-    """The same settings, with the options that nobody named at their defaults.
+    """The same settings, with the default of every option that was not given.
 
     Raises:
-        ConfigError: A part is not known, or has no such option, or a value is of another type.
+        ConfigError: An unknown part, an unknown option, or a value of the wrong type.
     """
     model, objective = config.model, config.objective
     monitor = config.train.monitor
@@ -40,12 +40,12 @@ def complete(config: Config) -> Config:
 
 
 def _options(table: Table[Any], name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """All but those that are settings of their own, where these are not given here too."""
+    """All options, except those in SHARED that are not given here."""
     options = table.checked(name, given)
     return {key: value for key, value in options.items() if key in given or key not in SHARED}
 
 
-# Options that are settings with a key of their own.
+# Options that have a setting of their own, such as `model.depth`.
 SHARED = (
     "intermediate_dim",
     "depth",

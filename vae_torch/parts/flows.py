@@ -1,8 +1,7 @@
 """Normalizing flows as prior and as posterior, by zuko (the extra `flow`).
 
 Coupling transformations (Dinh, Sohl-Dickstein and Bengio, *Density estimation using Real NVP*, ICLR
-2017): both directions cost as much, which a posterior needs, whose draws and densities are asked
-for alike.
+2017) cost the same in both directions. A posterior needs both: samples and densities.
 """
 
 from typing import Any
@@ -37,7 +36,7 @@ class FlowPrior(nn.Module):
     def sample(
         self, n: int, generator: torch.Generator | None = None, *, temperature: float = 1.0
     ) -> Tensor:
-        """(n, latent_dim) draws; the temperature is the noise's (Kingma and Dhariwal, 2018)."""
+        """(n, latent_dim) samples; the temperature scales the noise (Kingma and Dhariwal, 2018)."""
         weight = next(self.parameters())
         noise = torch.randn(n, self.latent_dim, generator=generator, device=weight.device)
         return self.flow().transform.inv(temperature * noise.to(weight))  # type: ignore[no-any-return]
@@ -50,7 +49,7 @@ class FlowPosterior(nn.Module):
     Rezende and Mohamed, *Variational Inference with Normalizing Flows* (ICML 2015).
 
     Args:
-        features: What the encoder gives.
+        features: Number of encoder features.
         latent_dim: Dimensions of z.
         transforms: Coupling layers, one after the other.
         width: Units of each of the two hidden layers of a coupling.
@@ -77,15 +76,15 @@ class FlowDistribution:
 
     @property
     def mean(self) -> Tensor:
-        """Where the noise's centre goes, (B, latent_dim): no mean, but the centre of the draws."""
+        """Where zero noise goes, (B, latent_dim): the centre of the samples, not their mean."""
         return self.rsample(self._zeros)
 
     def rsample(self, eps: Tensor) -> Tensor:
-        """Latents of this noise, (..., B, latent_dim)."""
+        """Latents for this noise, (..., B, latent_dim)."""
         return self._distribution.transform.inv(eps)  # type: ignore[no-any-return]
 
     def sample(self, eps: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents of this noise, and log q of each, (..., B)."""
+        """Latents for this noise, and log q of each, (..., B)."""
         z, log_volume = self._distribution.transform.inv.call_and_ladj(eps)
         return z, self._distribution.base.log_prob(eps) - log_volume
 

@@ -4,18 +4,20 @@ A likelihood is a module:
 
     @likelihoods.register("mine")
     class Mine(nn.Module):
-        outputs = 2  # numbers of the decoder for a pixel; left out: 1
+        outputs = 2  # decoder outputs per pixel; 1 if left out
         def __init__(self, *, width: float = 1.0) -> None: ...
         def log_prob(self, x, params) -> Tensor: ...  # nats per image, (..., B)
         def mean(self, params) -> Tensor: ...  # expected pixels in [0, 1], (..., *shape)
 
-`params` are (..., *shape), and (..., *shape, outputs) where there are several. One whose log p is
-affine in x has `affine(x, params)` too, which evaluates every image under every decoder output with
-one matrix product. The pixels that it has a density for are [0, 1], or what its `pixels` says.
-`drawn_as` is how the explorer page makes pixels of params, where it can.
+`params` are (..., *shape), or (..., *shape, outputs) with several outputs per pixel. A likelihood
+whose log p is affine in x can also have `affine(x, params)`, which evaluates every image under
+every decoder output with one matrix multiplication. Pixels may lie in [0, 1], or in the range that
+its `pixels` gives. `drawn_as` tells the explorer page how to turn params into pixels. `levels` says
+that log_prob is the probability of one of so many pixel values, which bits per dimension need.
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -33,8 +35,8 @@ likelihoods: "Table[type[nn.Module]]" = Table("likelihood", "likelihood_options"
 class Bernoulli(nn.Module):
     r"""log p(x|z) = Σ_pixels x log σ(l) + (1 - x) log(1 - σ(l)).
 
-    For grey x in [0, 1] this is the cross-entropy that the Keras notebook uses: a bound's worth of
-    nats, but no normalised density of grey images (see `ContinuousBernoulli`).
+    For grey x in [0, 1] this is the cross-entropy of the Keras notebook. It is in nats, but it is
+    not a normalised density of grey images (see `ContinuousBernoulli`).
     """
 
     drawn_as = "sigmoid"
@@ -50,10 +52,10 @@ class Bernoulli(nn.Module):
             (..., B).
 
         Raises:
-            ValueError: The images of x and of logits differ in shape or number.
+            ValueError: x and logits hold different numbers of images, or images of other shapes.
         """
         x, logits = pair_images(x, logits)
-        if is_transformed(x, logits):  # torch.func sees through torch's own operations only
+        if is_transformed(x, logits):  # torch.func cannot transform a custom autograd function
             return (x * logits + F.logsigmoid(-logits)).sum(-1)
         terms: Tensor = _BernoulliTerms.apply(x, logits)
         return terms
@@ -74,20 +76,20 @@ class Bernoulli(nn.Module):
 class _BernoulliTerms(torch.autograd.Function):
     """Σ_pixels x l - softplus(l), with its gradient x - σ(l) in three passes over the pixels.
 
-    Autograd's own chain makes ten. No finite logit is turned into log(0).
+    Autograd would make ten passes. No finite logit leads to log(0).
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, logits: Tensor) -> Tensor:
         """(B, pixels) and (..., B, pixels) -> (..., B)."""
         ctx.save_for_backward(x, logits)
-        # no vecdot: under autocast it would round both to bf16
+        # not vecdot: under autocast it would round both to bf16
         terms: Tensor = ((x - 0.5) * logits).sum(-1) + _even_part(logits)
         return terms
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Of x too, where it is asked for; in operations that can be differentiated again."""
+        """Gradients, for x only if needed; the operations can be differentiated again."""
         x, logits = ctx.saved_tensors
         grad_x = grad_logits = None
         grad = grad.unsqueeze(-1)
@@ -101,8 +103,8 @@ class _BernoulliTerms(torch.autograd.Function):
 def _even_part(logits: Tensor) -> Tensor:
     """Σ_pixels log σ(|l|) - |l| / 2, which with (x - 1/2) l is the whole term: (..., P) -> (...).
 
-    One temporary of the pixels' size. A logarithm is dear and only the sum is wanted, so one is
-    taken of the product of eight pixels, which lies in [1/256, 1].
+    Memory for one temporary of the pixels' size. Logarithms are slow and only their sum is needed,
+    so one is taken of the product of eight pixels, which lies in [1/256, 1].
     """
     size = logits.abs()
     linear = size.sum(-1)
@@ -136,7 +138,7 @@ class ContinuousBernoulli(nn.Module):
 
         1/(1 - e^-l) is written as (1 + 1/tanh(l/2))/2: ONNX has no `expm1`.
         """
-        near = logits.abs() < 0.05  # there the difference of two large numbers loses its digits
+        near = logits.abs() < 0.05  # near 0 the difference of two large numbers loses digits
         safe = torch.where(near, torch.ones_like(logits), logits)
         exact = 0.5 + 0.5 / torch.tanh(0.5 * safe) - 1 / safe
         return torch.where(near, 0.5 + logits / 12 - logits**3 / 720, exact).clamp(0, 1)
@@ -144,14 +146,14 @@ class ContinuousBernoulli(nn.Module):
 
 @likelihoods.register("gaussian")
 class Gaussian(nn.Module):
-    """N(x; l, σ²) with one variance for all pixels; nats of density, not of mass.
+    """N(x; l, σ²) with one variance for all pixels: log-densities in nats, not probabilities.
 
     Args:
-        sigma: `optimal`: in train mode σ² is the mean square residual of each batch, which
-            maximises log p; in eval mode it stays as it was last. Rybkin, Daniilidis and Levine,
-            *Simple and Effective VAE Training with Calibrated Decoders* (ICML 2021). First
-            derivatives are those of log p at that σ²; second ones leave it where it is. `learned`:
-            a parameter that starts at σ = 1.
+        sigma: `optimal`: in train mode σ² is the mean squared residual of each batch, which
+            maximises log p; eval mode keeps the last value. Rybkin, Daniilidis and Levine, *Simple
+            and Effective VAE Training with Calibrated Decoders* (ICML 2021). First derivatives are
+            those of log p at that σ²; second derivatives treat σ² as constant. `learned`: a
+            parameter that starts at σ = 1.
     """
 
     drawn_as = "clamp"
@@ -178,7 +180,7 @@ class Gaussian(nn.Module):
 
     def affine(self, x: Tensor, logits: Tensor) -> Tensor:
         """Nats of each image under each output: (N, pixels) and (G, pixels) -> (N, G)."""
-        center = x.mean(0)  # or else the squares cancel where σ is small
+        center = x.mean(0)  # center first: else the squares cancel where σ is small
         x, logits = x - center, logits - center
         scale = torch.exp(-self.logvar)
         normalizer = 0.5 * x.shape[-1] * (self.logvar + math.log(2 * math.pi))
@@ -186,20 +188,19 @@ class Gaussian(nn.Module):
         return torch.addmm(offset, x, scale * logits.T) - 0.5 * scale * (x**2).sum(-1, True)
 
     def mean(self, logits: Tensor) -> Tensor:
-        """The decoder's output, held inside [0, 1] so that it is an image."""
+        """The decoder's output, clamped to [0, 1]."""
         return logits.clamp(0, 1)
 
 
 @likelihoods.register("discretized_logistic")
 class DiscretizedLogistic(nn.Module):
-    """The mass that a mixture of logistics puts on each of 256 pixel values: nats of mass.
+    """The probability of each of 256 pixel values under a mixture of logistics, in nats.
 
     Salimans et al., *PixelCNN++* (ICLR 2017), equation 2, a mixture for each pixel and channel. The
-    lowest and highest value get the tails. Divided by log 2 and the number of pixels it gives bits
-    per dimension. A pixel counts as the nearest of the values.
+    lowest and highest value get the tails. A pixel counts as the nearest of the values.
 
     Args:
-        mixtures: Logistics for each pixel.
+        mixtures: Logistics per pixel.
         levels: Values that a pixel may have, from 0 to 1.
     """
 
@@ -208,7 +209,9 @@ class DiscretizedLogistic(nn.Module):
     def __init__(self, *, mixtures: int = 1, levels: int = 256) -> None:
         super().__init__()
         if mixtures < 1 or levels < 2:
-            raise ValueError(f"mixtures is {mixtures}, levels {levels}; 1 and 2 are the least")
+            raise ValueError(
+                f"mixtures is {mixtures} and levels {levels}; they must be 1 or more, and 2 or more"
+            )
         self.mixtures, self.levels = mixtures, levels
         self.outputs = 2 if mixtures == 1 else 3 * mixtures
 
@@ -228,12 +231,12 @@ class DiscretizedLogistic(nn.Module):
         return torch.logsumexp(log_weights + mass, -1).flatten(-pixels).sum(-1)
 
     def mean(self, params: Tensor) -> Tensor:
-        """The logistics' centres, held in [0, 1] and averaged over the mixture: (..., *shape)."""
+        """The logistics' clamped centres, averaged over the mixture: (..., *shape) in [0, 1]."""
         log_weights, means, _ = self._logistics(params)
         return (log_weights.exp() * means.clamp(0, 1)).sum(-1)
 
     def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draws of pixels, each one of the levels: (..., *shape, outputs) -> (..., *shape)."""
+        """Sampled pixels, each one of the levels: (..., *shape, outputs) -> (..., *shape)."""
         log_weights, means, log_scales = self._logistics(params)
         weights = log_weights.exp().reshape(-1, self.mixtures)
         chosen = torch.multinomial(weights, 1, generator=generator).reshape(*means.shape[:-1], 1)
@@ -246,14 +249,29 @@ class DiscretizedLogistic(nn.Module):
         """Log-weights, centres and log-scales, (..., *shape, mixtures) each."""
         *weights, means, log_scales = params.unflatten(-1, (-1, self.mixtures)).unbind(-2)
         log_weights = weights[0].log_softmax(-1) if weights else torch.zeros_like(means)
-        # begins as a wide bump in the middle of the range
+        # starts as a wide bump in the middle of the range
         return log_weights, 0.5 + means, (log_scales - 2).clamp(min=-7)
+
+
+def bits_per_dim(likelihood: Any, log_px: float, shape: Iterable[int]) -> float | None:
+    """-log p(x) / (pixels and channels x log 2); None where pixels have a density.
+
+    A density depends on the unit of the pixels, so only probabilities compare with the literature.
+
+    Args:
+        likelihood: Has `levels` if its pixels have probabilities.
+        log_px: Nats per image, or a bound on it.
+        shape: Of an image.
+    """
+    if getattr(likelihood, "levels", None) is None:
+        return None
+    return -log_px / (math.prod(shape) * math.log(2))
 
 
 def pairwise(likelihood: Any, x: Tensor, params: Tensor) -> Tensor:
     """Nats of each image under each decoder output: (N, *shape) and (G, ...) -> (N, G).
 
-    One matrix product where log p is affine in x, else a pass over all outputs for each image.
+    One matrix multiplication where log p is affine in x, else a pass over all outputs per image.
     """
     if affine := getattr(likelihood, "affine", None):
         return affine(x.flatten(1), params.flatten(1))  # type: ignore[no-any-return]
@@ -274,7 +292,7 @@ def _log_normalizer(logits: Tensor) -> Tensor:
 
 
 def is_transformed(*tensors: Tensor) -> bool:
-    """Whether torch.func or forward-mode differentiation looks at these operations."""
+    """Whether torch.func or forward-mode differentiation traces these tensors."""
     if torch._C._are_functorch_transforms_active():
         return True
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)

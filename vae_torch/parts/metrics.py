@@ -1,7 +1,7 @@
-"""Metrics: what a name means when runs are compared, chosen or printed.
+"""Metrics: how to read a number when runs are compared, chosen or printed.
 
-An objective or a callback may report any number under any name. One that decides something, such as
-which epoch was the best, must say which direction is better:
+An objective or a callback may report any number under any name. If a number decides something, such
+as which epoch is the best, it must say which direction is better:
 
     metrics["mse"] = Metric("lower", digits=4)
 """
@@ -18,10 +18,10 @@ class Metric:
     """How to read a number.
 
     Args:
-        better: Which direction is; None where neither is: a collapsed model has the lowest KL and a
-            perfect gap.
-        digits: Behind the point, in print.
-        unit: What it is measured in.
+        better: `higher` or `lower`; None where neither is better: a collapsed model has the lowest
+            KL and a perfect gap.
+        digits: Decimals in print.
+        unit: Its unit.
     """
 
     better: Literal["higher", "lower"] | None
@@ -44,11 +44,13 @@ metrics: dict[str, Metric] = {
     **dict.fromkeys(
         (
             "kl", "gap", "fitted_gap", "approximation_gap", "amortisation_gap", "train_gap",
-            "ais_difference", "mutual_information", "mutual_information_upper", "marginal_kl",
-            "marginal_kl_lower", "entropy_floor", "total_correlation", "dimension_kl",
+            "ais_difference", "ais_width", "mutual_information", "mutual_information_upper",
+            "marginal_kl", "marginal_kl_lower", "entropy_floor", "total_correlation",
+            "dimension_kl",
         ),
         Metric(None, unit=_NATS),
     ),
+    "bits_per_dim": Metric("lower", digits=3, unit="bits per dimension"),
     "effective_samples": Metric(None, unit="samples"),
     "active_units": Metric(None, digits=0, unit="dimensions"),
     "linear_probe_accuracy": Metric("higher", digits=3, unit="share of images"),
@@ -58,10 +60,10 @@ metrics: dict[str, Metric] = {
 
 
 def metric_of(name: str) -> Metric:
-    """What `test/elbo` means, or `elbo`, where it can decide something.
+    """The metric behind a name such as `test/elbo` or `elbo`, if it can decide something.
 
     Raises:
-        ConfigError: Neither direction of it is better, or nobody has said which.
+        ConfigError: Neither direction is better, or the name is unknown.
     """
     last = name.rpartition("/")[2]
     found = metrics.get(last)
@@ -70,14 +72,14 @@ def metric_of(name: str) -> Metric:
     if found is None:
         known = ", ".join(key for key, metric in metrics.items() if metric.better)
         raise ConfigError(
-            f"{name}: nobody has said which direction is better; known are {known}, and "
-            f'metrics["{last}"] = Metric("lower") in a plug-in adds one'
+            f"{name}: unknown whether higher or lower is better; use one of {known}, or add "
+            f'metrics["{last}"] = Metric("lower") in a plug-in'
         )
     return found
 
 
 def scores_of(name: str, values: Iterable[float | None]) -> list[float | None]:
-    """Of every value that there is."""
+    """The score of each value; None stays None."""
     return [None if value is None else score(name, value) for value in values]
 
 

@@ -1,6 +1,6 @@
-"""Networks: an encoder that makes features of an image, a decoder that makes parameters of z.
+"""Networks: an encoder turns an image into features, a decoder turns z into parameters.
 
-A network is a class with two methods, given nothing but shapes:
+A network is a class with two methods, which get shapes only:
 
     @networks.register("mine")
     class Mine:
@@ -8,11 +8,11 @@ A network is a class with two methods, given nothing but shapes:
         def encoder(self, shape) -> nn.Module: ...  # (B, *shape) -> (B, features), any number
         def decoder(self, latent_dim, shape) -> nn.Module: ...  # (B, latent_dim) -> (B, *shape)
 
-`shape` is (channels, height, width), also where a data set's images are flat and square; where they
-are flat and nothing else, (pixels,). A class whose `flat` is true is given (pixels,) always. The
-encoder's shape has more channels than an image where the model sees labels, the decoder's where the
-likelihood needs several numbers for a pixel. Where `glorot` is true, the model draws the weights as
-Keras does; else they stay as the class has made them.
+`shape` is (channels, height, width), also for flat images that are square. Other flat images have
+(pixels,). A class whose `flat` is true always gets (pixels,). In a conditional model the encoder's
+shape has more channels than an image; the decoder's has more where the likelihood needs several
+numbers per pixel. Where `glorot` is true, the model initialises the weights as Keras does;
+otherwise they stay as the class made them.
 """
 
 import math
@@ -36,7 +36,7 @@ networks: "Table[type]" = Table("model", "model.options")
 
 
 class Network(Protocol):
-    """What the table holds."""
+    """The contract of a network."""
 
     def encoder(self, shape: tuple[int, ...]) -> nn.Module:
         """(B, *shape) -> (B, features)."""
@@ -58,7 +58,7 @@ class Features(nn.Module):
 
 
 class Output(nn.Module):
-    """A decoder: layers, and the one that makes the pixels."""
+    """A decoder: hidden layers, then the layer that makes the pixels."""
 
     def __init__(self, trunk: nn.Module, out: nn.Module) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class Conv:
         act = self.activation
         return Features(
             nn.Sequential(
-                nn.Identity(),  # the places of the layers in older checkpoints
+                nn.Identity(),  # keeps the layer numbers of older checkpoints
                 nn.Conv2d(channels, 32, 4, stride=2, padding=1),  # (B, 32, height/2, width/2)
                 act(),
                 nn.Conv2d(32, 64, 4, stride=2, padding=1),  # (B, 64, height/4, width/4)
@@ -156,7 +156,7 @@ class Conv:
         channels, height, width = _image(shape)
         act = self.activation
         small = (64, height // 4, width // 4)
-        # a pixel more where halving a side has lost one
+        # one pixel more where halving a side lost one
         first = (height // 2 % 2, width // 2 % 2)
         last = (height % 2, width % 2)
         layers = nn.Sequential(
@@ -183,7 +183,7 @@ def _image(shape: Sequence[int]) -> tuple[int, int, int]:
 
 
 def image_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    """(channels, height, width) of an image, or (pixels,) of one that is flat and not square."""
+    """(channels, height, width) of an image, or (pixels,) if it is flat and not square."""
     sides = tuple(n for n in shape if n != 1)
     if len(sides) == 1:
         side = math.isqrt(sides[0])

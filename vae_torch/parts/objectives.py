@@ -1,4 +1,4 @@
-"""Objectives: what training minimises; and the bounds as functions of tensors, in nats.
+"""Objectives: what training minimises. Also the bounds as functions of tensors, in nats.
 
 Every function returns one value per image, (B,): pixels and latent dimensions are summed, and the
 training loop takes the mean over images, once. An objective is a class:
@@ -27,8 +27,8 @@ from vae_torch.parts.posteriors import DiagonalGaussian, Posterior, gaussian_of,
 from vae_torch.parts.registry import Table
 from vae_torch.vae import VAE
 
-# A latent dimension is active where the posterior means vary by more over images: Burda et al.
-# (2016), section 5.2.
+# A latent dimension is active if its posterior mean varies by more than this over the images:
+# Burda et al. (2016), section 5.2.
 ACTIVE_UNIT_VARIANCE = 0.01
 
 
@@ -53,7 +53,7 @@ def elbo(x: Tensor, logits: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
         (B,), nats per image.
 
     Raises:
-        ValueError: x is outside [0, 1], or one of them has other images than another.
+        ValueError: x is outside [0, 1], or the arguments hold different numbers of images.
     """
     return -_cross_entropy(x, logits, mean).sum(-1) - kl_standard_normal(mean, logvar)
 
@@ -61,29 +61,29 @@ def elbo(x: Tensor, logits: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
 def keras_loss(x: Tensor, logits: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
     """The notebook's loss: cross-entropy *averaged* over pixels plus KL *summed* over latents.
 
-    That weights the KL as many times too much as an image has pixels, and the posterior collapses.
+    This weights the KL too much by a factor of the number of pixels, and the posterior collapses.
     It is here to reproduce the notebook; train with `elbo`. Arguments and errors as in `elbo`.
 
     Returns:
-        (B,); lower is better, and no bound on anything.
+        (B,); lower is better. It is not a bound on anything.
     """
     return _cross_entropy(x, logits, mean).mean(-1) + kl_standard_normal(mean, logvar)
 
 
 def iwae_bound(log_w: Tensor) -> Tensor:
-    r"""The importance-weighted bound log 1/K Σ_k w_k, tighter than the ELBO for K > 1.
+    r"""The importance-weighted ELBO log 1/K Σ_k w_k, tighter than the ELBO for K > 1.
 
     Burda, Grosse and Salakhutdinov, *Importance Weighted Autoencoders* (ICLR 2016), equation 8.
 
     Args:
-        log_w: (K, B): log p(x, z_k) - log q(z_k|x) of K draws, nats. `objective.log_weights`
+        log_w: (K, B): log p(x, z_k) - log q(z_k|x) of K samples, nats. `objective.log_weights`
             computes them.
 
     Returns:
         (B,), nats per image.
 
     Raises:
-        ValueError: Another shape, or no draw.
+        ValueError: Another shape, or K is 0.
     """
     if log_w.ndim != 2 or len(log_w) == 0:
         raise ValueError(f"log_w has shape {tuple(log_w.shape)}; it must be (K, B) with K >= 1")
@@ -103,12 +103,12 @@ def log_weights(vae: VAE, x: Tensor, q: Posterior, eps: Tensor) -> Tensor:
         (K, B), nats.
 
     Raises:
-        ValueError: x holds no images of the model's shape.
+        ValueError: x does not hold images of the model's shape.
     """
     x = as_images(x, vae.input_shape)
     z, log_q = q.sample(eps)
     params = vae.decode(z)
-    if len(x) == 1:  # one product instead of passes over the pixels of every draw
+    if len(x) == 1:  # one matrix multiplication instead of a pass over the pixels of every sample
         log_px_given_z = pairwise(vae.likelihood, x, params.squeeze(1)).T
     else:
         log_px_given_z = vae.likelihood.log_prob(x, params)
@@ -116,31 +116,31 @@ def log_weights(vae: VAE, x: Tensor, q: Posterior, eps: Tensor) -> Tensor:
 
 
 class Noise(NamedTuple):
-    """The random numbers of one batch, drawn outside so that a step can be repeated."""
+    """The random numbers of one batch, drawn in advance so that a step can be repeated."""
 
-    eps: Tensor  # (K, B, latent_dim), standard normal: K draws of z for each image
+    eps: Tensor  # (K, B, latent_dim), standard normal: K samples of z per image
     choice: Tensor | None = None  # (B,) uniform in [0, 1), where the objective's `resample` is true
 
 
-# What an objective minimises, (B,), or () where it is of the batch as a whole; and what is logged
-# of each image beside it: (B,) each, or (B, n) for a list of n numbers.
+# An objective's loss, (B,), or () for a loss of the batch as a whole; and the metrics that are
+# logged of each image: (B,) each, or (B, n) for a list of n numbers.
 Loss = tuple[Tensor, Mapping[str, Tensor]]
 
 
 class Bound(NamedTuple):
-    """The ELBO's parts on one batch, and what they were computed from."""
+    """The terms of the ELBO on one batch, and what they were computed from."""
 
-    reconstruction: Tensor  # (B,) log p(x|z), a mean over the draws; higher is better
-    kl: Tensor  # (B,) KL(q(z|x) || p(z)); where it has no closed form, estimated from the draws
-    kl_per_dim: Tensor | None  # (B, latent_dim), where it has one
+    reconstruction: Tensor  # (B,) log p(x|z), averaged over the samples; higher is better
+    kl: Tensor  # (B,) KL(q(z|x) || p(z)); estimated from the samples where it has no closed form
+    kl_per_dim: Tensor | None  # (B, latent_dim), where it has a closed form
     kl_per_layer: Tensor | None  # (B, layers), for several stochastic layers; estimated
     q: Posterior
     z: Tensor  # (K, B, latent_dim)
-    log_q: Tensor | None  # (K, B) log q(z|x), where it came with z
+    log_q: Tensor | None  # (K, B) log q(z|x), if it was computed along with z
     log_px_given_z: Tensor  # (K, B)
 
     def metrics(self) -> dict[str, Tensor]:
-        """What is logged: the plain bound is reconstruction - kl."""
+        """What to log; the plain ELBO is reconstruction - kl."""
         found = {"reconstruction": self.reconstruction.detach(), "kl": self.kl.detach()}
         if self.kl_per_dim is not None:
             found["kl_per_dim"] = self.kl_per_dim.detach()
@@ -150,17 +150,17 @@ class Bound(NamedTuple):
 
 
 def bound(vae: VAE, batch: Batch, eps: Tensor, *, gradients: bool = True) -> Bound:
-    """The plain bound on one batch: no beta, no warm-up, no free bits.
+    """The plain ELBO on one batch: no beta, no warm-up, no free bits.
 
     Args:
         vae: The model.
         batch: x (B, *shape) in [0, 1].
-        eps: (K, B, latent_dim) standard normal noise; the K draws are averaged.
-        gradients: Whether they flow through the draws; through a KL in closed form they do.
+        eps: (K, B, latent_dim) standard normal noise; the result is averaged over the K samples.
+        gradients: Whether they flow through the samples. Those of a closed-form KL always do.
 
     Raises:
-        ValueError: x holds no images of the model's shape. Their values are not looked at: a check
-            would cost every training step.
+        ValueError: x does not hold images of the model's shape. Pixel values are not checked: that
+            would slow down every training step.
     """
     x = as_images(batch.x, vae.input_shape)
     vae = vae.of(batch)
@@ -171,7 +171,7 @@ def bound(vae: VAE, batch: Batch, eps: Tensor, *, gradients: bool = True) -> Bou
     per_dim = vae.kl_per_dim(q)  # (B, latent_dim)
     if per_dim is not None:
         return Bound(reconstruction, per_dim.sum(-1), per_dim, None, q, *draws)
-    # no closed form: the draws that the decoder saw estimate it
+    # no closed form: estimate it from the samples that the decoder saw
     kl_per_layer = getattr(vae.prior, "kl_per_layer", None)
     per_layer: Tensor | None = kl_per_layer(q, draws.z) if kl_per_layer else None
     if per_layer is not None:
@@ -182,7 +182,7 @@ def bound(vae: VAE, batch: Batch, eps: Tensor, *, gradients: bool = True) -> Bou
 
 
 class _Draws(NamedTuple):
-    """What an image's posterior gives, and what the decoder makes of it."""
+    """Samples of z for each image, and what the decoder makes of them."""
 
     z: Tensor  # (K, B, latent_dim)
     log_q: Tensor | None  # (K, B)
@@ -201,28 +201,28 @@ objectives: "Table[type]" = Table("objective", "objective.options")
 
 
 class Objective(Protocol):
-    """What the table holds, and what `train(objective=...)` takes.
+    """The contract of an objective, which `train(objective=...)` takes too.
 
-    Two attributes may stand beside it: `num_samples`, draws of z for each image (else 1), and
-    `resample`, whether `noise.choice` is needed.
+    It may have two attributes: `num_samples`, the samples of z per image (1 if left out), and
+    `resample`, whether it needs `noise.choice`.
     """
 
     def __call__(self, vae: VAE, batch: Batch, noise: Noise, beta: Tensor | float) -> Tensor | Loss:
-        """What is minimised, and what is logged.
+        """Compute what is minimised and what is logged.
 
         Args:
             vae: The model, in train mode for a training step.
             batch: Images and labels.
-            noise: Of this batch.
+            noise: The random numbers of this batch.
             beta: The KL's weight at this epoch, warm-up included.
         """
 
 
 def as_objective(objective: "ObjectiveConfig | Objective") -> Objective:
-    """The objective that settings name, or the one that is given.
+    """The objective that the settings name, or the given one.
 
     Raises:
-        ConfigError: There is none of this name, or it has no such option.
+        ConfigError: Unknown name, or an option that it does not have.
     """
     if not isinstance(objective, ObjectiveConfig):
         return objective
@@ -236,21 +236,21 @@ def as_objective(objective: "ObjectiveConfig | Objective") -> Objective:
 
 
 def monitor_of(objective: Any) -> str:
-    """The metric that chooses the best epoch where none is named: the bound that is trained."""
+    """The metric that chooses the best epoch by default: the bound that is trained."""
     return f"test/{getattr(objective, 'bound_name', 'elbo')}"
 
 
 def draw_noise(
     objective: Objective, samples: int, images: int, latent_dim: int, generator: torch.Generator
 ) -> Noise:
-    """The noise of one batch, on the generator's device.
+    """Draw the noise of one batch, on the generator's device.
 
     Args:
-        objective: Decides whether one of the draws is to be chosen.
-        samples: Draws of z for each image.
-        images: In the batch.
+        objective: Says whether `choice` is needed.
+        samples: Samples of z per image.
+        images: Images in the batch.
         latent_dim: Dimensions of z.
-        generator: Where it comes from.
+        generator: Source of the random numbers.
     """
     device = generator.device
     eps = torch.randn(samples, images, latent_dim, generator=generator, device=device)
@@ -262,12 +262,12 @@ def draw_noise(
 def loss_and_metrics(
     objective: Objective, vae: VAE, batch: Batch, noise: Noise, beta: Tensor | float
 ) -> Loss:
-    """An objective's loss, (B,) or (), and its metrics, where it gives some.
+    """An objective's loss, (B,) or (), and its metrics, if it gives any.
 
     Raises:
-        ValueError: They are of other shapes.
+        ValueError: Loss or metrics have another shape.
     """
-    found = objective(vae.of(batch), batch, noise, beta)  # which need not know of labels
+    found = objective(vae.of(batch), batch, noise, beta)  # the objective need not know about labels
     loss, metrics = (found, {}) if isinstance(found, Tensor) else found
     if loss.shape not in ((), (len(batch.x),)):
         raise ValueError(
@@ -288,9 +288,9 @@ class ELBO:
     """The negative evidence lower bound.
 
     Args:
-        num_samples: Draws of z for each image, averaged.
-        free_bits: Nats that each dimension's KL may cost for nothing: its mean over the batch is
-            held above this. Kingma et al. (2016), appendix C.8.
+        num_samples: Samples of z per image, averaged.
+        free_bits: Nats of KL per latent dimension that cost nothing. A dimension whose mean KL over
+            the batch is lower counts as this much. Kingma et al. (2016), appendix C.8.
     """
 
     def __init__(self, *, num_samples: int = 1, free_bits: float = 0.0) -> None:
@@ -302,7 +302,7 @@ class ELBO:
         if self.free_bits > 0:
             if parts.kl_per_dim is None:
                 raise ConfigError(
-                    f"objective.free_bits={self.free_bits}: a KL per latent dimension needs "
+                    f"objective.free_bits={self.free_bits} needs a KL per latent dimension: use "
                     "prior=standard and posterior=gaussian"
                 )
             kl = parts.kl_per_dim.mean(0).clamp(min=self.free_bits).sum()
@@ -332,23 +332,23 @@ class Keras:
 
 @objectives.register("iwae")
 class IWAE:
-    """The negative importance-weighted bound, with the gradient that the settings ask for.
+    """The negative importance-weighted ELBO, with a choice of gradient estimators.
 
-    It is Σ_k w_k ∇ log w_k with the normalised weights w, or, with `resample`, ∇ log w_k of one k
-    that is drawn by w: of the same expectation, at K passes forward and one back. Burda et al.
-    (2016), section 3. beta is the weight of log p(z) - log q(z|x) inside the bound.
+    Its gradient is Σ_k w_k ∇ log w_k with the normalised weights w. With `resample` it is
+    ∇ log w_k of one k, sampled with probability w_k: the same in expectation, for K passes forward
+    and one back. Burda et al. (2016), section 3. beta weights log p(z) - log q(z|x) in the bound.
 
-    DReG, Tucker et al., *Doubly Reparameterized Gradient Estimators* (ICLR 2019), equation 8: with
-    q's own parameters stopped in log q, what flows back through z_k counts w_k once more. Where
-    beta weighs log q, the same derivation leads to (1 - beta) + beta w_k.
+    DReG, Tucker et al., *Doubly Reparameterized Gradient Estimators* (ICLR 2019), equation 8: log q
+    passes no gradient to q's own parameters, and the gradient through z_k is multiplied by w_k once
+    more. Where beta weights log q, the same derivation gives (1 - beta) + beta w_k.
 
     Args:
-        num_samples: Draws of z for each image.
+        num_samples: Samples of z per image.
         estimator: `standard` or `dreg`; the second needs a Gaussian posterior.
-        resample: Whether the gradient goes through one draw.
+        resample: Whether the gradient goes through one sample.
     """
 
-    bound_name = "iw_elbo"  # what -loss is called at beta 1
+    bound_name = "iw_elbo"  # the name of -loss at beta 1
 
     def __init__(
         self,
@@ -383,7 +383,7 @@ class IWAE:
         z = parts.z
         log_w = weigh(z, parts.log_q, parts.log_px_given_z)  # (K, B)
         if not dreg and choice is None:
-            # torch.func differentiates this as it is; the other gradient differs in rounding only
+            # torch.func needs this form; the other gradient differs in rounding only
             return iwae_bound(log_w) if is_transformed(log_w) else _weighted_by_softmax(log_w)
         value = iwae_bound(log_w)
         weights = log_w.detach().softmax(0)
@@ -402,7 +402,7 @@ class IWAE:
 
 
 def _weighted_by_softmax(log_w: Tensor) -> Tensor:
-    """`iwae_bound`, whose gradient Σ_k w_k ∇ log w_k is written out: (K, B) -> (B,)."""
+    """`iwae_bound`, with its gradient Σ_k w_k ∇ log w_k written out: (K, B) -> (B,)."""
     bound: Tensor = _WeightedBySoftmax.apply(log_w)
     return bound
 
@@ -420,10 +420,10 @@ class _WeightedBySoftmax(torch.autograd.Function):
 
 
 def _first_derivative_only(log_w: Tensor) -> Tensor:
-    """The same values; whoever differentiates twice through them gets an error.
+    """The same values; differentiating twice through them raises an error.
 
-    What DReG and the choice of one draw pass back is an estimate of the bound's gradient, and the
-    derivative of an estimate is none of the bound.
+    DReG and resampling pass back an estimate of the bound's gradient. Its derivative does not
+    estimate the bound's second derivative.
     """
     same: Tensor = _FirstDerivativeOnly.apply(log_w)
     return same
@@ -442,13 +442,13 @@ class _FirstDerivativeOnly(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():  # nobody will ask for a second derivative
+        if not torch.is_grad_enabled():  # no second derivative can follow
             return grad
         return _Refusal.apply(grad, *ctx.saved_tensors)  # type: ignore[no-any-return]
 
 
 class _Refusal(torch.autograd.Function):
-    """Passes a gradient on and stands in the way of its derivative."""
+    """Passes a gradient through, and refuses to be differentiated."""
 
     generate_vmap_rule = True
 
@@ -473,7 +473,7 @@ def _cross_entropy(x: Tensor, logits: Tensor, mean: Tensor) -> Tensor:
     check_pixels(x)
     x, logits = pair_images(x, logits)
     if logits.ndim != 2:
-        raise ValueError(f"logits of shape {tuple(logits.shape)}, pixels flat; must be (B, pixels)")
+        raise ValueError(f"logits have shape {tuple(logits.shape)}; they must be (B, pixels)")
     if mean.shape[:-1] != x.shape[:1]:
         raise ValueError(
             f"x has shape {tuple(x.shape)} and mean {tuple(mean.shape)}; mean must be (B, "

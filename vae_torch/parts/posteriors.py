@@ -1,14 +1,14 @@
-"""Posteriors q(z|x): what turns an encoder's features and noise into latents.
+"""Posteriors q(z|x): they turn an encoder's features and noise into latents.
 
-A posterior is a module that is called with features and answers with a distribution:
+A posterior is a module that takes features and returns a distribution:
 
     @posteriors.register("mine")
     class Mine(nn.Module):
         def __init__(self, features: int, latent_dim: int, *, width: int = 32) -> None: ...
         def forward(self, h) -> Posterior: ...  # h (B, features)
 
-The distribution turns standard normal noise into latents, and knows their log-density. What needs
-a Gaussian asks `gaussian_of`.
+The distribution turns standard normal noise into latents and knows their log-density. Code that
+needs a Gaussian calls `gaussian_of`.
 """
 
 import math
@@ -28,10 +28,10 @@ class Posterior(Protocol):
 
     @property
     def mean(self) -> Tensor:
-        """The centre (B, latent_dim): what a picture shows of an image, and decodes."""
+        """The centre (B, latent_dim), which figures plot and decode for an image."""
 
     def rsample(self, eps: Tensor) -> Tensor:
-        """Standard normal noise (..., B, latent_dim) -> latents of the same shape."""
+        """Turn standard normal noise (..., B, latent_dim) into latents of the same shape."""
 
     def sample(self, eps: Tensor) -> tuple[Tensor, Tensor]:
         """Latents (..., B, latent_dim) of this noise, and log q of each, (..., B) in nats."""
@@ -51,7 +51,7 @@ class DiagonalGaussian(NamedTuple):
         return reparameterize(*self, eps=eps)
 
     def sample(self, eps: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents of this noise, and log q of each."""
+        """Latents for this noise, and log q of each."""
         z = self.rsample(eps)
         return z, self.log_prob(z)
 
@@ -64,7 +64,7 @@ class DiagonalGaussian(NamedTuple):
         return kl_per_dim(*self)
 
     def detach(self) -> "DiagonalGaussian":
-        """The same, with its parameters cut off from gradients."""
+        """The same distribution, without gradients."""
         return DiagonalGaussian(self.mean.detach(), self.logvar.detach())
 
 
@@ -73,7 +73,7 @@ class Gaussian(nn.Module):
     """A diagonal Gaussian: two linear heads on the features. Kingma and Welling (2013), section 3.
 
     Args:
-        features: What the encoder gives.
+        features: Number of encoder features.
         latent_dim: Dimensions of z.
     """
 
@@ -86,20 +86,20 @@ class Gaussian(nn.Module):
 
     def forward(self, h: Tensor) -> DiagonalGaussian:
         """(B, features) -> mean and logvar, (B, latent_dim) each."""
-        # under bf16 autocast the products are bf16; everything that is summed later is not
+        # bf16 autocast ends with the matrix multiplications; what is summed later is fp32
         kind = self.mean.weight.dtype
         return DiagonalGaussian(self.mean(h).to(kind), self.logvar(h).to(kind))
 
 
 def gaussian_of(q: Posterior, what: str) -> DiagonalGaussian:
-    """The posterior, where it is a diagonal Gaussian.
+    """The posterior as a diagonal Gaussian.
 
     Args:
         q: Any posterior.
-        what: Needs a Gaussian: the subject of the message.
+        what: What needs a Gaussian; the subject of the message.
 
     Raises:
-        ConfigError: It is none.
+        ConfigError: It is not one.
     """
     if isinstance(q, DiagonalGaussian):
         return q
@@ -107,7 +107,7 @@ def gaussian_of(q: Posterior, what: str) -> DiagonalGaussian:
 
 
 def gaussian_near(q: Posterior, generator: torch.Generator) -> DiagonalGaussian:
-    """A diagonal Gaussian where a posterior is: itself, or with the moments of 64 of its draws."""
+    """A posterior if it is Gaussian, else a diagonal Gaussian with the moments of 64 samples."""
     if isinstance(q, DiagonalGaussian):
         return q
     like = q.mean
@@ -123,16 +123,16 @@ def reparameterize(
     eps: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """A draw of q(z|x) that gradients pass through: z = mean + exp(logvar / 2) * eps.
+    """A sample of q(z|x) that gradients pass through: z = mean + exp(logvar / 2) * eps.
 
-    Kingma and Welling, *Auto-Encoding Variational Bayes* (2013), section 2.4. It samples always;
-    no module's `.eval()` turns it into the mean.
+    Kingma and Welling, *Auto-Encoding Variational Bayes* (2013), section 2.4. It always samples; a
+    module's `.eval()` does not turn it into the mean.
 
     Args:
         mean: (..., latent_dim).
         logvar: (..., latent_dim), natural log of the variance.
-        eps: Standard normal noise that broadcasts against `mean`; drawn when absent.
-        generator: Where to draw `eps` from.
+        eps: Standard normal noise that broadcasts against `mean`; sampled if absent.
+        generator: Source of `eps`.
 
     Returns:
         The shape of `mean`, or of `eps` where that has leading dimensions.
@@ -179,5 +179,5 @@ def kl_per_dim(mean: Tensor, logvar: Tensor) -> Tensor:
         raise ValueError(
             f"mean has shape {tuple(mean.shape)} and logvar {tuple(logvar.shape)}; they must agree"
         )
-    # expm1 keeps the digits where the posterior is the prior and both parts vanish
+    # expm1 keeps the digits where the posterior equals the prior and both parts vanish
     return 0.5 * (mean**2 + torch.expm1(logvar) - logvar)

@@ -8,9 +8,9 @@ A prior is a module:
         def log_prob(self, z) -> Tensor: ...  # (..., latent_dim) -> (...), nats
         def sample(self, n, generator=None) -> Tensor: ...  # (n, latent_dim)
 
-One with a `kl_per_dim(q)` has a KL in closed form: (B, latent_dim) nats, or None where q is not of
-the kind that it is known for. One of several stochastic layers may have a `kl_per_layer(q, z)` that
-estimates the KL of each from draws. One with a `see(model)` is given the model that it is part of.
+A prior with a `kl_per_dim(q)` has a closed-form KL: (B, latent_dim) nats, or None for a q that the
+formula does not cover. A prior of several stochastic layers may have a `kl_per_layer(q, z)`, which
+estimates the KL of each from samples. If it has a `see(model)`, the model passes itself to it.
 """
 
 import math
@@ -28,7 +28,7 @@ priors: "Table[type[nn.Module]]" = Table("prior", "prior_options")
 
 
 class Encodes(Protocol):
-    """What a VampPrior must know of its model."""
+    """What a VampPrior needs of its model."""
 
     input_shape: tuple[int, ...]
 
@@ -39,7 +39,7 @@ class Encodes(Protocol):
 
 @priors.register("standard")
 class StandardNormal(nn.Module):
-    """p(z) = N(0, I): nothing to learn, and a KL in closed form."""
+    """p(z) = N(0, I): no parameters, and a closed-form KL."""
 
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class StandardNormal(nn.Module):
     def sample(
         self, n: int, generator: torch.Generator | None = None, *, temperature: float = 1.0
     ) -> Tensor:
-        """(n, latent_dim) draws, on the generator's device."""
+        """(n, latent_dim) samples, on the generator's device."""
         device = generator.device if generator is not None else None
         return temperature * torch.randn(n, self.latent_dim, generator=generator, device=device)
 
@@ -82,7 +82,7 @@ class Mixture(nn.Module):
     def sample(
         self, n: int, generator: torch.Generator | None = None, *, temperature: float = 1.0
     ) -> Tensor:
-        """(n, latent_dim) draws."""
+        """(n, latent_dim) samples."""
         return _sample_mixture(n, *self.components(), generator, temperature)
 
 
@@ -99,19 +99,19 @@ class VampPrior(nn.Module):
     ) -> None:
         del latent_dim  # the encoder knows it
         super().__init__()
-        # starts dim and noisy, like the average of many digits
+        # starts dim and noisy, like the mean of many digits
         self.pseudo_inputs = nn.Parameter(torch.randn(components, *input_shape) - 2)
-        self._model: list[Encodes] = []  # in a list: it is no part of the prior
+        self._model: list[Encodes] = []  # in a list, so that it is not registered as a submodule
 
     def see(self, model: Encodes) -> None:
-        """Whose posteriors these are."""
+        """Remember the model whose posteriors are the components."""
         self._model = [model]
 
     def components(self) -> tuple[Tensor, Tensor, Tensor]:
         """Means (K, latent_dim), log-variances (K, latent_dim), uniform log-weights (K,).
 
         Raises:
-            ConfigError: The posterior is no Gaussian.
+            ConfigError: The posterior is not Gaussian.
         """
         (model,) = self._model
         q = gaussian_of(model.encode(torch.sigmoid(self.pseudo_inputs)), "prior=vamp")
@@ -124,15 +124,15 @@ class VampPrior(nn.Module):
     def sample(
         self, n: int, generator: torch.Generator | None = None, *, temperature: float = 1.0
     ) -> Tensor:
-        """(n, latent_dim) draws."""
+        """(n, latent_dim) samples."""
         return _sample_mixture(n, *self.components(), generator, temperature)
 
 
 def log_mixture(z: Tensor, means: Tensor, logvars: Tensor, log_weights: Tensor) -> Tensor:
     """Log-density of a diagonal Gaussian mixture, without a (..., K, latent_dim) array.
 
-    Σ_d (z_d - m_kd)² / s_kd² is expanded into two matrix products. Its three terms cancel, the more
-    the narrower a component is, so they are computed in double.
+    Σ_d (z_d - m_kd)² / s_kd² is expanded into two matrix multiplications. Its three terms cancel,
+    most of all for narrow components, so they are computed in double precision.
     """
     precision = wide(torch.exp(-logvars))  # (K, latent_dim)
     places, centers = wide(z), wide(means)

@@ -62,10 +62,10 @@ class Table(Mapping[str, Callable[..., Any]], Generic[Part]):
         return add
 
     def __getitem__(self, name: str) -> Callable[..., Any]:
-        """The class.
+        """The class of this name.
 
         Raises:
-            ConfigError: There is none of this name.
+            ConfigError: Unknown name.
         """
         if name not in self._parts:
             raise ConfigError(
@@ -94,18 +94,18 @@ class Table(Mapping[str, Callable[..., Any]], Generic[Part]):
         shared: Mapping[str, tuple[Any, Any]] | None = None,
         context: Mapping[str, Any] | None = None,
     ) -> Any:
-        """The part of this name.
+        """Make the part of this name.
 
         Args:
-            name: Of the part.
-            options: What was asked for; the others have their defaults.
-            shared: Settings that several parts understand, by the name of the option: value and
-                default. One that this part has not must have its default.
-            context: What the package knows by then, such as `latent_dim`: the part's positional
-                arguments, by their names.
+            name: Name of the part.
+            options: The given options; the others have their defaults.
+            shared: Settings that several parts understand: option -> (value, default). For a part
+                without such an option the value must be the default.
+            context: What the package supplies, such as `latent_dim`, by the names of the part's
+                positional arguments.
 
         Raises:
-            ConfigError: There is no such part, or no such option, or a value of another type.
+            ConfigError: An unknown part, an unknown option, or a value of the wrong type.
         """
         known = self.accepts(name)
         taken = {}
@@ -127,23 +127,23 @@ class Table(Mapping[str, Callable[..., Any]], Generic[Part]):
         for argument in positional:
             if argument not in there:
                 raise ConfigError(
-                    f"{self.key}={name}: takes {argument}, which nobody gives it; it may take "
-                    f"{', '.join(there) or 'nothing'}, and options after a *"
+                    f"{self.key}={name}: takes {argument}, which the package does not supply; "
+                    f"it may take {', '.join(there) or 'nothing'}, and options after a *"
                 )
         return self[name](*(there[argument] for argument in positional), **given)
 
     def checked(self, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-        """All options of a part, those given and the defaults of the others.
+        """All options of a part: the given ones, and the defaults of the others.
 
         Raises:
-            ConfigError: An option is unknown, missing, or of another type.
+            ConfigError: An option is unknown, missing, or of the wrong type.
         """
         known = self.accepts(name)
         for option in given:
             if option not in known:
                 near = get_close_matches(option, known, 1, 0.6)
                 meant = f"did you mean {near[0]}? " if near else ""
-                there = f"there are {', '.join(known)}" if known else "it has none"
+                there = f"its options are {', '.join(known)}" if known else "it has none"
                 raise ConfigError(
                     f"{self.options_key}.{option}: no option of {self.key}={name}; {meant}{there}"
                 )
@@ -172,10 +172,10 @@ class Table(Mapping[str, Callable[..., Any]], Generic[Part]):
 def load_plugins(names: Sequence[str]) -> None:
     """Import the user's own parts: modules, or entry points of installed packages.
 
-    A module is looked for where Python looks, and in the working directory.
+    A module is searched for on Python's path and in the working directory.
 
     Args:
-        names: Of modules, as in an import, or of entry points of the group `vae_torch.plugins`.
+        names: Modules, as in an import, or entry points of the group `vae_torch.plugins`.
 
     Raises:
         ConfigError: One cannot be found, or fails on import.
@@ -196,7 +196,7 @@ def load_plugins(names: Sequence[str]) -> None:
             missing = error.name or module
             if module != missing and not module.startswith(f"{missing}."):
                 raise ConfigError(
-                    f"plugins=[{name}]: it needs {missing}, which is absent"
+                    f"plugins=[{name}]: it needs {missing}, which is not installed"
                 ) from None
             raise ConfigError(
                 f"plugins=[{name}]: no such module; it must lie in {here} or be installed"
@@ -209,12 +209,12 @@ def load_plugins(names: Sequence[str]) -> None:
 
 
 def loaded_plugins() -> dict[str, str]:
-    """The plug-ins of this process, by the module that each is."""
+    """The loaded plug-ins: name -> module."""
     return dict(_loaded)
 
 
 def plugins_with(parts: Iterable[Callable[..., Any]]) -> list[str]:
-    """Those plug-ins of this process that define one of these parts."""
+    """The loaded plug-ins that define one of these parts."""
     modules = [f"{part.__module__}." for part in parts]
     return [
         name

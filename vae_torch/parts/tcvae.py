@@ -1,4 +1,4 @@
-"""beta-TC-VAE: an objective beside the built-in ones, in one file."""
+"""beta-TC-VAE: an example of an objective in a file of its own."""
 
 import math
 
@@ -13,14 +13,14 @@ from vae_torch.vae import VAE
 
 @objectives.register("tcvae")
 class TCVAE:
-    """The ELBO with its KL in three parts, of which beta weighs the total correlation.
+    """The ELBO with its KL split into three terms; beta weights the total correlation.
 
-    KL(q(z|x) || p(z)) in the mean is mutual information + total correlation + the KL of each
-    dimension's marginal: Chen et al., *Isolating Sources of Disentanglement in VAEs* (NeurIPS
-    2018), equation 2. log q(z) is estimated from the batch by its equation 5.
+    KL(q(z|x) || p(z)), averaged over images, is mutual information + total correlation + the KL of
+    each dimension's marginal: Chen et al., *Isolating Sources of Disentanglement in VAEs* (NeurIPS
+    2018), equation 2. log q(z) is estimated from the batch by their equation 5.
 
     Args:
-        dataset_size: Training images. It moves the estimates by constants, and no gradient.
+        dataset_size: Number of training images. It shifts the estimates and changes no gradient.
     """
 
     def __init__(self, *, dataset_size: int = 60_000) -> None:

@@ -2,7 +2,7 @@
 
 p(z) = p(z2) p(z1|z2) and q(z|x) = q(z2|x) q(z1|z2, x), the top layer z2 first: Tomczak and Welling,
 *VAE with a VampPrior* (AISTATS 2018), section 4. The decoder sees both. Objectives, estimators and
-checkpoints need not know: to them z is one vector.
+checkpoints see one vector z.
 """
 
 from collections.abc import Callable
@@ -27,11 +27,11 @@ class TwoLayerDistribution:
         return torch.cat([self.top.mean, self.bottom(self.top.mean).mean], -1)
 
     def rsample(self, eps: Tensor) -> Tensor:
-        """Latents of this noise, (..., B, latent_dim)."""
+        """Latents for this noise, (..., B, latent_dim)."""
         return self.sample(eps)[0]
 
     def sample(self, eps: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents of this noise, and log q of each, (..., B)."""
+        """Latents for this noise, and log q of each, (..., B)."""
         eps2, eps1 = self._split(eps)
         z2, log_q2 = self.top.sample(eps2)
         z1, log_q1 = self.bottom(z2).sample(eps1)
@@ -53,10 +53,10 @@ class TwoLayerDistribution:
 
 @posteriors.register("two_layer")
 class TwoLayerPosterior(nn.Module):
-    """q(z2|x) q(z1|z2, x): a diagonal Gaussian each; the second's moments see features and z2.
+    """q(z2|x) q(z1|z2, x): a diagonal Gaussian each; the second depends on features and z2.
 
     Args:
-        features: What the encoder gives.
+        features: Number of encoder features.
         latent_dim: Dimensions of z2 and z1 together.
         top: Dimensions of z2; 0 is half of latent_dim.
         width: Units of the hidden layer that joins features and z2.
@@ -85,11 +85,11 @@ class TwoLayerPosterior(nn.Module):
 
 @priors.register("two_layer")
 class TwoLayerPrior(nn.Module):
-    """p(z2) p(z1|z2): a learned mixture, then a diagonal Gaussian whose moments see z2.
+    """p(z2) p(z1|z2): a learned mixture, then a diagonal Gaussian that depends on z2.
 
     Args:
         latent_dim: Dimensions of z2 and z1 together.
-        components: Of the mixture p(z2).
+        components: Components of the mixture p(z2).
         top: Dimensions of z2, as in the posterior.
         width: Units of each of the two hidden layers.
     """
@@ -122,14 +122,14 @@ class TwoLayerPrior(nn.Module):
     def sample(
         self, n: int, generator: torch.Generator | None = None, *, temperature: float = 1.0
     ) -> Tensor:
-        """(n, latent_dim) draws."""
+        """(n, latent_dim) samples."""
         z2 = self.top.sample(n, generator, temperature=temperature)
         below: DiagonalGaussian = self.bottom(self.see_top(z2))
         noise = torch.randn(below.mean.shape, generator=generator, device=z2.device)
         return torch.cat([z2, below.rsample(temperature * noise)], -1)
 
     def kl_per_layer(self, q: Posterior, z: Tensor) -> Tensor | None:
-        """Log q - log p of each layer at draws z (K, B, latent_dim), averaged over them: (B, 2)."""
+        """Log q - log p of each layer at K samples z (K, B, latent_dim), averaged: (B, 2)."""
         if not isinstance(q, TwoLayerDistribution):
             return None
         return (q.log_prob_per_layer(z) - self.log_prob_per_layer(z)).mean(0)
@@ -139,7 +139,7 @@ def top_of(latent_dim: int, top: int) -> int:
     """Dimensions of the top layer.
 
     Raises:
-        ConfigError: It leaves no dimension for the other layer.
+        ConfigError: No dimension is left for one of the layers.
     """
     if latent_dim < 2 or not 0 <= top < latent_dim:
         raise ConfigError(

@@ -1,1 +1,1 @@
-"""A whole run: data, model, loop, records, and how it is stopped and resumed."""
+"""A whole run: data, model, loop and records; stopping and resuming it."""

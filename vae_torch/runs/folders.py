@@ -1,4 +1,4 @@
-"""What a run's folder says: its state, its settings, and its metrics."""
+"""Reads a run's folder: its state, settings and metrics."""
 
 import json
 import os
@@ -16,13 +16,13 @@ from vae_torch.runs.values import is_number
 # Files in a run's folder.
 LOCK = ".lock"  # held by the process that writes it
 FAILED = "failed.json"  # why a sweep's job failed
-PRUNED = "pruned.json"  # why it was stopped early, and its figure until then
+PRUNED = "pruned.json"  # why it was stopped early, and its figure then
 
-_NO_SETTINGS = ("seed", *INCIDENTAL)  # settings are averaged over the seed
+_NO_SETTINGS = ("seed", *INCIDENTAL)  # these settings do not tell runs apart
 
 
 class SweepError(UserError):
-    """Nothing to summarise, or a question about figures that no run has."""
+    """Nothing to summarise, or a key or metric that no run has."""
 
 
 class RecordError(ValueError):
@@ -31,11 +31,11 @@ class RecordError(ValueError):
 
 @dataclass
 class Run:
-    """What a run's folder says."""
+    """The content of a run's folder."""
 
     path: Path
     state: str  # finished, running, unfinished, pruned, failed, broken
-    reason: str = ""  # of every state but finished
+    reason: str = ""  # for every state but finished
     seed: int = 0
     settings: dict[str, Any] = field(default_factory=dict)  # flat: model.latent_dim -> 2
     metrics: dict[str, float] = field(default_factory=dict)  # final test/elbo, ..., log_px
@@ -45,13 +45,13 @@ class Run:
     epochs: list[dict[str, Any]] = field(default_factory=list)  # of metrics.jsonl
 
     def at(self, key: str) -> Any:
-        """One of its settings, hashable; None where it has no such setting."""
+        """One of its settings, hashable; None if it lacks the setting."""
         value = self.settings.get(key)
         return tuple(value) if isinstance(value, list) else value
 
 
 def read_runs(folder: Path) -> list[Run]:
-    """Every run at any depth below `folder`, by path."""
+    """All runs at any depth below `folder`, sorted by path."""
     if not folder.is_dir():
         raise SweepError(f"{folder}: no such folder")
     runs = [read_run(path) for path in _run_folders(folder)]
@@ -66,20 +66,20 @@ def _run_folders(folder: Path) -> Iterator[Path]:
         is_run = ".hydra" in folders or {"config.yaml", "metrics.jsonl", "summary.json"} & set(
             files
         )
-        # launchers keep notes in hidden folders
+        # hidden folders hold the notes of launchers
         folders[:] = [] if is_run else sorted(f for f in folders if not f.startswith("."))
         if empty or is_run:
             yield Path(path)
 
 
 def read_run(path: Path) -> Run:
-    """One run's folder; damage becomes a state and a reason, never an exception."""
+    """Read one run's folder; damage becomes a state and a reason, never an exception."""
     run = Run(path, "unfinished")
     try:
         if not any(path.iterdir()):
             return Run(path, "broken", "the folder is empty")
         summary = _json(path / "summary.json")
-        # a run writes config.yaml as soon as it begins, Hydra's copy is of older ones
+        # a run writes config.yaml when it begins; older ones have Hydra's copy only
         files = (path / "config.yaml", path / ".hydra" / "config.yaml")
         stored = summary["config"] if summary else next(filter(None, map(_yaml, files)), None)
         if stored is None:
@@ -148,12 +148,12 @@ def _json(path: Path) -> Any:
 
 
 def _yaml(path: Path) -> Any:
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where it is there
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where available
     return yaml.load(path.read_text("utf-8"), loader) if path.exists() else None
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The epochs in metrics.jsonl; a torn last line is left out, other damage refused."""
+    """The epochs in metrics.jsonl, without a torn last line; other damage is refused."""
     path = run_dir / "metrics.jsonl"
     if not path.exists():
         return []

@@ -1,4 +1,4 @@
-"""What a run's numbers come from besides its settings: the code and the libraries."""
+"""What decides a run's numbers besides its settings: the code and the libraries."""
 
 import ast
 import hashlib
@@ -20,7 +20,7 @@ from vae_torch.parts.registry import loaded_plugins
 
 log = logging.getLogger("vae_torch")
 
-# Where a run's numbers are made; what these import is followed.
+# The modules that compute a run's numbers, and all that these import.
 _ROOTS = ("vae_torch.training.loop", "vae_torch.machine")
 
 _PACKAGE = Path(__file__).parent.parent
@@ -28,13 +28,13 @@ _BEGINNING = (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)  # tokens befo
 
 
 def versions() -> dict[str, str]:
-    """Of what decides a run's numbers."""
+    """Versions of everything that decides a run's numbers."""
     from vae_torch import __version__
 
     return {
         "vae_torch": __version__,
         "code": code_hash(),
-        "torch": str(torch.__version__),  # of a class of its own
+        "torch": str(torch.__version__),  # a string subclass
         "torchvision": importlib.metadata.version("torchvision"),
         "numpy": numpy.__version__,
         "python": platform.python_version(),
@@ -54,10 +54,10 @@ def _hash_of(module: str) -> str:
 
 
 def refuse_other_code(had: object, *, path: Path, allowed: bool) -> None:
-    """A run is resumed, and counts as finished, with the code that it was begun with.
+    """Refuse to resume a run, or accept it as finished, with other code than it was started with.
 
-    `had` are its `versions`, None of older runs, as the file at `path` holds them. Where that is
-    `allowed`, other code is only worth a warning.
+    `had` are its `versions` (None for older runs), read from the file at `path`. If `allowed`,
+    other code causes a warning only.
     """
     if not isinstance(had, dict):
         return
@@ -70,17 +70,17 @@ def refuse_other_code(had: object, *, path: Path, allowed: bool) -> None:
         words = f"{path}: its run was made with {name} {before[:12]}, this is {now[name][:12]}"
         if not allowed:
             raise ConfigError(
-                f"{words}; choose another folder, or add train.allow_other_code=true to go on "
-                "deliberately"
+                f"{words}; choose another folder, or add train.allow_other_code=true to "
+                "continue anyway"
             )
         log.warning("%s: its bits may differ from here on", words)
 
 
 @cache
 def code_hash() -> str:
-    """SHA-256 of the modules that a run's numbers come from, without comments and docstrings.
+    """SHA-256 of the modules that compute a run's numbers, without comments and docstrings.
 
-    The same for every version of Python, and as the code was when it was asked for first.
+    It is the same for every version of Python, and stays as it was at the first call.
     """
     digest = hashlib.sha256()
     for name in modules():
@@ -102,14 +102,14 @@ def modules() -> list[str]:
         for node in ast.walk(ast.parse(source_of(name))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vae_torch"):
                 assert node.module is not None
-                # `from vae_torch import data` names a module, `from vae_torch.data import x` too
+                # both `from vae_torch import data` and `from vae_torch.data import x` name a module
                 inner = [f"{node.module}.{alias.name}" for alias in node.names]
                 waiting += [m for m in (node.module, *inner) if m != "vae_torch" and path_of(m)]
     return sorted(found)
 
 
 def path_of(module: str) -> Path | None:
-    """The file of a module of this package."""
+    """The file of a module of this package, else None."""
     base = _PACKAGE.joinpath(*module.split(".")[1:])
     for path in (base.with_suffix(".py"), base / "__init__.py"):
         if path.is_file():
@@ -140,7 +140,7 @@ def bare(source: str) -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of the code, with `-dirty` where files differ from it; None outside git."""
+    """The commit of the code, with `-dirty` for uncommitted changes; None outside git."""
     command = ["git", "-C", str(_PACKAGE), "describe", "--always", "--dirty"]
     try:
         got = subprocess.run(

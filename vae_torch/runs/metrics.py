@@ -1,4 +1,4 @@
-"""Metrics: their units, their directions, and what they were measured with."""
+"""Metrics of many runs: units, directions, and the conditions of their measurement."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ _DENSITIES = (
 _OBJECTIVE = tuple(f"objective.{key}" for key in ("name", "beta", "free_bits", "num_samples"))
 DATA = ("data.name", "data.binarize", "data.limit_test", "data.hold_out")
 
-# What figures are measured with, in words.
+# The conditions of a measurement, in words.
 MEASURED = {
     "data_sha256.test": "test images",
     "data_sha256.train": "training images",
@@ -28,19 +28,19 @@ MEASURED = {
 
 
 def unit_of(metric: str) -> str:
-    """The unit of a figure; empty where it is not known."""
+    """The unit of a metric; empty if unknown."""
     known = metrics.get(last_part(metric))
     return known.unit if known else ""
 
 
 def direction_of(metric: str) -> bool | None:
-    """Whether a figure is better the higher it is; None where neither is, or it is not known."""
+    """Whether higher is better; None if neither direction is, or if it is unknown."""
     known = metrics.get(last_part(metric))
     return known.better == "higher" if known and known.better else None
 
 
 def higher_is_better(metric: str) -> bool:
-    """Whether a figure is known to be better the higher it is: `elbo`, `log_px`, accuracies."""
+    """Whether higher is known to be better, as for `elbo`, `log_px` and accuracies."""
     return direction_of(metric) is True
 
 
@@ -50,12 +50,12 @@ def last_part(metric: str) -> str:
 
 
 def of_card(metric: str) -> bool:
-    """Whether scripts/evaluate.py gives a run this figure."""
+    """Whether scripts/evaluate.py measures this metric."""
     return "/" not in metric and metric in metrics and metric != "seconds"
 
 
 def basis_of(run: Run, metric: str) -> dict[str, Any]:
-    """What a figure depends on besides the model: runs are compared where all of it is equal."""
+    """What a metric depends on besides the model; runs compare only if all of it is equal."""
     basis = dict(run.protocols.get(metric, {}))
     split = "train" if metric == "train_elbo" else metric.partition("/")[0]
     if split in ("train", "test"):
@@ -64,7 +64,7 @@ def basis_of(run: Run, metric: str) -> dict[str, Any]:
     if None in (basis.get("data_sha256.test", ""), basis.get("data_sha256.train", "")):
         defaults = {"data.binarize": "none", "data.hold_out": 0}
         basis |= {key: run.settings.get(key) or defaults.get(key) for key in DATA}
-    if split == "train":  # the hash is of the grey images where they are binarised dynamically
+    if split == "train":  # dynamically binarised images have the hash of the grey ones
         basis.setdefault("data.binarize", run.settings.get("data.binarize"))
     if last_part(metric) in _DENSITIES:
         basis["likelihood"] = run.settings.get("likelihood")

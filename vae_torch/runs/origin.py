@@ -11,7 +11,7 @@ from vae_torch.checkpoint import CheckpointError, listed, other_shapes, stored_m
 from vae_torch.config import Config, ConfigError, flatten
 from vae_torch.vae import VAE
 
-# A model's parts, and the settings whose change makes a part another one.
+# The parts of a model, and the settings that make a part a different one.
 _MADE_BY = {
     "encoder": ("model.name",),
     "posterior": ("model.name", "posterior"),
@@ -23,12 +23,13 @@ _MADE_BY = {
 
 @torch.no_grad()
 def start_from(vae: VAE, config: Config) -> dict[str, Any]:
-    """Give a fresh model the weights of the run that `config.train.init_from` names.
+    """Load the weights of the run that `config.train.init_from` names into a fresh model.
 
-    A part that is another one in that run, such as a prior of another name, keeps its fresh
-    weights. Every other part must fit in all its shapes.
+    A part that differs in that run, such as a prior of another name, keeps its fresh weights. Every
+    other part must have the same shapes.
 
-    Returns what the record keeps: the source's folder, checkpoint, epoch and seal, the fresh parts.
+    Returns what the record keeps: the source's folder, checkpoint, epoch and seal, and the fresh
+    parts.
     """
     folder, which = config.train.init_from, config.train.init_checkpoint
     assert folder is not None
@@ -47,7 +48,7 @@ def start_from(vae: VAE, config: Config) -> dict[str, Any]:
         return {name: w for name, w in weights.items() if name.partition(".")[0] not in fresh}
 
     named, weights = f"train.init_from={folder}", vae.state_dict()
-    misfits = []  # the sizes that every part depends on, or else the weights
+    misfits = []  # the sizes that every part depends on, else the weights
     if source.input_shape != vae.input_shape:
         misfits.append(f"images of {source.input_shape} (this run: {vae.input_shape})")
     if (size := theirs["model.latent_dim"]) != vae.latent_dim:
@@ -55,13 +56,13 @@ def start_from(vae: VAE, config: Config) -> dict[str, Any]:
     misfits = misfits or other_shapes(taken(weights), taken(source.weights), "this run")
     if misfits:
         raise ConfigError(
-            f"{named}: its weights do not fit: {listed(misfits)}; give this run the "
-            "sizes of that one, or leave train.init_from out"
+            f"{named}: its weights do not fit: {listed(misfits)}; give this run the same "
+            "sizes, or leave train.init_from out"
         )
     if {"encoder", "decoder"} <= set(fresh):
         raise ConfigError(
             f"{named}: it has model={theirs['model.name']}, this run model={ours['model.name']}: "
-            "no weight would be taken over; use the same model, or leave train.init_from out"
+            "no weights fit; use the same model, or leave train.init_from out"
         )
     vae.load_state_dict(taken(source.weights), strict=False)
     parts = {name.partition(".")[0] for name in weights}
@@ -75,7 +76,7 @@ def start_from(vae: VAE, config: Config) -> dict[str, Any]:
 
 
 def origin_line(origin: dict[str, Any]) -> str:
-    """What a run says about the weights that it starts from."""
+    """The line about the weights that a run starts from."""
     epoch = "" if origin["epoch"] is None else f" after epoch {origin['epoch']}"
     fresh = ", ".join(["optimiser", *origin["fresh"]])
     return (

@@ -1,4 +1,4 @@
-"""Runs of a sweep that are behind the others are stopped early."""
+"""Stops runs of a sweep that are behind the others."""
 
 import json
 import math
@@ -25,16 +25,16 @@ class PrunedError(StoppedError):
 
 
 def behind_median(run_dir: Path, *, metric: str = "test/elbo", least: int = 5) -> str | None:
-    """Why a run of a sweep is not worth going on with, or None where it is.
+    """Why a run of a sweep should stop early, or None if it should continue.
 
-    Its best value so far is worse than the median of what the sweep's other runs had after as many
-    epochs. A relative of the median rule of Golovin et al., *Google Vizier* (2017), section 3.2.2,
-    which compares the best value so far with running averages of completed runs instead.
+    Its best value so far is below the median of the sweep's other runs after as many epochs. The
+    median rule of Golovin et al., *Google Vizier* (2017), section 3.2.2, is similar, but compares
+    the best value so far with running averages of completed runs.
 
     Args:
         run_dir: The run's folder, beside those of the others.
-        metric: Which one decides.
-        least: Fewer others are no judges.
+        metric: The metric that decides.
+        least: Number of other runs needed for a decision.
     """
     own = _scores(run_dir, metric)
     others = []
@@ -54,7 +54,7 @@ def behind_median(run_dir: Path, *, metric: str = "test/elbo", least: int = 5) -
 
 
 def _scores(run_dir: Path, metric: str) -> list[float]:
-    """A run's values by epoch, higher is better; epochs without one are worse than any."""
+    """A run's values by epoch, higher is better; an epoch without one counts as the worst."""
     return [
         score(metric, epoch[metric]) if metric in epoch else -math.inf
         for epoch in read_metrics(run_dir)
@@ -62,7 +62,7 @@ def _scores(run_dir: Path, metric: str) -> list[float]:
 
 
 def pruning(run_dir: Path, config: Config) -> Judge:
-    """A callback that ends a run which `behind_median` finds not worth its time."""
+    """A callback that stops a run when `behind_median` gives a reason."""
 
     def judge(metrics: dict[str, Any], vae: VAE) -> None:  # noqa: ARG001
         epoch = metrics["epoch"]
@@ -78,6 +78,6 @@ def pruning(run_dir: Path, config: Config) -> Judge:
 
 
 def pruned_elbo(run_dir: Path) -> float | None:
-    """The last test elbo of a run that was stopped early; None where it was not."""
+    """The last test elbo of a run that was stopped early, else None."""
     path = run_dir / PRUNED
     return float(json.loads(path.read_text("utf-8"))["elbo"]) if path.exists() else None

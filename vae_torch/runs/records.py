@@ -47,22 +47,22 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("vae_torch")
 
-_CURVES = {  # and what TensorBoard's chart of each is called
+_CURVES = {  # titles of TensorBoard's charts
     "elbo": "elbo: lower bound on log p(x); higher is better",
     "reconstruction": "reconstruction: log p(x | z); higher is better",
     "kl": "kl: what the latents cost",
     "loss": "loss: what is minimised",
 }
-# A group of its own, a chart for each of 40 latents, and after `train/`: TensorBoard's hparams show
-# the first five metrics of the alphabet, and draw only runs that have all of them.
+# In a group of its own, with a chart for each of 40 latents. It must come after `train/`:
+# TensorBoard's hparams show the first five metrics by alphabet, and only runs that have all five.
 _KL_DIMS = "z_test_kl"
-# TensorBoard's first page shows groups by the alphabet: pictures come after the curves, and before
-# the many charts of `_KL_DIMS`.
+# TensorBoard's first page sorts groups by alphabet: pictures come after the curves and before the
+# many charts of `_KL_DIMS`.
 _VISUALS = "visuals"
-# In the order in which TensorBoard shows them, and what it says about each.
+# In TensorBoard's order, with its description of each.
 _PICTURES = {
     "reconstructions": "Test images over their reconstructions; under each, -log p(x | z) in nats.",
-    "samples": "Decoded draws from the prior, the same draws at every step.",
+    "samples": "Decoded samples from the prior, with the same z at every step.",
     "latent": "Posterior means of test images by class; the two latents that vary most.",
     "manifold": "The decoded latent plane at coordinates that cut the prior into equal masses "
     "(Kingma and Welling, figure 4). The first latent grows to the right, the second upwards.",
@@ -70,31 +70,31 @@ _PICTURES = {
     "interpolation": "From one test image to another: straight, and in an arc around the origin.",
     "kl": "KL to N(0, 1) of each latent, in nats per image, largest first.",
 }
-_GIF_FRAMES = 100  # of a long run at most: 25 s, about 8 MB
-_GRID_SCALE = 3  # a 28-pixel digit is a postage stamp on today's screens
-_GRID_WIDTH = 1300  # pixels, which larger images reach at a smaller scale
-_THUMBNAIL = 64  # pixels of a side in the projector, whose sheet of images has 8192 at most
-# And of a conditional model.
+_GIF_FRAMES = 100  # at most, for long runs: 25 s, about 8 MB
+_GRID_SCALE = 3  # a 28-pixel digit is tiny on today's screens
+_GRID_WIDTH = 1300  # pixels; larger images get a smaller scale
+_THUMBNAIL = 64  # pixels per side; the projector's sheet of images has 8192 at most
+# For a conditional model, in addition.
 _OF_A_CLASS = {
-    "samples": "A row for each class, with the same draws.",
+    "samples": "A row for each class, with the same z.",
     "manifold": "Decoded with the class of the first test image.",
     "traversal": "Decoded with its class.",
     "interpolation": "Both of one class, with which all are decoded.",
 }
-# What TensorBoard says where images have no classes.
+# TensorBoard's description for images without classes.
 _UNLABELLED = {"latent": "Posterior means of test images; the two latents that vary most."}
 
 
 class Records:
-    """Writes what happens in a run into its folder.
+    """Writes a run's progress into its folder.
 
     Args:
         run_dir: The folder; made if absent.
-        config: Of the run.
-        config_text: The resolved config as the user would read it.
-        history: Of the epochs already done, when a run is continued: what its checkpoint holds.
-            `metrics.jsonl` is written anew from it, so that no epoch is there twice, or lacking.
-        class_names: What the pictures call the classes, by label; absent: by their numbers.
+        config: The run's settings.
+        config_text: The resolved config, as a user reads it.
+        history: The finished epochs of a run that is resumed, from its checkpoint. `metrics.jsonl`
+            is rewritten from it, so that no epoch is missing or doubled.
+        class_names: Names of the classes in pictures, by label; numbers if absent.
     """
 
     def __init__(
@@ -106,22 +106,22 @@ class Records:
         history: dict[str, list[Any]] | None = None,
         class_names: Sequence[str] | None = None,
     ) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # a second that only runs should pay
+        from torch.utils.tensorboard import SummaryWriter  # takes a second, which only runs need
 
         self.run_dir = run_dir
         self.config = config
         self.class_names = class_names
         self._warned: set[str] = set()  # pictures that could not be drawn
-        # all folders now: a run folder that is moved away later must not be made again
+        # all folders now: one that is moved away later must not be made again
         (run_dir / "figures" / "growth").mkdir(parents=True, exist_ok=True)
         self._metrics = run_dir / "metrics.jsonl"
         lines = history_lines(history or {})
         write_atomically(self._metrics, "".join(lines).encode())
-        # of a first epoch too: a run killed in it may have left points
+        # also in a first epoch: a run killed in it may have left points
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=len(lines) + 1)
         self._add(_text("command", _verbatim(shlex.join(_command(run_dir)))), 0)
         self._add(_text("config", _verbatim(config_text)), 0)
-        # regular expressions: `kl` alone would draw kl_per_dim too
+        # regular expressions: a plain `kl` would match kl_per_dim too
         charts = {
             title: ["Multiline", [f"^train/{name}$", f"^test/{name}$"]]
             for name, title in _CURVES.items()
@@ -133,9 +133,9 @@ class Records:
         self._writer.add_custom_scalars(layout)
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """One epoch: a line of metrics.jsonl, and its points in TensorBoard.
+        """Write one epoch: a line of metrics.jsonl, and points in TensorBoard.
 
-        They are in their files when this returns: the checkpoint that follows counts on them.
+        They are in their files when this returns; the following checkpoint relies on it.
         """
         with self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
@@ -151,10 +151,10 @@ class Records:
         self._writer.flush()
 
     def figures(self, epoch: int, vae: VAE, x: Tensor, labels: Tensor | None) -> None:
-        """Draw what the model does now, as PNG files, which show the latest, and in TensorBoard.
+        """Draw figures of the model as PNG files, replacing older ones, and in TensorBoard.
 
-        Of the test images x (N, *shape) the first ten are reconstructed, and all are encoded.
-        Without labels no picture is about classes.
+        The first ten of the test images x (N, *shape) are reconstructed, and all are encoded.
+        Without labels no picture shows classes.
         """
         ten, first = Batch(x, labels).rows(slice(10)), Batch(x, labels).rows(slice(1))
         draw: dict[str, Callable[[], Tensor | Figure]] = {
@@ -188,7 +188,7 @@ class Records:
         self._writer.flush()
 
     def growth(self, epoch: int, vae: VAE, x: Tensor, labels: Tensor | None = None) -> None:
-        """Keep a frame of the animation that `finish` writes: x (n, *shape), reconstructed."""
+        """Keep a frame for the animation of `finish`: reconstructions of x (n, *shape)."""
         if not self._draws_images(vae, x):
             return
         with self._warning_of("growth"):
@@ -197,7 +197,7 @@ class Records:
             save_png(growth_frame(vae, ten.x, epoch, labels=ten.y), path)
 
     def _draws_images(self, vae: VAE, x: Tensor) -> bool:
-        """Whether the model's images are pictures; if not, that is told once."""
+        """Whether the model's images can be drawn; if not, warn once."""
         try:
             pictures(vae, x[:1])
         except NoPicturesError as error:
@@ -208,14 +208,14 @@ class Records:
         return True
 
     def projector(self, vae: VAE, x: Tensor, labels: Tensor | None) -> None:
-        """Posterior means for TensorBoard's projector, with classes and thumbnails."""
+        """Write posterior means for TensorBoard's projector, with classes and thumbnails."""
         with self._warning_of("projector"):
             means = vae.of(Batch(x, labels)).encode(x).mean
-            if vae.latent_dim < 3:  # the projector's own PCA shows nothing of fewer than three
+            if vae.latent_dim < 3:  # the projector's PCA needs three
                 means = torch.nn.functional.pad(means, (0, 3 - vae.latent_dim))
             numbers = [] if labels is None else labels.tolist()
             names = [name_of(label, self.class_names) for label in numbers] or None
-            # add_embedding would make a missing folder again
+            # add_embedding would recreate a missing folder
             (self.run_dir / "tensorboard").stat()
             self._writer.add_embedding(
                 means,
@@ -227,7 +227,7 @@ class Records:
 
     @contextmanager
     def _warning_of(self, picture: str) -> Iterator[None]:
-        """Within, a picture that cannot be drawn is a warning, once: the run is worth more."""
+        """Inside the block, a picture that cannot be drawn causes one warning and no error."""
         try:
             yield
         except (OSError, StoppedError):  # a full disk, Ctrl-C
@@ -240,7 +240,7 @@ class Records:
     def finish(self, history: dict[str, list[Any]], facts: dict[str, Any]) -> dict[str, Any]:
         """Write summary.json and the hparams, and close. A run without summary.json is unfinished.
 
-        `history` is what `train` returned, `facts` what else is known: data hashes, device.
+        `history` is what `train` returned; `facts` are further entries: data hashes, device.
         """
         final = {
             name: values[-1]
@@ -282,10 +282,10 @@ class Records:
         self._writer._get_file_writer().add_summary(summary, step)
 
     def _write_hparams(self) -> None:
-        """Only what the run was: TensorBoard then takes all its scalars for metrics.
+        """Write the settings only: TensorBoard then treats all scalars of the run as metrics.
 
-        torch's `add_hparams` would write besides which parameters and metrics there are, and
-        TensorBoard believe the first run about all of them, and not see which differ.
+        torch's `add_hparams` would also declare the parameters and metrics. TensorBoard takes those
+        of the first run for all, and does not see which differ.
         """
         from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 
@@ -298,7 +298,7 @@ class Records:
 
 
 def _other_end(labels: Tensor | None, count: int, *, same: bool) -> int | None:
-    """The image to which a way leads from the first one: of the same class, or of another."""
+    """The image that an interpolation from the first leads to: of the same or another class."""
     if labels is None:
         return 1 if count > 1 else None
     others = ((labels[1:] == labels[0]) == same).nonzero()
@@ -311,9 +311,9 @@ def _has_kl_per_dim(vae: VAE, x: Tensor) -> bool:
 
 
 def _thumbnails(vae: VAE, x: Tensor, labels: Tensor | None) -> Tensor:
-    """(N, 3, side, side) for the projector, whose page is white and itself begins without colour.
+    """(N, 3, side, side) for the projector, which has a white page and no colours at first.
 
-    Grey images are drawn in ink on white, in the colour of their class; colour images as they are.
+    Grey images are drawn as ink on white, in the colour of their class; colour images unchanged.
     """
     images = shrunk(pictures(vae, x), _THUMBNAIL)
     if images.ndim == 3:
@@ -325,12 +325,12 @@ def _thumbnails(vae: VAE, x: Tensor, labels: Tensor | None) -> Tensor:
     height, width = images.shape[-2:]
     left, top = max(height - width, 0) // 2, max(width - height, 0) // 2
     right, bottom = max(height - width, 0) - left, max(width - height, 0) - top
-    # the projector takes squares
+    # the projector needs squares
     return torch.nn.functional.pad(images, (left, right, top, bottom), value=1.0)
 
 
 def _command(run_dir: Path) -> list[str]:
-    """What was typed; for a job of a sweep, what runs that job alone."""
+    """The command as typed; for a job of a sweep, the command of that job alone."""
     import yaml
 
     typed = ["python", *sys.orig_argv[1:]]
@@ -342,14 +342,14 @@ def _command(run_dir: Path) -> list[str]:
         in_sweep = hydra["hydra"]["mode"] == "MULTIRUN"
         job = [str(override) for override in overrides]
     except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
-        return typed  # a run that Hydra did not start
-    # what is about the sweep: where its jobs run, and its folder
+        return typed  # a run without Hydra
+    # settings of the sweep: where its jobs run, and its folder
     own = [override for override in job if not override.startswith(("where=", "sweep.dir="))]
     return ["python", "scripts/train.py", *own] if in_sweep else typed
 
 
 def trial_name(run_dir: Path) -> str:
-    """Overrides first, then where: TensorBoard's table cuts a name's end off.
+    """The run's name in TensorBoard, overrides first, because long names are cut at the end.
 
     Of `outputs/<date>/<time>_<overrides>`: `<overrides> (outputs/<date>/<time>)`.
     """
@@ -361,9 +361,9 @@ def trial_name(run_dir: Path) -> str:
 
 
 def _image(tag: str, png: bytes, description: str) -> "Summary":
-    """An image for TensorBoard as it lies on disk, with words that its page shows.
+    """An image for TensorBoard: the bytes of the PNG file, with a description.
 
-    torch's `add_image` would encode it again, and has no words.
+    torch's `add_image` would encode it again and has no description.
     """
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.compat.proto.tensor_pb2 import TensorProto
@@ -392,9 +392,9 @@ def _text(tag: str, markdown: str) -> "Summary":
 def add_evaluation(
     run_dir: Path, card: dict[str, Any], epoch: int, log_px_map: "Figure | None" = None
 ) -> None:
-    """The evaluation card in a run's TensorBoard: its figures as points, the card as text.
+    """Add the evaluation card to a run's TensorBoard: figures as points, the card as text.
 
-    The map of log p(x), where there is one, goes to `figures/` as well.
+    A map of log p(x), if there is one, also goes to `figures/`.
     """
     from torch.utils.tensorboard import SummaryWriter
 
@@ -402,7 +402,7 @@ def add_evaluation(
     with SummaryWriter(str(run_dir / "tensorboard"), filename_suffix=".evaluation") as writer:
         for name, entry in card.items():
             if isinstance(entry, dict) and isinstance(entry.get("value"), int | float):
-                # not `evaluation`: its points would stand before the curves, see _KL_DIMS
+                # not `evaluation`: its points would come before the curves, see _KL_DIMS
                 writer.add_scalar(f"trained/{name}", entry["value"], epoch)
                 cells = (entry["value"], entry["standard_error"], entry["unit"])
                 rows.append(f"| {name} | {' | '.join(map(str, cells))} | {entry['definition']} |")
@@ -411,12 +411,12 @@ def add_evaluation(
         if log_px_map is not None:
             png = to_png(log_px_map)
             write_atomically(run_dir / "figures" / "log_px.png", png)
-            about = "Exact log p(x) of test images where their posteriors lie, and some posteriors."
+            about = "Exact log p(x) of test images at their posterior means, and some posteriors."
             records.append(_image(f"{_VISUALS}/{len(_PICTURES) + 1}_log_px", png, about))
         for record in records:
             writer._get_file_writer().add_summary(record, epoch)
 
 
 def _verbatim(text: str) -> str:
-    """Markdown that shows any text as it is: an indented block has no end that it could contain."""
+    """Markdown that shows any text unchanged: an indented block needs no end mark."""
     return "\n".join(f"    {line}" for line in text.splitlines())

@@ -62,30 +62,30 @@ def run(
 ) -> dict[str, Any]:
     """Make a whole run: data, model, training, records and pictures, in a folder of its own.
 
-    With `config.train.resume` set, a run that lies in `run_dir` is resumed, and the summary of a
-    finished one is returned; without it the folder must hold no run. With a folder as
-    `config.train.resume` and more `config.train.epochs`, the run is made longer. In a main thread,
-    Ctrl-C and SIGTERM end the run after a checkpoint. Sets torch's seed, threads and matrix
-    products for the whole process.
+    With `config.train.resume` set, the run in `run_dir` is resumed; if it is finished, its summary
+    is returned. Without it the folder must hold no run. With a folder as `config.train.resume` and
+    more `config.train.epochs`, a finished run continues. In the main thread, Ctrl-C and SIGTERM end
+    the run after a checkpoint. Sets torch's seed, threads and precision of matrix multiplications
+    for the whole process.
 
     Args:
         config: From `vae_torch.compose`, or a `Config` of your own.
         run_dir: The run's folder; made if absent.
-        callbacks: Each is called after every epoch with its metrics and the model that they belong
-            to, and may add metrics or end the run: see `train`.
-        judges: The same, once the epoch is on record. One that raises StoppedError ends the run.
-        signals: Entered already, where the caller has to know which signal came.
+        callbacks: Each is called after every epoch with its metrics and the model they belong to,
+            and may add metrics or end the run: see `train`.
+        judges: The same, called once the epoch is on record. StoppedError from one ends the run.
+        signals: Already entered, for a caller who needs to know which signal came.
 
     Returns:
         What `summary.json` holds: final metrics, versions, seconds, settings.
 
     Raises:
         ConfigError: A setting is not allowed, or the folder is in use or holds another run.
-        DataError: The images cannot be had.
-        CheckpointError: What is to be resumed is damaged, or of other settings or images.
+        DataError: The images are not available.
+        CheckpointError: The run to resume is damaged, or has other settings or images.
         DivergedError: The loss became NaN or infinite.
         StoppedError: A signal or a callback ended the run; a checkpoint keeps what was done.
-        OSError: The folder cannot be written any more.
+        OSError: The folder can no longer be written.
     """
     if signals is None:
         with StopSignals() as signals:
@@ -95,14 +95,14 @@ def run(
     config = complete(config)
     run_dir = Path(run_dir).expanduser()
     run_dir.mkdir(parents=True, exist_ok=True)
-    # runs that were killed take a moment to end before they can be resumed
+    # a killed run takes a moment to end before it can be resumed
     with lock_run(run_dir, seconds=10 if config.train.resume else 0):
         if not config.train.resume:
             refuse_other_run(run_dir)
         elif (run_dir / "summary.json").exists() and not goes_on(run_dir, config):
             log.info("finished already: %s", run_dir)
             return finished_summary(run_dir, config)
-        remove_scratch(run_dir)  # of a process that was killed
+        remove_scratch(run_dir)  # left by a killed process
         with ExitStack() as stack:
             known = {"config": config, "run_dir": run_dir}
             own = [named.build(name, {}, context=known) for name in config.train.callbacks]
@@ -162,6 +162,7 @@ def _run(
     if state:
         where = f", step {state['step']}" if state["step"] else ""
         say("resuming after epoch %d%s: %s", state["epoch"], where, run_dir)
+    density = f"likelihood={config.likelihood}"
     busy = BusyCores(torch.get_num_threads() if device.type == "cpu" else 1)
 
     def record(metrics: dict[str, Any], model: VAE) -> None:
@@ -169,6 +170,8 @@ def _run(
         last = epoch == config.train.epochs
         records.log(metrics)
         say("%s", epoch_line(metrics, config, len(train_set)))
+        if last and metrics["test/elbo"] > 0:
+            say("The elbo is positive: %s is a density of pixels, which can exceed 1.", density)
         if hint := busy.hint():
             log.warning("%s", hint)
         with signals.at_once("drawing the figures"):
@@ -204,7 +207,7 @@ def _run(
         if early := stopped_early(history, config):
             say("%s", early_line(early))
             facts["stopped_early"] = early
-            with signals.at_once("drawing the figures"):  # no epoch knew that it was the last
+            with signals.at_once("drawing the figures"):  # no epoch knew that it would be the last
                 records.figures(early["after_epoch"], vae, x, labels)
                 records.growth(early["after_epoch"], vae, x, labels)
         records.projector(vae, x[:2000], None if labels is None else labels[:2000])
@@ -214,7 +217,7 @@ def _run(
             facts["stages"] = checkpoints.stages
         return records.finish(history, facts)
     finally:
-        with suppress(OSError):  # of a full disk, which another message is about already
+        with suppress(OSError):  # a full disk, which another message reports
             records.close()
 
 
@@ -224,7 +227,7 @@ def _has_bf16(device: torch.device) -> bool:
 
 
 def _prepare_machine(config: Config) -> torch.device:
-    """Threads, matrix products and torch's seed; warns of settings that are slow or empty here."""
+    """Set threads, precision and torch's seed; warn of settings that are slow or useless here."""
     device = resolve_device(config.device)
     tune_cpu(config.threads)
     set_products(config.precision, device)
@@ -232,64 +235,65 @@ def _prepare_machine(config: Config) -> torch.device:
         log.warning(slow_bf16(factor))
     if config.precision == "bf16" and device.type == "cuda" and not _has_bf16(device):
         log.warning(
-            "precision=bf16: %s has no bf16 arithmetic and emulates it, which is slow; use "
-            "precision=fp16",
+            "precision=bf16: %s has no bf16 arithmetic and emulates it slowly; use precision=fp16",
             device_name(device),
         )
     if config.train.epochs <= (early := config.objective.early_epochs):
         log.warning("objective.early_epochs=%d: the run has no epoch of more samples", early)
-    torch.manual_seed(config.seed)  # of the initial weights; the rest has generators of its own
+    torch.manual_seed(config.seed)  # for the initial weights; everything else has its own generator
     return device
 
 
 def _warn_of_colour(config: Config, shape: Sequence[int]) -> None:
-    """A Bernoulli's pixels are 0 or 1, which colours are not."""
+    """Warn of colour images with a Bernoulli likelihood."""
     colour = len(shape) == 3 and shape[0] == 3 and config.data.binarize == "none"
     if colour and config.likelihood == "bernoulli":
         log.warning(
-            "likelihood=bernoulli with colour images: it is no density of colours; use "
+            "likelihood=bernoulli with colour images is not a density of colours; use "
             "likelihood=discretized_logistic or gaussian"
         )
 
 
 def _to_be_kept(config: Config) -> Config:
-    """The settings that the run's files hold: its images are found again from any folder."""
+    """The settings as the run's files keep them: with an absolute path to the images."""
     root = str(Path(config.data.root).absolute())
     return replace(
         config,
         data=replace(config.data, root=root),
-        train=replace(config.train, resume=None),  # how it was started this time, not what it is
+        train=replace(config.train, resume=None),  # how it was started this time is not part of it
     )
 
 
 def say(line: str, *values: object) -> None:
-    """A line of a run's report; of jobs that run side by side each says only its last one."""
+    """Print a line of a run's report; jobs that run side by side print only their last one."""
     level = logging.DEBUG if "TQDM_DISABLE" in os.environ else logging.INFO
     log.log(level, line, *values)
 
 
 def judged_on(config: Config) -> str:
-    """What the images are called that a run's `test/...` metrics are of."""
+    """The name of the images behind a run's `test/...` metrics."""
     return "held-out" if config.data.hold_out else "test"
 
 
 def epoch_line(metrics: dict[str, Any], config: Config, images: int) -> str:
-    """What a run says after an epoch; nats per image."""
-    speed = metrics["train/images_per_second"]  # 0 where a run resumes after the last step
+    """The line that a run prints after an epoch; nats per image."""
+    speed = metrics["train/images_per_second"]  # 0 if a run resumes after the last step
     judged = judged_on(config)
     of = "elbo" if "train/elbo" in metrics else "loss"  # not every objective computes it
+    bits = metrics.get("test/bits_per_dim")
     return (
         f"epoch {metrics['epoch']:3d}/{config.train.epochs}"
         f"   train {of} {metrics[f'train/{of}']:8.2f}   {judged} elbo {metrics['test/elbo']:8.2f}"
         f" = reconstruction {metrics['test/reconstruction']:8.2f} - kl {metrics['test/kl']:.2f}"
-        f"   {images / speed if speed else 0.0:.1f} s"
+        + ("" if bits is None else f"   {bits:.3f} bits per dim")
+        + f"   {images / speed if speed else 0.0:.1f} s"
     )
 
 
 def lock_run(run_dir: Path, *, seconds: float = 0) -> AbstractContextManager[Any]:
-    """The run's folder for this process alone, after waiting so many seconds for it.
+    """Lock the run's folder for this process, waiting up to `seconds`.
 
-    Locking it again in this process counts.
+    The same process may lock it several times.
     """
     lock = FileLock(run_dir.absolute() / LOCK, is_singleton=True)
     try:
@@ -299,7 +303,7 @@ def lock_run(run_dir: Path, *, seconds: float = 0) -> AbstractContextManager[Any
 
 
 def refuse_other_run(run_dir: Path) -> None:
-    """A new run starts in a folder of its own."""
+    """A new run needs a folder without a run."""
     if (run_dir / "summary.json").exists():
         raise ConfigError(f"{run_dir}: holds a finished run; choose another folder")
     if (run_dir / "metrics.jsonl").exists():
@@ -310,9 +314,9 @@ def refuse_other_run(run_dir: Path) -> None:
 
 
 def finished_summary(run_dir: Path, config: Config) -> dict[str, Any]:
-    """The summary of a run that is done, if it is this one, sealed and made by this code."""
+    """The summary of a finished run, if it is this run, undamaged and made by this code."""
     path = run_dir / "summary.json"
-    state = Checkpoints(run_dir / "checkpoints", config).load("cpu")  # sealed: nobody edited it
+    state = Checkpoints(run_dir / "checkpoints", config).load("cpu")  # sealed: nobody has edited it
     try:
         summary: dict[str, Any] = json.loads(path.read_text("utf-8"))
         elbo, had = float(summary["final"]["test/elbo"]), summary["versions"]

@@ -1,4 +1,4 @@
-"""How Ctrl-C and SIGTERM end a run that can be resumed."""
+"""Ctrl-C and SIGTERM end a run so that it can be resumed."""
 
 import os
 import signal
@@ -12,25 +12,25 @@ from vae_torch.training.errors import StoppedError
 
 
 class StopSignals:
-    """Within, Ctrl-C and SIGTERM end a run with StoppedError; in training, after the step.
+    """Inside the block, Ctrl-C and SIGTERM raise StoppedError; in training, after the step.
 
-    A second Ctrl-C ends the process at once, without a word; in a notebook it ends the cell.
+    A second Ctrl-C ends the process at once, without a message; in a notebook it ends the cell.
     """
 
     def __init__(self) -> None:
-        self.number = 0  # of the signal that came
-        self._doing: str | None = "before the first step"  # None: `received` is asked
+        self.number = 0  # the signal that came
+        self._doing: str | None = "before the first step"  # None: the loop checks `received`
 
     def received(self) -> bool:
-        """Whether the run is to end."""
+        """Whether the run should end."""
         return self.number > 0
 
     def while_training(self) -> AbstractContextManager[None]:
-        """Within, the training loop asks `received`."""
+        """Inside the block, the training loop checks `received`."""
         return self._now(None, "after the last epoch")
 
     def at_once(self, doing: str) -> AbstractContextManager[None]:
-        """Within, no step is under way that could be broken: it ends where it is."""
+        """Inside the block, no step can be broken off, so a signal ends it at once."""
         return self._now(doing, None)
 
     @contextmanager
@@ -45,12 +45,12 @@ class StopSignals:
             self._stop()
 
     def _stop(self) -> NoReturn:
-        doing, self._doing = self._doing, None  # what follows is not interrupted
+        doing, self._doing = self._doing, None  # what follows must not be interrupted
         raise StoppedError(doing)
 
     def __enter__(self) -> "StopSignals":
         self._before = {}
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows none
+        if threading.current_thread() is threading.main_thread():  # only here are handlers allowed
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._note)
         return self

@@ -1,4 +1,4 @@
-"""Runs folded over their seeds: which setting won, and by how much."""
+"""Averages runs over their seeds: which setting is best, and by how much."""
 
 import math
 import statistics
@@ -20,12 +20,12 @@ from vae_torch.runs.metrics import (
 from vae_torch.runs.values import Key, as_text, is_number, sort_key
 
 ONE_SETTING = "the one setting"
-_SIGNIFICANT = 0.05  # p-value below which a lead is said to be more than luck
+_SIGNIFICANT = 0.05  # p-value below which a lead is called unlikely to be noise
 
 
 @dataclass
 class Row:
-    """One setting: its runs over the seeds."""
+    """One setting, with its runs over the seeds."""
 
     values: Key  # of the table's keys
     runs: list[Run]
@@ -35,19 +35,19 @@ class Row:
 
 @dataclass
 class Summary:
-    """A table of settings, best first, and what could not enter it."""
+    """A table of settings, best first, and the runs left out of it."""
 
     metric: str
     keys: list[str]
     rows: list[Row]
     left_out: list[Run]
-    higher_is_better: bool | None = None  # None: rows are in the order of their settings
-    where: list[str] = field(default_factory=list)  # key=value: what tells these runs from others
-    differ: list[str] = field(default_factory=list)  # in what these others were measured otherwise
+    higher_is_better: bool | None = None  # None: rows are sorted by their settings
+    where: list[str] = field(default_factory=list)  # key=value: what selects these runs
+    differ: list[str] = field(default_factory=list)  # how other groups were measured differently
 
     @property
     def unit(self) -> str:
-        """Of the metric; empty where it is not known, or not the same for all runs."""
+        """The metric's unit; empty if unknown, or not the same for all runs."""
         losses = {run.settings.get("objective.name") for row in self.rows for run in row.runs}
         if last_part(self.metric) == "loss" and "keras" in losses:  # a mean over pixels
             return ""
@@ -64,7 +64,7 @@ class Summary:
     def digits(self) -> int:
         """Decimals that show two digits of the smallest standard error of a row's mean.
 
-        Without any error, four digits of the largest mean, and two decimals at least.
+        Without errors: four digits of the largest mean, and at least two decimals.
         """
         errors = [row.sd / math.sqrt(len(row.runs)) for row in self.rows if row.sd > 0]
         if errors:
@@ -101,8 +101,8 @@ class Summary:
         unit = f" {self.unit}" if self.unit else ""
         if len(first.runs) < 2 or len(second.runs) < 2:
             return (
-                f"{name} leads by {lead:.3g}{unit}. With one seed each nobody knows how much of it "
-                "is luck: add seed=0,1,2."
+                f"{name} leads by {lead:.3g}{unit}. With one seed each, nobody knows how much of "
+                "it is chance: add seed=0,1,2."
             )
         error, p = welch(first, second)
         sure = p < _SIGNIFICANT
@@ -130,13 +130,13 @@ class Summary:
 def welch(first: Row, second: Row) -> tuple[float, float]:
     """Standard error of the difference of two settings' means, and its two-sided p-value.
 
-    Welch's t-test, which lets each setting have a variance of its own.
+    Welch's t-test, which does not assume equal variances.
 
     Raises:
-        ValueError: A setting has one run only.
+        ValueError: A setting has only one run.
     """
     if min(len(first.runs), len(second.runs)) < 2:
-        raise ValueError("Welch's t-test needs two runs of each setting, or more")
+        raise ValueError("Welch's t-test needs two or more runs of each setting")
     from scipy.special import stdtr
 
     parts = [(row.sd**2 / len(row.runs), len(row.runs) - 1) for row in (first, second)]
@@ -156,18 +156,18 @@ def summarize(
     where: Sequence[str] = (),
     higher_is_better: bool | None = None,
 ) -> Summary:
-    """Fold the finished runs of each setting over their seeds.
+    """Average the finished runs of each setting over their seeds.
 
     Args:
         runs: From `read_runs`.
-        metric: A name of summary.json's `final`, or of a figure of evaluation.json.
-        group_by: The settings to tell apart; all that differ between the runs when empty.
-        where: `key=value` each: only these runs.
-        higher_is_better: Direction of the metric; None is what is known of its name.
+        metric: An entry of `final` in summary.json, or a figure of evaluation.json.
+        group_by: The settings to compare; if empty, all that differ between the runs.
+        where: Conditions `key=value` that select runs.
+        higher_is_better: Direction of the metric; None: what is known about its name.
 
     Raises:
-        SweepError: A condition without `=`, a key or a metric that no run has, or nothing left;
-            runs that cannot be compared, since the metric was measured on other images or in
+        SweepError: A condition without `=`, a key or metric that no run has, or no run left; or
+            runs that cannot be compared, because the metric was measured on other images or in
             another way.
     """
     summaries = summarize_each(
@@ -186,13 +186,13 @@ def summarize_each(
     where: Sequence[str] = (),
     higher_is_better: bool | None = None,
 ) -> list[Summary]:
-    """`summarize`, apart for runs that cannot be compared: largest group first.
+    """`summarize` for groups of runs that can be compared, largest group first.
 
-    Runs can be compared where the metric is of the same images, by their SHA-256 in summary.json
-    (without one, by the settings of the data), and under the same likelihood; a loss also of the
-    same objective, and a figure of evaluation.json of the same samples, seed and checkpoint.
+    Runs can be compared if the metric is of the same images, by their SHA-256 in summary.json (or
+    by the data settings, without one), and the likelihood is the same. A loss also needs the same
+    objective; a figure of evaluation.json the same samples, seed and checkpoint.
 
-    Args and errors are those of `summarize`. What is left out stands in the last summary.
+    Arguments and errors are those of `summarize`. Runs left out are in the last summary.
     """
     known = sorted({key for run in runs for key in run.settings})
     chosen = _chosen(runs, metric, where, group_by)
@@ -200,7 +200,7 @@ def summarize_each(
     groups = groups or [[]]
     direction = higher_is_better if higher_is_better is not None else direction_of(metric)
     recorded = {run.better.get(metric) for group in groups for run in group}
-    if direction is None and len(recorded) == 1:  # of a plug-in that is not loaded here
+    if direction is None and len(recorded) == 1:  # a metric of a plug-in that is not loaded
         direction = {"higher": True, "lower": False}.get(str(*recorded))
     summaries = [
         Summary(
@@ -248,7 +248,7 @@ def _chosen(
 def _comparable(
     runs: Sequence[Run], metric: str, known: Sequence[str]
 ) -> tuple[list[list[Run]], list[Run]]:
-    """Groups of finished runs that can be compared, and the runs that are left out.
+    """Groups of finished runs that can be compared, and the runs left out.
 
     Raises:
         SweepError: No finished run has the metric.
@@ -266,7 +266,7 @@ def _comparable(
         whole = (basis, run.seed, *(run.at(key) for key in known))
         if metric not in run.metrics:
             left_out.append(Run(run.path, "left out", f"has no {metric}"))
-        elif whole in seen:  # the same bits again, no second opinion
+        elif whole in seen:  # the same bits again are not a second sample
             left_out.append(Run(run.path, "duplicate", f"same settings and seed as {seen[whole]}"))
         else:
             seen[whole] = run.path
@@ -275,7 +275,7 @@ def _comparable(
 
 
 def _rows(runs: list[Run], metric: str, keys: list[str], direction: bool | None) -> list[Row]:
-    """One per setting: best first, or by the settings where no end is better."""
+    """One row per setting: best first, or by setting if no direction is better."""
     settings: dict[Key, list[Run]] = {}
     for run in runs:
         settings.setdefault(tuple(run.at(key) for key in keys), []).append(run)
@@ -290,7 +290,7 @@ def _rows(runs: list[Run], metric: str, keys: list[str], direction: bool | None)
 
 
 def _tell_apart(groups: list[list[Run]], metric: str) -> list[list[str]]:
-    """For each group the conditions that choose it: `data.limit_test=500`, ..."""
+    """The conditions that select each group: `data.limit_test=500`, ..."""
     if len(groups) < 2:
         return [[] for _ in groups]
     bases = [basis_of(group[0], metric) for group in groups]
@@ -321,7 +321,7 @@ def _tell_apart(groups: list[list[Run]], metric: str) -> list[list[str]]:
 
 
 def _differences(groups: list[list[Run]], metric: str) -> list[str]:
-    """In what the groups were measured differently, in words."""
+    """How the groups were measured differently, in words."""
     bases = [basis_of(group[0], metric) for group in groups if group]
     keys = dict.fromkeys(key for basis in bases for key in basis)
     differing = [key for key in keys if len({basis.get(key, ...) for basis in bases}) > 1]
@@ -329,7 +329,7 @@ def _differences(groups: list[list[Run]], metric: str) -> list[str]:
 
 
 def why_apart(summaries: Sequence[Summary]) -> str:
-    """One sentence on several summaries: why they are several, and how to choose one."""
+    """One sentence on why there are several summaries, and how to choose one."""
     unknown = any(w.startswith("data_sha256") and w.endswith("null") for w in summaries[-1].where)
     return (
         f"{len(summaries)} groups of runs cannot be compared, since they have different "
@@ -339,7 +339,7 @@ def why_apart(summaries: Sequence[Summary]) -> str:
 
 
 def _near(word: str, known: Sequence[str]) -> str:
-    """Those that may have been meant, or all of them."""
+    """Names that may have been meant, or all."""
     return ", ".join(get_close_matches(word, known) or known)
 
 

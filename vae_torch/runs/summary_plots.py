@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vae_torch.figures import DIGIT_COLOURS
+from vae_torch.figures import DIGIT_COLOURS, new_axes
 from vae_torch.runs.metrics import basis_of
 from vae_torch.runs.summary import ONE_SETTING, Row, Summary
 from vae_torch.runs.values import Key, as_text, is_number, sort_key
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def plots(summary: Summary) -> "dict[str, Figure]":
-    """The pictures that the summary allows, by file name."""
+    """All pictures that the summary allows, by file name."""
     pictures: dict[str, Figure] = {}
     if not summary.rows:
         return pictures
@@ -36,8 +36,8 @@ def plots(summary: Summary) -> "dict[str, Figure]":
 
 
 def _by_key(summary: Summary, i: int) -> "Figure":
-    """The metric against one swept key: a line per setting of the others."""
-    figure, axes = _axes()
+    """The metric against one swept key: one line per setting of the others."""
+    figure, axes = new_axes(8, 4.6)
     lines: dict[Key, list[Row]] = {}
     for row in summary.rows:
         lines.setdefault((*row.values[:i], *row.values[i + 1 :]), []).append(row)
@@ -69,7 +69,7 @@ def _by_key(summary: Summary, i: int) -> "Figure":
 
 def _heat_map(summary: Summary) -> "Figure":
     """The metric over two swept keys."""
-    figure, axes = _axes()
+    figure, axes = new_axes(8, 4.6)
     down, across = (sorted({row.values[i] for row in summary.rows}, key=sort_key) for i in (0, 1))
     table = [[math.nan] * len(across) for _ in down]
     for row in summary.rows:
@@ -93,11 +93,11 @@ def _heat_map(summary: Summary) -> "Figure":
 
 
 def _rate_distortion(summary: Summary) -> "Figure":
-    """KL against reconstruction, one point per run; on a dashed line the elbo is the same.
+    """KL against reconstruction, one point per run; the elbo is constant on a dashed line.
 
     Alemi et al., *Fixing a Broken ELBO* (2018), section 2.
     """
-    figure, axes = _axes()
+    figure, axes = new_axes(8, 4.6)
     for row, colour, label in _coloured(summary):
         kl = [run.metrics["test/kl"] for run in row.runs]
         distortion = [-run.metrics["test/reconstruction"] for run in row.runs]
@@ -110,7 +110,7 @@ def _rate_distortion(summary: Summary) -> "Figure":
     step = next(n * power for n in (1, 2, 5, 10) if n * power >= least)
     for nats in [step * k for k in range(math.ceil(bottom / step), math.floor(top / step) + 1)]:
         axes.plot([left, right], [nats - left, nats - right], "--", color="#999999", lw=0.8)
-        start, at = max(left, nats - high), min(right, nats - low)  # where it enters and leaves
+        start, at = max(left, nats - high), min(right, nats - low)  # its ends inside the axes
         if at - start > (right - left) / 5:
             axes.annotate(
                 f"elbo {-nats:g}", (at, nats - at), fontsize=8, color="#555555",
@@ -129,9 +129,9 @@ def _learning_curves(summary: Summary) -> "Figure":
     """The metric by epoch, one line per run."""
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = _axes()
+    figure, axes = new_axes(8, 4.6)
     longest = max(len(run.epochs) for row in summary.rows for run in row.runs)
-    skipped = 2 if longest > 5 else 0  # they would press all that matters into a line
+    skipped = 2 if longest > 5 else 0  # they would flatten the rest
     for row, colour, label in _coloured(summary):
         for i, run in enumerate(row.runs):
             points = [(e["epoch"], e[summary.metric]) for e in run.epochs if summary.metric in e]
@@ -148,7 +148,7 @@ def _learning_curves(summary: Summary) -> "Figure":
 
 
 def _coloured(summary: Summary) -> Iterator[tuple[Row, Any, str]]:
-    """Rows with a colour each: best first."""
+    """Rows with a colour each, best first."""
     from matplotlib import colormaps
 
     for i, row in enumerate(summary.rows):
@@ -165,7 +165,7 @@ def _label(keys: Sequence[str], values: Key) -> str:
 
 
 def _tell_rows(figure: "Figure", summary: Summary) -> None:
-    """What the colours of `_coloured` mean."""
+    """Explain the colours of `_coloured`."""
     if len(summary.rows) <= len(DIGIT_COLOURS):
         by_value = sorted(summary.rows, key=lambda row: sort_key(row.values))
         _legend(figure, [_label(summary.keys, row.values) or ONE_SETTING for row in by_value])
@@ -176,7 +176,7 @@ def _tell_rows(figure: "Figure", summary: Summary) -> None:
 
 
 def _legend(figure: "Figure", order: Sequence[str] = ()) -> None:
-    """Beside the axes, where it hides nothing; labels in this order."""
+    """A legend beside the axes, with labels in this order."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     found = dict(zip(labels, handles, strict=True))
     shown = [label for label in order or labels if label in found]
@@ -187,14 +187,5 @@ def _legend(figure: "Figure", order: Sequence[str] = ()) -> None:
 
 
 def _two_lines(summary: Summary) -> str:
-    """The metric with its unit, and its direction in a second line: for an axis."""
+    """The metric with its unit, and its direction on a second line, for an axis."""
     return summary.heading().replace(" (", "\n(")
-
-
-def _axes() -> "tuple[Figure, Any]":
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.6), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes

@@ -13,7 +13,7 @@ from vae_torch.runs.values import as_text
 
 
 def to_csv(summary: Summary, *others: Summary) -> str:
-    """One line per setting; of several summaries, with the runs' conditions in a first column."""
+    """One line per setting; for several summaries, their conditions are the first column."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     columns = [*summary.keys, *(key for other in others for key in other.keys)]
@@ -33,7 +33,7 @@ def to_csv(summary: Summary, *others: Summary) -> str:
 
 
 def to_markdown(summary: Summary, root: Path) -> str:
-    """The table, what it says, and what is not in it."""
+    """The table, its verdict, and the runs left out."""
     seconds = [statistics.fmean(run.metrics["seconds"] for run in row.runs) for row in summary.rows]
     unit, size = ("minutes", 60) if min(seconds, default=60) >= 60 else ("seconds", 1)
     count = sum(len(row.runs) for row in summary.rows)
@@ -49,7 +49,7 @@ def to_markdown(summary: Summary, root: Path) -> str:
         cells = (f"{row.mean:.{digits}f}{spread}", str(len(row.runs)), f"{took / size:.1f}")
         lines.append("| " + " | ".join([*(as_text(v) for v in row.values), *cells]) + " |")
     lines += ["", summary.verdict()]
-    if summary.where and len(summary.rows) == 1:  # no column says which
+    if summary.where and len(summary.rows) == 1:  # no column tells which
         places = [f"`{_place(run, root)}`" for run in summary.rows[0].runs]
         lines[-1] += f" Of {', '.join(places)}."
     if summary.held_out:

@@ -6,12 +6,12 @@ Key = tuple[Any, ...]  # several values
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is one; True and False are none."""
+    """Whether it is a number; True and False are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def as_text(value: Any) -> str:
-    """A value as Hydra's command line takes it."""
+    """A value as Hydra's command line accepts it."""
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, tuple):
@@ -22,7 +22,7 @@ def as_text(value: Any) -> str:
 
 
 def sort_key(value: Any) -> Any:
-    """Numbers by size, then words; None first."""
+    """Sort numbers by size, then words; None first."""
     if isinstance(value, tuple):
         return tuple(sort_key(part) for part in value)
     return (0, value, "") if is_number(value) else (1, 0, as_text(value))

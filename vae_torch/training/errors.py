@@ -1,4 +1,4 @@
-"""How training ends before its last epoch."""
+"""Exceptions that end training early."""
 
 ADVICE = (
     "try a smaller optimizer.lr, optimizer.clip_norm=100, optimizer.warmup_steps=1000, "
@@ -7,12 +7,12 @@ ADVICE = (
 
 
 class DivergedError(ArithmeticError):
-    """The loss is no number any more."""
+    """The loss is NaN or infinite."""
 
 
 class EndRun(Exception):  # noqa: N818 - no error
-    """A callback has seen enough: the run ends after this epoch, and is complete."""
+    """Raised by a callback to end the run after this epoch; the run counts as complete."""
 
 
 class StoppedError(Exception):
-    """A caller asked the loop to end; what was done so far is in the checkpoint."""
+    """A caller asked training to stop; the checkpoint keeps what was done."""

@@ -69,8 +69,8 @@ def train(
 ) -> dict[str, list[Any]]:
     """Train `vae` in place and return its history.
 
-    Every epoch's data order and noise are seeded by (seed, epoch). A run continues from its
-    checkpoint, in the middle of an epoch too, with the bits that it would have had.
+    Data order and noise of every epoch are seeded by (seed, epoch). A run resumes from its
+    checkpoint with the same bits as an uninterrupted run, also in the middle of an epoch.
 
     Args:
         vae: The model, on the device to train on.
@@ -78,54 +78,56 @@ def train(
             with x (B, *shape) in [0, 1]; or all images as one tensor or array, bytes or floats in
             [0, 1], which are shuffled and cut into batches of 128.
         test_loader: The same, for validation. Without it there are no `test/...` metrics and no
-            `best.pt`: nothing tells which epoch is the best.
+            `best.pt`.
         epochs: Passes over the training images.
-        objective: What to minimise; the ELBO when absent. Settings, or any `Objective`: a function
-            of the model, a batch, its noise and the KL's weight that returns a loss for each image.
-        optimizer: Adam with a learning rate of 1e-3 when absent. Settings, or a function from all
+        objective: What to minimise; the ELBO if absent. Settings, or any `Objective`: a function
+            of the model, a batch, its noise and the KL's weight that returns a loss per image.
+        optimizer: Adam with a learning rate of 1e-3 if absent. Settings, or a function from all
             parameters to an optimiser: `lambda parameters: torch.optim.RMSprop(parameters, 1e-4)`.
-        schedule: The learning rate by epochs done, such as 3.5 in the middle of the fourth (whole
-            numbers where the loader has no length), instead of the settings' schedule. It holds for
-            all groups of an optimiser of your own, which else keeps its learning rates.
-        ema: Decay per step of averaged weights; they are evaluated, logged and kept in the end.
-        precision: `bf16` for autocast matrix products, `fp16` for the same on a CUDA card without
-            bf16, uncaptured and with a gradient scaler; else tensors and products are fp32, as
-            exact as `torch.set_float32_matmul_precision` says (convolutions on CUDA:
-            `torch.backends.cudnn`): `medium` does nothing here unless the caller has asked torch
-            for it, as `scripts/train.py` does.
+        schedule: The learning rate as a function of finished epochs, such as 3.5 in the middle of
+            the fourth (whole numbers if the loader has no length). It replaces the settings'
+            schedule and holds for all groups of an optimiser of your own. Without it, an optimiser
+            of your own keeps its learning rates.
+        ema: Decay per step of averaged weights, which are evaluated, logged and kept at the end.
+        precision: `bf16` runs matrix multiplications under autocast; `fp16` does so with a gradient
+            scaler, uncaptured, for CUDA cards without bf16. Otherwise everything is fp32, as exact
+            as `torch.set_float32_matmul_precision` says (convolutions on CUDA:
+            `torch.backends.cudnn`). `medium` changes nothing here unless the caller has set it in
+            torch, as `scripts/train.py` does.
         compile: Loss, gradient and optimiser as one graph (torch.compile; on CUDA a CUDA graph).
-        seed: Of the noise, and of the order of images that come as one tensor or array.
+        seed: Seed of the noise, and of the order of images given as one tensor or array.
         monitor: The metric by which `checkpoints` keep the best epoch: see `parts.metrics`. `auto`
             is the bound that is trained.
         callbacks: Each is called after every epoch with its metrics and the model they belong to.
             What it returns is added to the metrics, under names such as `test/mse`. It may raise
-            `EndRun`: the run ends, and is complete.
-        log: Called after that, with all of the epoch's metrics. It may raise StoppedError, as
-            `stop` does.
+            `EndRun` to end the run.
+        log: Called afterwards with all metrics of the epoch. It may raise StoppedError, like
+            `stop`.
         patience: Epochs without a gain in the monitored metric after which training ends.
-        min_delta: What an epoch must be better by, to count as a gain; of schedule=plateau too.
+        min_delta: An improvement must exceed this to count as a gain; also for schedule=plateau.
         checkpoints: Where to keep the state, and where to continue from. Continuing inside an epoch
             needs the loaders of `mnist_loaders`.
-        stop: Asked after every step; when true, a checkpoint is written and the loop ends.
+        stop: Called after every step; if it returns true, a checkpoint is written and training
+            ends.
 
     Returns:
         One list per metric, an entry per epoch: `train/loss`, `test/loss`, `train/elbo`, ...;
-        nats per image. None stands where an epoch lacks a metric that another has.
+        nats per image. None marks an epoch without a metric that another epoch has.
 
     Raises:
-        DivergedError: The loss is NaN or infinite: says in which epoch, step and term.
-        StoppedError: `stop` said so.
-        CheckpointError: What `checkpoints` holds is damaged, or of another run.
-        ConfigError: The objective has options that it would ignore or that do not go with the
-            model, the optimiser has some that mean nothing, torch is too old to compile, a cosine
-            schedule meets a loader that does not know its length, a plateau no test_loader, two
-            schedules meet, an optimiser of your own is to be compiled, or fp16 is not on CUDA.
-        ValueError: No epoch, no image, patience without images to judge by, an unknown precision,
-            images of another shape than the model's, pixels outside [0, 1], or an iterator, which
-            ends with the first epoch.
+        DivergedError: The loss is NaN or infinite; the message names epoch, step and term.
+        StoppedError: `stop` returned true.
+        CheckpointError: What `checkpoints` holds is damaged, or belongs to another run.
+        ConfigError: The settings of objective, optimiser, schedule or compilation do not fit each
+            other, the model, the loaders or this torch.
+        ValueError: No epoch, no image, patience without test images, an unknown precision, images
+            of another shape than the model's, pixels outside [0, 1], or an iterator that can be
+            read only once.
     """
     if precision not in CHOICES["precision"]:
-        raise ValueError(f"precision is {precision!r}; known are {', '.join(CHOICES['precision'])}")
+        raise ValueError(
+            f"precision is {precision!r}; it must be one of {', '.join(CHOICES['precision'])}"
+        )
     weight = next(vae.parameters())
     device, dtype = weight.device, weight.dtype
     check_precision(precision, device, compile=compile)
@@ -182,7 +184,7 @@ def train(
         began, first, ended = time.perf_counter(), run.step, False
         vae.train()
         beta = beta_at(scheduled, run.epoch)
-        beta_tensor = torch.tensor(beta, device=device)  # a float would be compiled every epoch
+        beta_tensor = torch.tensor(beta, device=device)  # a float would recompile in every epoch
         samples = samples_at(scheduled, run.epoch)
         falls = run.falls(settings, min_delta)
         run.begin_epoch()
@@ -190,9 +192,9 @@ def train(
         try:
             for loaded in batches:
                 batch = as_batch(loaded, device, dtype)  # x (B, *shape), y (B,) or None
-                if run.order is None:  # not our loader, which makes no others
+                if run.order is None:  # not our loader: unchecked images
                     check_pixels(as_images(batch.x, vae.input_shape))
-                    vae.of(batch)  # looks at its labels, as no captured step can
+                    vae.of(batch)  # checks the labels, which no captured step can
                 noise = draw_noise(minimise, samples, len(batch.x), vae.latent_dim, run.noise)
                 means = take_step(batch, noise, beta_tensor, lr_at(run.step))
                 if averaged:
@@ -221,7 +223,7 @@ def train(
                     metrics |= callback(dict(metrics), evaluated) or {}
                 except EndRun:
                     ended = True
-            if log:  # asked to stop in it, a resumed run evaluates and logs the epoch again
+            if log:  # if it stops here, the resumed run evaluates and logs the epoch again
                 log(metrics, evaluated)
         except StoppedError:
             bar.close()
@@ -245,7 +247,7 @@ def train(
 def _loaders(
     vae: VAE, train_loader: Data, test_loader: Data | None, epochs: int, seed: int
 ) -> tuple[Iterable[Any], Iterable[Any] | None, int | None]:
-    """Batches to train on, batches to test on, and how many the first are, where that is known."""
+    """Training batches, test batches, and the number of the former, if known."""
     device = next(vae.parameters()).device
     batches = as_loader(train_loader, vae.input_shape, shuffle=True, seed=seed, device=device)
     tests = test_loader
@@ -254,7 +256,7 @@ def _loaders(
     steps, test_steps = batches_in(batches), None if tests is None else batches_in(tests)
     if epochs < 1 or 0 in (steps, test_steps):
         raise ValueError(
-            f"epochs={epochs}, {steps} batches to train on and {test_steps} to test on: each must "
+            f"epochs={epochs}, {steps} training batches and {test_steps} test batches: each must "
             "be 1 or more"
         )
     return batches, tests, steps
@@ -288,7 +290,7 @@ def _step(
     clip_norm: float | None,
     how: str,
 ) -> Step:
-    # not learned from the first batch: a resumed run's may be the last of an epoch
+    # not read from the first batch: that of a resumed run may be the last of an epoch
     size = getattr(getattr(batches, "batch_sampler", None), "batch_size", None)
     if how == "compile":
         return compiled_step(vae, opt, objective, precision, clip_norm=clip_norm, batch_size=size)
@@ -314,8 +316,8 @@ def _means(
     """
     if run.step == 0:
         raise ValueError(
-            f"epoch {run.epoch + 1}: the training loader gave no batch; it must give the images "
-            "anew in every epoch"
+            f"epoch {run.epoch + 1}: the training loader gave no batch; it must give all images "
+            "in every epoch"
         )
     means = run.means()
     test: Metrics = {}
@@ -331,7 +333,7 @@ def _means(
             )
 
         test = measured(samples, beta)
-        if name := getattr(objective, "bound_name", None):  # comparable between all epochs
+        if name := getattr(objective, "bound_name", None):  # comparable across epochs
             final = samples == getattr(objective, "num_samples", samples) and beta == 1
             test[name] = -(test if final else measured(None, 1.0))["loss"]
     if not math.isfinite(test.get("loss", 0.0)):
@@ -344,7 +346,7 @@ def _means(
 
 
 def _until(stop: Callable[[], bool] | None, loader: Iterable[Any]) -> Iterator[Any]:
-    """The loader's batches until `stop` says so: a signal does not wait for an evaluation."""
+    """The loader's batches until `stop` returns true: a signal does not wait for an evaluation."""
     for batch in loader:
         if stop and stop():
             raise StoppedError("during the evaluation")

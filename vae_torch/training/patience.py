@@ -1,16 +1,16 @@
-"""When a run has stopped getting better: `train.patience`."""
+"""Early stopping: `train.patience`."""
 
 from collections.abc import Sequence
 
 
 def epochs_without_gain(scores: Sequence[float | None], min_delta: float = 0.0) -> int:
-    """Epochs at the end of a run that did not beat the best one before them.
+    """Count the epochs at the end of a run that did not beat the best one before them.
 
-    A function of the history alone, so that a resumed run stops where an uninterrupted one does.
+    It depends on the history alone, so a resumed run stops where an uninterrupted one does.
 
     Args:
         scores: One per epoch, higher is better; None where it was not measured.
-        min_delta: What an epoch must be better by to count as a gain.
+        min_delta: An improvement must exceed this to count as a gain.
     """
     best, last_gain = None, 0
     for epoch, score in enumerate(scores, 1):
@@ -22,5 +22,5 @@ def epochs_without_gain(scores: Sequence[float | None], min_delta: float = 0.0) 
 def has_stalled(
     scores: Sequence[float | None], patience: int | None, min_delta: float = 0.0
 ) -> bool:
-    """Whether `patience` epochs have passed without a gain; without patience it never has."""
+    """Whether `patience` epochs have passed without a gain; never if patience is None."""
     return patience is not None and epochs_without_gain(scores, min_delta) >= patience

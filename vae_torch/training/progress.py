@@ -1,4 +1,4 @@
-"""How far a run has come: what a checkpoint keeps, so that a resumed run has the same bits."""
+"""The state of training that a checkpoint keeps, so that a resumed run has the same bits."""
 
 import logging
 import math
@@ -27,7 +27,7 @@ _log = logging.getLogger("vae_torch")
 
 
 class Progress:
-    """How far a run has come: all that a checkpoint keeps, so that the rest is the same bits."""
+    """The state of training: all that a checkpoint needs to resume with the same bits."""
 
     def __init__(
         self,
@@ -45,20 +45,20 @@ class Progress:
         order = getattr(loader, "batch_sampler", None)
         self.order = order if isinstance(order, EpochBatches) else None
         self.seed, self.monitor, self.scaler = seed, monitor, scaler
-        self.epoch = 0  # finished ones
-        self.step = 0  # of the epoch under way
+        self.epoch = 0  # finished epochs
+        self.step = 0  # finished steps of the current epoch
         self.best = -math.inf
         self.since = (0, 0)  # epoch and step at which the learning rate's schedule began
-        self.history: dict[str, list[Any]] = {}  # of many numbers an epoch: as arrays
+        self.history: dict[str, list[Any]] = {}  # lists of numbers per epoch become arrays
         self.noise = torch.Generator(device)
         self.steps = batches_in(loader) or 100
-        # the means of the epoch's steps, (steps, names): on the device, to be read rarely
+        # means of the epoch's steps, (steps, names): kept on the device, since reading them is slow
         self.names: tuple[str, ...] = ()
         self.record: Tensor | None = None
         self.sizes: list[int] = []  # images of these steps
 
     def begin_epoch(self) -> None:
-        """Seed the epoch's order and noise, unless `resume` has just put them in its middle."""
+        """Seed the epoch's order and noise, unless `resume` has just restored them."""
         if self.step == 0:
             self.sizes = []
             self.noise.manual_seed(mix_seed(self.seed, self.epoch, Stream.NOISE))
@@ -66,7 +66,7 @@ class Progress:
                 self.order.set_epoch(self.epoch)
 
     def count(self, images: int, means: Means) -> None:
-        """One step is done, with these means."""
+        """Record a finished step."""
         names, values = means
         if self.record is None or (self.step == 0 and names != self.names):
             self.names, self.record = names, values.new_zeros(self.steps, len(names))
@@ -75,14 +75,14 @@ class Progress:
                 f"the objective's metrics were {', '.join(self.names)} and are {', '.join(names)}; "
                 "they must be the same in every step of an epoch"
             )
-        if self.step == len(self.record):  # a loader that did not know its length
+        if self.step == len(self.record):  # the loader did not know its length
             self.record = torch.cat([self.record, torch.zeros_like(self.record)])
         self.record[self.step] = values
         self.sizes.append(images)
         self.step += 1
 
     def means(self) -> dict[str, float]:
-        """Over the images of the epoch so far.
+        """The means over the images of the epoch so far.
 
         Raises:
             DivergedError: A step's loss was NaN or infinite.
@@ -104,7 +104,7 @@ class Progress:
         return with_elbo(dict(zip(self.names, means, strict=True)))
 
     def end_epoch(self, metrics: Metrics) -> bool:
-        """Add to the history; whether its monitored metric, where it has it, is the best so far."""
+        """Add an epoch to the history; return whether its monitored metric is the best so far."""
         for name in [*self.history, *(name for name in metrics if name not in self.history)]:
             values = self.history.setdefault(name, [None] * self.epoch)
             values.append(_compact(metrics.get(name)))
@@ -117,7 +117,7 @@ class Progress:
         return improved
 
     def has_stalled(self, patience: int | None, min_delta: float) -> bool:
-        """Whether the monitored metric has not gained for so many epochs."""
+        """Whether the monitored metric has not improved for `patience` epochs."""
         return has_stalled(self._scores(), patience, min_delta)
 
     def falls(self, settings: OptimizerConfig, min_delta: float) -> int:
@@ -130,10 +130,10 @@ class Progress:
         return scores_of(self.monitor, self.history.get(self.monitor, ()))
 
     def to_dict(self) -> dict[str, Any]:
-        """For a checkpoint.
+        """The state as a checkpoint stores it.
 
         Raises:
-            DivergedError: There is nothing worth keeping.
+            DivergedError: A loss or a weight is NaN or infinite.
         """
         evaluated = self.averaged.module if self.averaged else self.vae
         state: dict[str, Any] = {
@@ -166,7 +166,7 @@ class Progress:
         return state
 
     def refuse_broken_weights(self) -> None:
-        """Where no evaluation has looked at them.
+        """Check losses and weights that no evaluation has checked.
 
         Raises:
             DivergedError: A loss or a weight is NaN or infinite.
@@ -179,7 +179,7 @@ class Progress:
             )
 
     def resume(self, checkpoints: Checkpoints) -> None:
-        """Start where the last checkpoint ended, if there is one.
+        """Continue from the last checkpoint, if there is one.
 
         Raises:
             CheckpointError: It is damaged, or of another run.
@@ -204,7 +204,7 @@ class Progress:
         if "cuda" in random and self.noise.device.type == "cuda":
             torch.cuda.set_rng_state(random["cuda"].cpu(), self.noise.device)
         self.vae.load_state_dict(state["training"] if self.averaged else state["model"])
-        # its settings are this run's: some depend on the device, and the rest are equal
+        # settings come from this run: some depend on the device, the rest are equal
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict(
             {"state": state["optimizer"]["state"], "param_groups": groups}
@@ -221,11 +221,11 @@ class Progress:
             if self._is_of_this_device(state):
                 self.noise.set_state(state["noise"].cpu())
             else:
-                pixels = None  # the order of the images does not depend on the device
+                pixels = None  # the order of images does not depend on the device
                 self.noise.manual_seed(mix_seed(self.seed, self.epoch, Stream.NOISE, self.step))
                 _log.warning(
-                    "the checkpoint is of a run on %s: from epoch %d, step %d on, the noise is "
-                    "another one than an uninterrupted run has",
+                    "the checkpoint comes from a run on %s: from epoch %d, step %d on, the noise "
+                    "differs from that of an uninterrupted run",
                     state.get("device", "another device"),
                     self.epoch + 1,
                     self.step + 1,
@@ -239,7 +239,7 @@ class Progress:
             self.sizes = state["sizes"]
 
     def _is_of_this_device(self, state: dict[str, Any]) -> bool:
-        """Whether the generators' states in a checkpoint are of this kind of device."""
+        """Whether the generator states in a checkpoint are for this kind of device."""
         here = self.noise.device.type
         own, pixels = self.noise.get_state(), self.order.pixels() if self.order else None
         if state.get("device", here) != here or state["noise"].shape != own.shape:  # older: no key
@@ -248,7 +248,7 @@ class Progress:
 
 
 def with_elbo(means: dict[str, float]) -> dict[str, float]:
-    """The plain bound beside its parts, where both are known: reconstruction - kl."""
+    """Add the plain ELBO, reconstruction - kl, where both terms are known."""
     if not {"reconstruction", "kl"} <= means.keys():
         return means
     elbo = {"elbo": means["reconstruction"] - means["kl"]}
@@ -256,7 +256,7 @@ def with_elbo(means: dict[str, float]) -> dict[str, float]:
 
 
 def _compact(value: Any) -> Any:
-    """A list of floats in a quarter of its memory: of 10,000 epochs it would be felt."""
+    """A list of floats in a quarter of its memory, which matters after 10,000 epochs."""
     return array("d", value) if isinstance(value, list) else value
 
 

@@ -1,4 +1,4 @@
-"""What changes from epoch to epoch: the weight of the KL, samples, the learning rate."""
+"""Schedules: the weight of the KL, the number of samples, and the learning rate."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ def beta_at(objective: ObjectiveConfig, epoch: int) -> float:
 
 
 def samples_at(objective: ObjectiveConfig, epoch: int) -> int:
-    """Draws of z per image in this epoch (counted from 0)."""
+    """Samples of z per image in this epoch (counted from 0)."""
     early = objective.early_samples
     return early if early and epoch < objective.early_epochs else objective.num_samples
 

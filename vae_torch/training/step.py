@@ -1,6 +1,6 @@
 """One step of training: loss, gradient and optimiser; op by op, or as one graph.
 
-On CUDA a small step's time is its hundred launches, so it is captured once and replayed.
+On CUDA a small step spends its time on a hundred kernel launches, so it is captured and replayed.
 """
 
 import logging
@@ -19,7 +19,7 @@ from vae_torch.vae import VAE
 
 _log = logging.getLogger("vae_torch")
 
-# What a step says about its batch: names, "loss" first, and the mean of each over its images, (n,).
+# The results of a step: metric names, "loss" first, and their means over the images, (n,).
 Means = tuple[tuple[str, ...], Tensor]
 
 # A batch, its noise, the KL's weight (), the learning rate (None: the optimiser's own) -> means
@@ -28,11 +28,11 @@ _Update = Callable[[Batch, Noise, Tensor], Means]
 
 
 def make_optimizer(vae: VAE, settings: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimiser that the settings name, over all of the model's parameters."""
+    """Make the optimiser that the settings name, over all parameters of the model."""
     parameters = list(vae.parameters())
     decay = settings.weight_decay
     cuda = parameters[0].is_cuda
-    # a captured step reads its learning rate from where it was when it was captured
+    # a captured step reads its learning rate from a fixed address
     lr = torch.tensor(settings.lr, device=parameters[0].device) if cuda else settings.lr
     if settings.name == "sgd":
         return torch.optim.SGD(
@@ -59,7 +59,7 @@ def eager_step(
     clip_norm: float | None = None,
     scaler: torch.amp.GradScaler | None = None,
 ) -> Step:
-    """The step as torch runs it, op by op; fp16 needs a scaler, so that no gradient rounds to 0."""
+    """A training step that runs op by op. fp16 needs a scaler, or small gradients round to 0."""
     update = _eager_update(vae, optimizer, objective, precision, clip_norm, scaler)
 
     def step(batch: Batch, noise: Noise, beta: Tensor, lr: float | None) -> Means:
@@ -77,7 +77,7 @@ def _eager_update(
     clip_norm: float | None,
     scaler: torch.amp.GradScaler | None = None,
 ) -> _Update:
-    """A step whose learning rate is set already."""
+    """A step after its learning rate has been set."""
     parameters = list(vae.parameters())
     scaler = scaler or torch.amp.GradScaler(enabled=False)  # which changes nothing
 
@@ -106,14 +106,15 @@ def captured_step(
 ) -> Step:
     """The eager step, captured once as a CUDA graph and replayed: one launch instead of hundreds.
 
-    The kernels are those of the eager step, so the bits are. Op by op go the first three steps of
-    a size, as torch asks for before a capture, and batches that are not of `batch_size` (the first
-    one's where it is None), such as the last of an epoch. So do all, after a warning, where the
-    step cannot be captured: a network that moves tensors to the CPU, say.
+    It runs the kernels of the eager step, so the bits are the same. The first three steps of a size
+    run op by op, as torch requires before a capture. So do batches of another size than
+    `batch_size` (that of the first batch if None), such as the last of an epoch. If the step cannot
+    be captured, all steps run op by op after a warning: for example with a network that moves
+    tensors to the CPU.
     """
     update = _eager_update(vae, optimizer, objective, precision, clip_norm)
     side = torch.cuda.Stream()
-    graphs: dict[tuple[int, ...], _Graph] = {}  # by the shape of eps: early draws may be fewer
+    graphs: dict[tuple[int, ...], _Graph] = {}  # by the shape of eps: early samples may be fewer
     steps_before: dict[tuple[int, ...], int] = {}
     failed = False
 
@@ -134,10 +135,10 @@ def captured_step(
         if shape not in graphs:
             try:
                 graphs[shape] = _Graph(update, batch, noise, beta)
-            except Exception as error:  # whatever torch or a network says of it
+            except Exception as error:  # whatever torch or a network raises
                 failed = True
                 _log.warning(
-                    "the step cannot be captured as a CUDA graph, so it goes op by op, which is "
+                    "the step cannot be captured as a CUDA graph, so it runs op by op, which is "
                     "slower (%s)",
                     str(error).partition("\n")[0],
                 )
@@ -151,18 +152,18 @@ _STEPS_BEFORE_CAPTURE = 3
 
 
 class _Graph:
-    """An update as a CUDA graph; its tensors stay where they are."""
+    """An update as a CUDA graph; its tensors keep their addresses."""
 
     def __init__(self, update: _Update, batch: Batch, noise: Noise, beta: Tensor) -> None:
         self.batch, self.noise = Batch(*map(_cloned, batch)), Noise(*map(_cloned, noise))
         self.beta = beta.clone()
         self.graph = torch.cuda.CUDAGraph()
-        # a thread that pins memory for a user's loader may go on meanwhile
+        # lets a thread that pins memory for a user's loader keep working
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.means = update(self.batch, self.noise, self.beta)
 
     def replay(self, batch: Batch, noise: Noise, beta: Tensor) -> Means:
-        """The update with these; its means are overwritten by the next call."""
+        """Run the update on these inputs; the next call overwrites its means."""
         places = (*self.batch, *self.noise, self.beta)
         for place, value in zip(places, (*batch, *noise, beta), strict=True):
             if place is not None and value is not None:
@@ -184,12 +185,12 @@ def compiled_step(
     clip_norm: float | None = None,
     batch_size: int | None = None,
 ) -> Step:
-    """The same step as one graph, fused across the borders of forward, backward and optimiser.
+    """The same step as one graph, fused across forward, backward and optimiser.
 
-    Two kinds of batches go op by op: the first, which makes the optimiser's state, and those that
-    are not of `batch_size` (the first one's where it is None), such as the last of an epoch:
-    compiling for them would outlast them. So do all, after a warning, where a fault of torch 2.14
-    (its issue 196570) meets the step: on some processors it does with a mixture prior.
+    Two kinds of batches run op by op: the first, which creates the optimiser's state, and those of
+    another size than `batch_size` (that of the first batch if None), such as the last of an epoch,
+    which are not worth compiling for. All steps run op by op, after a warning, if they meet a bug
+    of torch 2.14 (its issue 196570): on some processors a mixture prior does.
 
     Raises:
         ConfigError: This torch is too old to trace a gradient into a graph.
@@ -197,7 +198,7 @@ def compiled_step(
     check_can_compile()
     eager = eager_step(vae, optimizer, objective, precision, clip_norm=clip_norm)
     device = next(vae.parameters()).device
-    lr_now = torch.zeros((), device=device)  # a float would be compiled anew whenever it changes
+    lr_now = torch.zeros((), device=device)  # a float would recompile at every change
     graph: Callable[..., Means] | None = None
     failed = False
     stateful = isinstance(optimizer, torch.optim.Adam) or bool(optimizer.defaults["momentum"])
@@ -215,9 +216,9 @@ def compiled_step(
                 update(gradients, lr)
             return means
 
-        # What a graph was made of stays as it is while the graph lives, so only the tensors that
-        # are no parameters are checked before a step: 4% of it. Each graph has a cache of its own
-        # (`isolate_recompiles`): without the other checks it would else serve another model.
+        # A graph's constants do not change while it lives, so only tensors other than parameters
+        # are checked before a step; all checks would take 4% of it. `isolate_recompiles` gives each
+        # graph its own cache: without these checks a shared one could serve another model.
         options = {
             "guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe,
             "triton.cudagraphs": device.type == "cuda",
@@ -240,13 +241,13 @@ def compiled_step(
         try:
             with torch._dynamo.config.patch(trace_autograd_ops=True):
                 return graph(batch, noise, beta, lr_now.fill_(lr))
-        except torch._dynamo.exc.BackendCompilerFailed as error:  # nothing has been changed by then
+        except torch._dynamo.exc.BackendCompilerFailed as error:  # nothing has changed yet
             if not isinstance(error.inner_exception, KeyError):  # a full disk, say
                 raise
             failed = True
             _log.warning(
-                "compile=true: a fault of torch keeps it from compiling this step (KeyError: %s); "
-                "op by op instead",
+                "compile=true: a bug of torch keeps it from compiling this step (KeyError: %s); "
+                "running op by op instead",
                 error.inner_exception,
             )
             return eager(batch, noise, beta, lr)
@@ -293,7 +294,7 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def _loss_and_means(
     vae: VAE, batch: Batch, noise: Noise, objective: Objective, beta: Tensor, precision: str
 ) -> tuple[Tensor, Means]:
-    """What is minimised, (), and what is recorded of it."""
+    """The loss, (), and the means to record."""
     dtype, device = _AUTOCAST.get(precision, torch.bfloat16), batch.x.device.type
     with torch.autocast(device, dtype, enabled=precision in _AUTOCAST):
         losses, metrics = loss_and_metrics(objective, vae, batch, noise, beta)
@@ -304,7 +305,7 @@ def _loss_and_means(
 
 
 def _clipped(gradients: Sequence[Tensor], norm: float) -> tuple[Tensor, ...]:
-    """What `clip_grad_norm_` does, for a graph: gradients are no parameters' there."""
+    """`clip_grad_norm_` for a graph, where gradients are not attached to parameters."""
     factor = (norm / (nn.utils.get_total_norm(gradients) + 1e-6)).clamp(max=1.0)
     return tuple(gradient * factor for gradient in gradients)
 
@@ -324,15 +325,15 @@ def _update(
 ) -> Callable[[Sequence[Tensor], Tensor], None]:
     """`optimizer.step()` for a graph, as a function of the gradients and the learning rate.
 
-    Its settings are read here, once: a graph that looked them up would depend on all of them.
+    Its settings are read here once, so that the graph does not depend on them.
     """
     (group,) = optimizer.param_groups
     decay = group["weight_decay"]
     decoupled = isinstance(optimizer, torch.optim.AdamW)
 
     def decayed(gradients: Sequence[Tensor]) -> list[Tensor]:
-        # not left to `adam`: where the gradient is a product, inductor of torch 2.14 makes its
-        # `grad.add(p, alpha=decay)` an addmm and loses the factor
+        # not left to `adam`: where the gradient is a matrix multiplication, inductor of torch 2.14
+        # turns `grad.add(p, alpha=decay)` into an addmm and loses the factor
         if decoupled or not decay:
             return list(gradients)
         return [g + decay * p for g, p in zip(gradients, parameters, strict=True)]
@@ -389,7 +390,7 @@ def _update(
 
 
 def _keep_in_place(states: Sequence[Tensor]) -> None:
-    """A CUDA graph may change only what stays in its place."""
+    """Fix the addresses of tensors that a CUDA graph changes."""
     for state in states:
         if state.is_cuda:
             torch._dynamo.mark_static_address(state)
