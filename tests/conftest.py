@@ -6,14 +6,25 @@ from pathlib import Path
 # are many times slower. Set before torch reads it, and inherited by the scripts under test.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
 
-from vae_torch import VAE
+from tests import rough as cheap
+from vae_torch import VAE, machine
 from vae_torch.data import idx_bytes
 
 REPOSITORY = Path(__file__).parent.parent
+
+# Neither the clock nor the day decides whether a test passes.
+hypothesis.settings.register_profile(
+    "steady",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("steady")
 
 
 # What a skipped test lacks, by words of its reason, and what brings it.
@@ -85,6 +96,33 @@ def small_vae() -> VAE:
 
 
 @pytest.fixture
+def rough(monkeypatch):
+    """Evaluation cards that are hardly fitted, where their estimates do not matter."""
+    cheap.hardly_fitted(monkeypatch.setattr)
+
+
+@pytest.fixture
+def few_points(monkeypatch):
+    """Proposals are looked for among a few points of the prior, where posteriors have one mode."""
+    cheap.few_points(monkeypatch.setattr)
+
+
+@pytest.fixture
+def processor_stays(monkeypatch):
+    """Commands that run in this process leave its settings of the processor alone."""
+    for name in ("tune_cpu", "set_products"):
+        monkeypatch.setattr(machine, name, lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def undrawn():
+    """Runs of this process draw no pictures of their model."""
+    with pytest.MonkeyPatch.context() as patch:
+        cheap.undrawn(patch.setattr)
+        yield
+
+
+@pytest.fixture
 def composed():
     """Compose `conf/` as the command line does: composed("model.latent_dim=3") -> Config."""
     from vae_torch.cli.compose import compose
@@ -92,7 +130,36 @@ def composed():
     return lambda *overrides: compose(overrides)
 
 
+@pytest.fixture(scope="session")
+def defaults():
+    """The default run's settings as Hydra composes them, before they are checked."""
+    from vae_torch.cli.compose import compose_run, fresh_hydra
+
+    with fresh_hydra():
+        return compose_run([])
+
+
 @pytest.fixture
-def config(composed):
+def changed(defaults):
+    """The default run's config with other values, without composing anew.
+
+    changed("model.latent_dim=3") is composed("model.latent_dim=3"), for keys that choose no file.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import OmegaConf
+
+    from vae_torch.cli.compose import run_settings
+
+    def config(*overrides):
+        settings = defaults.copy()
+        for override in OverridesParser.create().parse_overrides(list(overrides)):
+            OmegaConf.update(settings, override.key_or_group, override.value())
+        return run_settings(settings)
+
+    return config
+
+
+@pytest.fixture
+def config(changed):
     """The default run's config."""
-    return composed()
+    return changed()

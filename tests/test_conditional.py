@@ -67,6 +67,7 @@ def on_a_fine_grid(vae, batch, side=0.04):
     return torch.stack(found)
 
 
+@pytest.mark.usefixtures("few_points")
 def test_every_estimate_of_log_px_is_that_of_a_fine_grid(vae, batch):
     batch = batch.rows(slice(4))
     truth = on_a_fine_grid(vae, batch)
@@ -85,6 +86,7 @@ def test_every_estimate_of_log_px_is_that_of_a_fine_grid(vae, batch):
     assert ((truth - other).abs() > 0.1).all()  # the label matters
 
 
+@pytest.mark.usefixtures("few_points")
 def test_the_card_is_of_each_image_given_its_class(vae, batch):
     batch = batch.rows(slice(1, 4))  # of two classes
     card, per_image = evaluate_images(
@@ -332,6 +334,26 @@ def test_every_command_takes_a_conditional_run(finished, tmp_path):
     assert "have no labels" in done.stderr
 
 
+def test_a_folder_with_some_of_the_classes_keeps_their_numbers(finished, tmp_path):
+    for name in ("7", "3"):
+        (tmp_path / "some" / name).mkdir(parents=True)
+        Image.new("L", (28, 28), 25 * int(name)).save(tmp_path / "some" / name / "a.png")
+    out = tmp_path / "latents.npz"
+    asked = ("encode.py", f"run={finished}", f"images={tmp_path / 'some'}", f"out={out}")
+    done = run_script(*asked, "num_samples=5")
+    assert done.returncode == 0, done.stderr
+    with np.load(out) as found:
+        assert found["labels"].tolist() == [3, 7]
+        mean = found["mean"]
+    x = torch.tensor([[75 / 255] * 784, [175 / 255] * 784])
+    expected = load_run(finished)[0].encode(x, torch.tensor([3, 7])).mean.detach()
+    np.testing.assert_allclose(mean, expected, atol=1e-5)
+    (tmp_path / "some" / "7").rename(tmp_path / "some" / "shoe")
+    done = run_script(*asked)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "class shoe is not in the run, whose classes are 0, 1, 2" in done.stderr
+
+
 def test_a_picture_of_samples_is_asked_for_by_class(finished, tmp_path):
     drawn = run_script("sample.py", f"run={finished}", "y=7", "n=4", f"out={tmp_path / 'x.npz'}")
     assert drawn.returncode == 0, drawn.stderr
@@ -359,7 +381,7 @@ def test_images_without_labels_are_refused_before_training(tmp_path):
         VAE.from_config(vamp, (784,), 10)
 
 
-@pytest.mark.parametrize("step", [3, 4, 6])
+@pytest.mark.parametrize("step", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 6))])
 @pytest.mark.parametrize(
     "parts", [("model.conditional=true",), ("posterior=flow", "prior=flow")], ids=str
 )

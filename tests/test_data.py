@@ -175,7 +175,7 @@ def test_damaged_idx_files_are_named(tmp_path, content, message, packed):
     assert "delete the file" in str(caught.value)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cut=st.integers(0, len(IDX_2x2) - 1), byte=st.integers(0, 255), packed=st.booleans())
 def test_one_changed_byte_never_goes_unseen(tmp_path, cut, byte, packed):
     """With a known SHA-256, whatever loads is exactly what was written."""

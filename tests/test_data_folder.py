@@ -1,8 +1,6 @@
 import logging
 import os
 import struct
-import subprocess
-import sys
 import zlib
 
 import numpy as np
@@ -10,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import REPOSITORY
+from tests.command_lines import start_script
 from vae_torch import files, folder_loaders
 from vae_torch.config import ConfigError
 from vae_torch.data import DataError, image_dataset, pictures, shape_of
@@ -377,9 +375,12 @@ def counted(*order):
 pictures.pixels = counted
 print(folder(Path(sys.argv[1])).train.images.sum())
 """
-    command = [sys.executable, "-c", script, str(tmp_path / "data"), str(tmp_path / "log")]
-    jobs = [subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE) for _ in range(2)]
-    sums = {job.communicate()[0] for job in jobs}
+    (tmp_path / "reads.py").write_text(script)
+    command = (tmp_path / "reads.py", tmp_path / "data", tmp_path / "log")
+    jobs = [start_script(*command) for _ in range(2)]
+    ended = [job.end() for job in jobs]
+    assert [(each.status, each.error) for each in ended] == [(0, "")] * 2
+    sums = {each.out for each in ended}
     assert len(sums) == 1
     assert (tmp_path / "log").read_text() == "x" * 40
 

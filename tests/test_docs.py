@@ -256,8 +256,9 @@ BUDGET = (
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, made_up_root):
+def place(undrawn, tmp_path_factory, made_up_root):
     """A folder with what the pages' code takes for there: data, pictures, runs, encoded images."""
+    del undrawn
     from vae_torch import compose, export_run, run
     from vae_torch.cli.encode import main as encode
 
@@ -288,6 +289,7 @@ def runs_by_itself(page: Path) -> bool:
     return bool(fenced(page, "python")) and (callable_alone or not page.name.startswith("add-"))
 
 
+@pytest.mark.usefixtures("rough")
 @pytest.mark.parametrize("page", [p for p in GUIDES if runs_by_itself(p)], ids=relative)
 def test_python_blocks_run(page, place, monkeypatch):
     monkeypatch.chdir(place)

@@ -17,6 +17,7 @@ from tests.command_lines import run_script
 from tests.test_figures import BoxOf
 from vae_torch import VAE, encode_images, encoded_batches
 from vae_torch.cli import encode as command
+from vae_torch.cli.messages import EndedError
 from vae_torch.evaluate import importance_log_px
 from vae_torch.parts.likelihoods import Gaussian
 
@@ -296,6 +297,7 @@ def test_parquet_is_written_by_pyarrow(monkeypatch, tmp_path, small_vae):
     assert (tmp_path / "a.parquet").exists()
 
 
+@pytest.mark.usefixtures("processor_stays")
 def test_what_cannot_be_encoded_is_refused_in_one_line(colour_run, tmp_path):
     run_dir, images, _ = colour_run
     np.save(tmp_path / "grey.npy", np.zeros((3, 10, 14), np.uint8))
@@ -319,12 +321,14 @@ def test_what_cannot_be_encoded_is_refused_in_one_line(colour_run, tmp_path):
         ([run, out, own, "plugins=[no_such_parts]"], "no_such_parts"),
         ([f"run={tmp_path}", out, own], "has no checkpoints/last.pt"),
     ]
+    done = run_script("encode.py", *cases[0][0])
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith(f"encode.py: {cases[0][1]}"), done.stderr
     for arguments, words in cases:
-        done = run_script("encode.py", *arguments)
-        assert done.returncode == 2, (arguments, done)
-        assert words in done.stderr, (arguments, done.stderr)
-        assert done.stderr.startswith("encode.py: "), done.stderr
-        assert done.stderr.count("\n") == 1, done.stderr
+        with pytest.raises(EndedError) as ended:
+            command.main(list(map(str, arguments)))
+        assert ended.value.code == 2
+        assert words in ended.value.reason, (arguments, ended.value.reason)
     assert not list(tmp_path.glob("a.*z"))
     assert not list(tmp_path.glob(".*"))
 

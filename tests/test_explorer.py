@@ -17,6 +17,7 @@ from torch import nn
 
 from tests.command_lines import run_script
 from tests.conftest import made_up_digits
+from tests.rough import UNDRAWN
 from tests.test_figures import BoxOf
 from vae_torch import VAE
 from vae_torch import explorer as module
@@ -58,6 +59,16 @@ def test_the_page_asks_for_nothing_from_outside_and_is_small(images):
     assert re.search(r"<(script|img|link)[^>]+(src|href)=.(?!data:)", page) is None
     assert len(page) < 300_000
     assert MAX_BYTES <= 8_000_000
+
+
+def test_a_large_decoder_gets_the_room_that_it_needs():
+    torch.manual_seed(0)
+    page = explorer_page(VAE((3, 64, 64), 8, 200, architecture="conv", likelihood="gaussian"))
+    weights = len(data_of(page)["weights"])
+    assert MAX_BYTES < weights < len(page) < weights + MAX_BYTES // 2
+    monstrous = VAE((3, 64, 64), 8, 900, architecture="conv")
+    with pytest.raises(ExplorerError, match=r"weights, .* larger than 32 MB; .*intermediate_dim"):
+        explorer_page(monstrous)
 
 
 def test_text_of_a_run_cannot_leave_its_place(images):
@@ -374,9 +385,9 @@ def in_the_dark():
 def test_explore_refuses_a_model_that_it_cannot_draw(made_up_root, tmp_path):
     run_dir = tmp_path / "run"
     settings = ["data=fashion_mnist", f"data.root={made_up_root}", "model.intermediate_dim=16"]
-    settings += ["model.latent_dim=3"]
+    settings += ["model.latent_dim=3", "data.limit_train=100", "data.limit_test=50"]
     quiet = ["train.epochs=1", "train.figure_every=0", f"hydra.run.dir={run_dir}"]
-    done = run_script("train.py", *settings, *quiet)
+    done = run_script("train.py", *settings, *quiet, before=UNDRAWN)
     assert done.returncode == 0, done.stderr
     done = run_script("explore.py", f"run={run_dir}", before=["tests.test_explorer:in_the_dark"])
     assert done.returncode == 2
@@ -389,7 +400,7 @@ def test_a_run_becomes_a_page(made_up_root, tmp_path):
     run_dir = tmp_path / "a=run, <b>"
     settings = ["data=fashion_mnist", f"data.root={made_up_root}", "model.intermediate_dim=16"]
     quiet = ["train.epochs=1", "train.figure_every=0", f"hydra.run.dir='{run_dir}'"]
-    done = run_script("train.py", *settings, *quiet)
+    done = run_script("train.py", *settings, *quiet, before=UNDRAWN)
     assert done.returncode == 0, done.stderr
 
     browser = {"BROWSER": "echo opens %s"}
@@ -419,6 +430,9 @@ def test_a_run_becomes_a_page(made_up_root, tmp_path):
 # What it does.
 
 
+PATIENCE = 300  # seconds until a page counts as stuck, however busy the machine
+
+
 @pytest.fixture(scope="session")
 def browser():
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
@@ -436,6 +450,8 @@ def browser():
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     service = selenium.ChromeService(driver, log_output=subprocess.DEVNULL)
     session = selenium.Chrome(options=options, service=service)
+    session.set_script_timeout(PATIENCE)
+    session.set_page_load_timeout(PATIENCE)
     yield session
     session.quit()
 
@@ -467,8 +483,8 @@ def grey(browser, canvas):
         return torch.tensor(np.asarray(image.convert("L"))).flatten() / 255
 
 
-def wait_until(browser, code, seconds=10):
-    deadline = time.monotonic() + seconds
+def wait_until(browser, code):
+    deadline = time.monotonic() + PATIENCE
     while not js(browser, code):
         assert time.monotonic() < deadline, f"never: {code}"
         time.sleep(0.02)

@@ -6,8 +6,16 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.distributions import Bernoulli, ContinuousBernoulli, Normal
 
+from vae_torch import VAE, evaluate_model
+from vae_torch.config import ObjectiveConfig
+from vae_torch.evaluate import bound_metrics
 from vae_torch.images import check_pixels
-from vae_torch.parts.likelihoods import likelihoods
+from vae_torch.parts.likelihoods import (
+    DiscretizedLogistic,
+    Gaussian,
+    bits_per_dim,
+    likelihoods,
+)
 
 # Likelihoods of one number a pixel; tests/test_parts.py looks at the others.
 ONE_OUTPUT = ("bernoulli", "continuous_bernoulli", "gaussian")
@@ -190,3 +198,20 @@ def test_pixels_are_looked_at_where_they_can_be():
     check_pixels(torch.empty(2, 4, device="meta"))
     checked = torch.func.vmap(lambda x: (check_pixels(x), x.sum())[1])
     assert checked(torch.full((2, 3), 5.0)).tolist() == [15.0, 15.0]
+
+
+def test_bits_per_dimension_are_eight_where_all_of_256_levels_are_as_likely():
+    nats = -3 * 4 * 5 * math.log(256)
+    assert bits_per_dim(DiscretizedLogistic(), nats, (3, 4, 5)) == pytest.approx(8)
+    assert bits_per_dim(Gaussian(), nats, (3, 4, 5)) is None  # a density has no bits
+
+
+def test_bits_per_dimension_are_those_of_the_elbo():
+    torch.manual_seed(0)
+    vae = VAE((1, 4, 4), latent_dim=2, intermediate_dim=8, likelihood="discretized_logistic")
+    found = bound_metrics(vae, torch.rand(9, 1, 4, 4), ObjectiveConfig())
+    assert found["bits_per_dim"] == pytest.approx(-found["elbo"] / 16 / math.log(2))
+    card = evaluate_model(vae, torch.rand(9, 1, 4, 4), num_samples=2, fit_samples=2, fit_images=1)
+    bits, log_px = card["bits_per_dim"], card["log_px"]
+    for key in ("value", "standard_error"):
+        assert abs(bits[key]) == pytest.approx(abs(log_px[key]) / 16 / math.log(2))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tests.command_lines import REPOSITORY, run_script
+from tests.rough import FEW_POINTS, UNDRAWN
 from tests.test_life import what_training_made
 from vae_torch import VAE, ConfigError, compose, load_run, save_run, train
 from vae_torch.checkpoint import CheckpointError, Checkpoints
@@ -28,7 +29,8 @@ OWN = (PLUGIN, "data=stripes", "data.batch_size=50", "model=mine", "model.option
 @pytest.fixture(scope="module")
 def own_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("own") / "run"
-    done = run_script("train.py", *OWN, "train.monitor=test/mse", f"hydra.run.dir={folder}")
+    order = (*OWN, "train.monitor=test/mse", f"hydra.run.dir={folder}")
+    done = run_script("train.py", *order, before=UNDRAWN)
     assert done.returncode == 0, done.stderr
     return folder, done
 
@@ -53,8 +55,8 @@ def test_parts_of_ones_own_train_from_the_command_line(own_run):
 
 def test_a_run_with_parts_of_ones_own_is_evaluated_and_summarised(own_run):
     folder, _ = own_run
-    few = ("eval.num_samples=50", "eval.fit_samples=50", "eval.fit_images=1", "eval.limit=8")
-    done = run_script("evaluate.py", f"run={folder}", PLUGIN, *few)
+    few = ("eval.num_samples=50", "eval.fit_samples=50", "eval.fit_images=1", "eval.limit=4")
+    done = run_script("evaluate.py", f"run={folder}", PLUGIN, *few, before=FEW_POINTS)
     assert done.returncode == 0, done.stderr
     card = json.loads((folder / "evaluation.json").read_text())
     exact, fitted = card["log_px_exact"], card["log_px"]  # a likelihood that is not affine in x
@@ -77,7 +79,7 @@ def test_nothing_is_imported_because_a_file_says_so(own_run, monkeypatch):
 def test_options_of_ones_own_are_swept(tmp_path):
     sweep = tmp_path / "sweep"
     swept = ("-m", *OWN, "model.options.width=8,x", f"sweep.dir={sweep}")
-    done = run_script("train.py", *swept)
+    done = run_script("train.py", *swept, before=UNDRAWN)
     assert "1 of 2 runs finished" in done.stdout
     assert "model.options.width=x: input should be a valid integer" in done.stdout + done.stderr
     table = run_script("summarize.py", str(sweep), "--metric", "test/mse")
@@ -150,7 +152,7 @@ def metrics_of(folder):
     return [{k: v for k, v in line.items() if k not in timed} for line in lines]
 
 
-@pytest.mark.parametrize("step", [3, 4, 6, 9])
+@pytest.mark.parametrize("step", [3, 4, *(pytest.param(n, marks=pytest.mark.slow) for n in (6, 9))])
 def test_a_network_with_dropout_resumes_to_the_bit(tmp_path, step):
     load_plugins(["tests.my_parts"])
     config = compose([*OWN, "train.epochs=3"])
@@ -292,8 +294,9 @@ def test_a_whole_run_takes_callbacks(tmp_path):
 
 def test_parts_of_ones_own_resume_to_the_bit_after_a_kill(own_run, tmp_path):
     order = (*OWN, "train.monitor=test/mse", f"hydra.run.dir={tmp_path / 'run'}")
-    assert run_script("train.py", *order, killed=("step", 6)).returncode == -9
-    done = run_script("train.py", *order, "train.resume=auto")
+    killed = run_script("train.py", *order, killed=("step", 6), before=UNDRAWN)
+    assert killed.returncode == -9
+    done = run_script("train.py", *order, "train.resume=auto", before=UNDRAWN)
     assert done.returncode == 0, done.stderr
     assert what_training_made(tmp_path / "run") == what_training_made(own_run[0])
 

@@ -14,6 +14,7 @@ from pathlib import PurePath
 
 import pytest
 
+from tests.command_lines import SCRIPTS
 from tests.conftest import REPOSITORY
 from vae_torch.cli import children
 from vae_torch.cli.sweeps import jobs_of
@@ -44,10 +45,27 @@ warnings.filterwarnings("error", category=EncodingWarning, module=r"vae_torch|__
 """
 
 
+# A run and its card in one process: a Python here takes long to start.
+BOTH = """
+import runpy, sys
+from pathlib import Path
+from tests.rough import hardly_fitted
+
+scripts = Path(sys.argv[1])
+for name in ("train.py", "evaluate.py"):
+    split = sys.argv.index("--")
+    told, sys.argv = sys.argv, [name, *sys.argv[2:split]]
+    runpy.run_path(str(scripts / name), run_name="__main__")
+    hardly_fitted()
+    sys.argv = [told[0], told[1], *told[split + 1 :], "--"]
+"""
+
+
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory):
-    """Run a script where all of this is absent, in a locale that is not UTF-8."""
+    """Run a file where all of this is absent, in a locale that is not UTF-8."""
     folder = tmp_path_factory.mktemp("elsewhere")
+    (folder / "both.py").write_text(BOTH)
     (folder / "sitecustomize.py").write_text(ELSEWHERE, encoding="utf-8")
     path = [str(folder), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
@@ -60,7 +78,7 @@ def elsewhere(tmp_path_factory):
 
     def run(script, *arguments):
         return subprocess.run(
-            [sys.executable, str(REPOSITORY / "scripts" / script), *map(str, arguments)],
+            [sys.executable, str(script), *map(str, arguments)],
             env=environment, cwd=folder, capture_output=True, encoding="ascii",
             errors="surrogateescape",
         )  # fmt: skip
@@ -78,21 +96,21 @@ def small(made_up_root):
 
 def test_a_run_and_its_card_need_nothing_that_only_linux_has(elsewhere, small, tmp_path):
     run_dir = tmp_path / "run"
-    done = elsewhere("train.py", *small, f"hydra.run.dir={run_dir}")
+    few = ("eval.num_samples=5", "eval.fit_samples=5", "eval.limit=5", "eval.fit_images=1")
+    train, evaluate = (*small, f"hydra.run.dir={run_dir}"), (run_dir, *few)
+    done = elsewhere("both.py", SCRIPTS, *train, "--", *evaluate)
     assert done.returncode == 0, done.stderr
     (run,) = read_runs(tmp_path)
     assert run.state == "finished"
-    done = elsewhere(
-        "evaluate.py", run_dir, "eval.num_samples=5", "eval.limit=5", "eval.fit_images=1"
-    )
-    assert done.returncode == 0, done.stderr
     card = json.loads((run_dir / "evaluation.json").read_text("utf-8"))
     assert card["elbo"]["value"] == pytest.approx(run.metrics["test/elbo"], abs=60)
 
 
 @pytest.mark.slow
 def test_a_sweep_of_two_needs_no_fork(elsewhere, small, tmp_path):
-    done = elsewhere("train.py", "-m", *small, "seed=0,1", "where=cores", f"sweep.dir={tmp_path}")
+    done = elsewhere(
+        SCRIPTS / "train.py", "-m", *small, "seed=0,1", "where=cores", f"sweep.dir={tmp_path}"
+    )
     assert done.returncode == 0, (done.stdout, done.stderr)
     assert "2 of 2 runs finished" in done.stdout
     assert {run.state for run in read_runs(tmp_path)} == {"finished"}

@@ -12,6 +12,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.command_lines import run_script
+from tests.rough import UNDRAWN
 from vae_torch import VAE
 from vae_torch.runs.records import Records, add_evaluation
 
@@ -59,16 +60,17 @@ def test_curves_come_before_pictures_and_these_before_the_curves_of_single_laten
 def test_the_command_of_a_sweeps_job_runs_that_job_alone(made_up_root, tmp_path):
     settings = [
         "data=fashion_mnist", f"data.root={made_up_root}", "model.intermediate_dim=8",
-        "train.epochs=1", "train.figure_every=0",
+        "train.epochs=1", "train.figure_every=0", "data.limit_train=100", "data.limit_test=50",
     ]  # fmt: skip
-    sweep = run_script("train.py", "-m", *settings, "seed=3", f"sweep.dir={tmp_path / 'sweep'}")
+    order = ("-m", *settings, "seed=3", f"sweep.dir={tmp_path / 'sweep'}")
+    sweep = run_script("train.py", *order, before=UNDRAWN)
     assert sweep.returncode == 0, sweep.stderr
     (job,) = (path.parent for path in (tmp_path / "sweep").glob("*/summary.json"))
     python, script, *overrides = shlex.split(text_of(job, "command"))
     assert (python, script) == ("python", "scripts/train.py")
     assert not any(override.startswith("train.resume") for override in overrides)
     alone = tmp_path / "alone"
-    done = run_script("train.py", *overrides, f"hydra.run.dir={alone}")
+    done = run_script("train.py", *overrides, f"hydra.run.dir={alone}", before=UNDRAWN)
     assert done.returncode == 0, done.stderr
     assert metrics_of(alone) == metrics_of(job)
     typed = shlex.split(text_of(alone, "command"))
@@ -89,7 +91,13 @@ def test_the_command_of_a_run_without_hydras_notes_is_what_was_typed(config, tmp
 
 @pytest.mark.parametrize(
     ("latent_dim", "count", "classes", "gain"),
-    [(1, 1, 1, 1.0), (1, 100, 47, 0.0), (2, 3, 1, 1.0), (2, 100, 47, 0.0), (40, 100, 47, 1.0)],
+    [
+        (1, 1, 1, 1.0),
+        pytest.param(1, 100, 47, 0.0, marks=pytest.mark.slow),
+        pytest.param(2, 3, 1, 1.0, marks=pytest.mark.slow),
+        (2, 100, 47, 0.0),
+        (40, 100, 47, 1.0),
+    ],
 )
 def test_pictures_of_few_images_one_class_many_classes_and_a_collapsed_model(
     config, tmp_path, latent_dim, count, classes, gain
@@ -130,7 +138,12 @@ def written(config, run_dir, vae, x, labels):
 
 @pytest.mark.parametrize(
     ("shape", "labelled"),
-    [((3, 12, 20), True), ((3, 20, 12), False), ((1, 12, 20), True), ((20, 12), False)],
+    [
+        ((3, 12, 20), True),
+        pytest.param((3, 20, 12), False, marks=pytest.mark.slow),
+        pytest.param((1, 12, 20), True, marks=pytest.mark.slow),
+        ((20, 12), False),
+    ],
 )
 def test_records_of_colour_rectangles_and_unlabelled_images(
     config, tmp_path, caplog, shape, labelled

@@ -17,9 +17,12 @@ from PIL import Image
 
 from tests.command_lines import run_script
 from tests.conftest import REPOSITORY, made_up_digits
+from tests.rough import ROUGH
 from vae_torch import VAE, draw_samples, load_run, save_run, train
 from vae_torch.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from vae_torch.cli.compose import compose
+from vae_torch.cli.messages import EndedError
+from vae_torch.cli.sample import main as sample_main
 from vae_torch.cli.sample import sample_run
 from vae_torch.config import ConfigError, SampleConfig
 from vae_torch.deploy import portable_files
@@ -29,7 +32,8 @@ from vae_torch.runs.run import run
 
 
 @pytest.fixture(scope="module")
-def source(made_up_root, tmp_path_factory):
+def source(undrawn, made_up_root, tmp_path_factory):
+    del undrawn
     folder = tmp_path_factory.mktemp("source") / "run"
     run(
         compose(
@@ -143,6 +147,7 @@ def test_drawn_pixels_have_the_likelihoods_moments(likelihood):
     assert torch.allclose(expected[0], of_torch.mean, atol=1e-4)
 
 
+@pytest.mark.usefixtures("processor_stays")
 def test_samples_come_as_a_picture_or_as_arrays(source, tmp_path):
     picture, arrays = tmp_path / "grid.png", tmp_path / "x.npz"
     for out in (picture, arrays):
@@ -155,18 +160,20 @@ def test_samples_come_as_a_picture_or_as_arrays(source, tmp_path):
         again, z = draw_samples(load_run(source)[0], 5, pixels="draw")
         assert np.array_equal(found["z"], z)
         assert np.array_equal(found["x"], again)
+    refused = run_script("sample.py", f"run={source}", "out=x.gif")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "out=x.gif: must end in .png or .npz" in refused.stderr
     for asked, line in (
-        ("out=x.gif", "out=x.gif: must end in .png or .npz"),
         ("n=0", "n=0: must be a whole number, 1 or more"),
         ("temperature=-1", "temperature=-1.0: must be a number, 0 or more"),
         (f"out={tmp_path}/none/x.png", "cannot be written"),
         ("pixels=median", "pixels=median: must be one of mean, draw"),
-        ("reconstruct=true pixels=draw", "with reconstruct=true: both are of samples"),
+        ("reconstruct=true pixels=draw", "with reconstruct=true: both are for samples"),
     ):
-        refused = run_script("sample.py", f"run={source}", *asked.split())
-        assert refused.returncode == 2, asked
-        assert line in refused.stderr
-        assert refused.stderr.count("\n") == 1
+        with pytest.raises(EndedError) as ended:
+            sample_main([f"run={source}", *asked.split()])
+        assert ended.value.code == 2
+        assert line in ended.value.reason
 
 
 def test_reconstructions_stand_beside_their_originals(source, made_up_root, tmp_path):
@@ -321,10 +328,10 @@ def evaluated(made_up_root, tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluated")
     overrides = ["data=fashion_mnist", f"data.root={made_up_root}", "model.intermediate_dim=8"]
     overrides += ["objective=keras", "train.epochs=1", "train.figure_every=0", "threads=1"]
-    overrides += ["data.limit_train=100", "data.limit_test=30"]
+    overrides += ["data.limit_train=50", "data.limit_test=10"]
     run(compose(overrides), folder / "run")
     fast = ("eval.num_samples=2", "eval.fit_samples=2", "eval.fit_images=1")
-    done = run_script("evaluate.py", f"run={folder / 'run'}", *fast)
+    done = run_script("evaluate.py", f"run={folder / 'run'}", *fast, before=ROUGH)
     assert done.returncode == 0, done.stderr
     export_run(folder / "run", folder / "pretrained" / "tiny", half=True)
     return folder / "pretrained"
@@ -420,14 +427,19 @@ def test_a_run_starts_from_a_release(made_up_root, release, tmp_path):
 def test_the_command_line_exports_with_the_evaluation_card(source, tmp_path):
     pytest.importorskip("safetensors", reason="safetensors is not installed")
     copy = shutil.copytree(source, tmp_path / "run")
-    fast = ("eval.num_samples=5", "eval.fit_images=2", "eval.limit=20")
-    assert run_script("evaluate.py", f"run={copy}", *fast).returncode == 0
+    fast = ("eval.num_samples=5", "eval.fit_samples=5", "eval.fit_images=2", "eval.limit=5")
+    assert run_script("evaluate.py", f"run={copy}", *fast, before=ROUGH).returncode == 0
     done = run_script("export.py", f"run={copy}", f"out={tmp_path / 'release'}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path / "release")
     measured = json.loads((copy / "evaluation.json").read_text())["elbo"]
     card = (tmp_path / "release" / "README.md").read_text()
-    assert f"| elbo | {measured['value']} | {measured['standard_error']} | " in card
+    (row,) = (line for line in card.splitlines() if line.startswith("| `kl`"))
+    assert row.count("|") - row.count(r"\|") == 5  # the bars of KL(q(z|x) || p(z)) end no cell
+    figure = re.search(r"`elbo` \| (\S+) ± (\S+) nats per image \| (\d+) ", card)
+    assert float(figure[1]) == pytest.approx(measured["value"], abs=0.005)
+    assert float(figure[2]) == pytest.approx(measured["standard_error"], abs=0.005)
+    assert int(figure[3]) == measured["num_images"]
     for asked, line in (
         ([f"run={copy}", f"out={tmp_path / 'release'}"], "is not empty; name a new folder"),
         ([f"run={tmp_path / 'none'}", f"out={tmp_path / 'new'}"], "no such folder"),

@@ -90,12 +90,13 @@ def without_times(metrics):
 def test_a_signal_ends_a_run_that_can_go_on(made_up_root, tmp_path, number):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     more = ["train.epochs=4", "data.binarize=dynamic", "data.batch_size=10"]
+    more += ["data.limit_train=100", "data.limit_test=50"]
     order = settings_of(made_up_root, cut, *more)
-    ended = run_script("train.py", *order, killed=("step", 2 * 60 + 25, "", number))
+    ended = run_script("train.py", *order, killed=("step", 2 * 10 + 5, "", number))
     assert (ended.returncode, ended.stderr) == (128 + number, "")
     assert f"train.resume={cut}" in ended.stdout
     state = load_checkpoint(cut / "checkpoints" / "last.pt")
-    assert (state["epoch"], state["step"]) == (2, 25)  # right after the step
+    assert (state["epoch"], state["step"]) == (2, 5)  # right after the step
 
     settings = (cut / ".hydra" / "config.yaml").read_text()
     for mistake, part in (
@@ -136,7 +137,10 @@ SIGNALS = [
 ]
 
 
-def test_a_signal_ends_a_run_wherever_it_is(made_up_root, tmp_path):
+@pytest.mark.parametrize(
+    "signals", [SIGNALS[::3], pytest.param(SIGNALS, marks=pytest.mark.slow)], ids=["some", "all"]
+)
+def test_a_signal_ends_a_run_wherever_it_is(made_up_root, tmp_path, signals):
     more = [
         *("train.epochs=3", "train.figure_every=2", "data.binarize=dynamic", "train.ema=0.9"),
         *("data.limit_train=100", "data.limit_test=50", "data.batch_size=10"),
@@ -149,7 +153,7 @@ def test_a_signal_ends_a_run_wherever_it_is(made_up_root, tmp_path):
         before = ("tests.moments:tensorboard_begins", next(second))
         return command_lines().run("train.py", *order, killed=killed, before=before)
 
-    for moment, number in SIGNALS:
+    for moment, number in signals:
         moment = [*moment, *[""] * (3 - len(moment)), number]
         ended = run(tmp_path / "cut", moment)
         assert ended.status == 128 + number, (moment, ended)

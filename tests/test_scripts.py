@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,24 +16,28 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from tests.command_lines import run_script, start_script
 from tests.conftest import REPOSITORY
+from tests.rough import ROUGH, UNDRAWN
 from vae_torch import load_run
 from vae_torch.runs.records import trial_name
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def small(made_up_root):
     return [
-        "data=fashion_mnist",
-        f"data.root={made_up_root}",
-        "model.intermediate_dim=16",
-        "train.epochs=2",
-        "train.figure_every=1",
+        *("data=fashion_mnist", f"data.root={made_up_root}", "model.intermediate_dim=16"),
+        *("train.epochs=2", "train.figure_every=1", "data.limit_train=100", "data.limit_test=50"),
     ]
 
 
-def test_a_run_leaves_everything_that_is_promised(small, tmp_path):
-    run_dir = tmp_path / "a run"
-    done = run_script("train.py", *small, f"hydra.run.dir={run_dir}")
+@pytest.fixture(scope="module")
+def finished(small, tmp_path_factory):
+    """A run's folder, and how its command line ended."""
+    run_dir = tmp_path_factory.mktemp("runs") / "a run"
+    return run_dir, run_script("train.py", *small, f"hydra.run.dir={run_dir}")
+
+
+def test_a_run_leaves_everything_that_is_promised(small, finished):
+    run_dir, done = finished
     assert done.returncode == 0, done.stderr
     assert str(run_dir) in done.stdout
     assert "tensorboard" in done.stdout
@@ -90,7 +95,7 @@ def test_a_trial_is_named_by_its_overrides_first(tmp_path):
 def test_multirun_names_its_runs_by_their_overrides(small, tmp_path):
     done = run_script(
         "train.py", "-m", *small[:3], "train.epochs=1", "model.latent_dim=2,3", "seed=7",
-        f"hydra.sweep.dir={tmp_path}",
+        f"hydra.sweep.dir={tmp_path}", before=UNDRAWN,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     runs = sorted(p.parent for p in tmp_path.glob("*/summary.json"))
@@ -107,13 +112,11 @@ def test_help_shows_keys_and_groups():
         assert word in shown.stdout
 
 
-def test_evaluation_card_of_a_run(small, tmp_path):
-    run_dir = tmp_path / "run"
-    assert run_script("train.py", *small, f"hydra.run.dir={run_dir}").returncode == 0
+def test_evaluation_card_of_a_run(finished, tmp_path):
+    run_dir = shutil.copytree(finished[0], tmp_path / "run")
     before = set(REPOSITORY.iterdir())
-    card = run_script(
-        "evaluate.py", f"run={run_dir}", "eval.num_samples=20", "eval.limit=10", "eval.fit_images=2"
-    )
+    few = ("eval.num_samples=20", "eval.fit_samples=20", "eval.limit=10", "eval.fit_images=2")
+    card = run_script("evaluate.py", f"run={run_dir}", *few, before=ROUGH)
     assert card.returncode == 0, card.stderr
     assert set(REPOSITORY.iterdir()) == before
     stored = json.loads((run_dir / "evaluation.json").read_text())
@@ -211,13 +214,16 @@ def test_an_experiment_of_ones_own_chooses_where_and_can_be_resumed(made_up_root
         "train: {epochs: 1}\n"
     )
     done = run_script(
-        "train.py", "--config-dir", "mine", "experiment=grid", "seed=0,1", "sweep.dir=s",
-        cwd=tmp_path,
+        "train.py", "--config-dir", "mine", "experiment=grid", "model.latent_dim=-1,2",
+        "sweep.dir=s", cwd=tmp_path,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "2 of 2 runs finished in s" in done.stdout
+    assert done.returncode == 1, done.stderr
+    assert "1 of 2 runs finished, 1 failed in s" in done.stdout
+    assert "failed, model.latent_dim=-1: must be a whole number" in done.stdout
     assert "is launching 2 jobs" in done.stdout + done.stderr  # joblib's
-    summary = json.loads((tmp_path / "s" / "seed-0_grid" / "summary.json").read_text("utf-8"))
+    summary = json.loads(
+        (tmp_path / "s" / "model.latent_dim-2_grid" / "summary.json").read_text("utf-8")
+    )
     assert summary["config"]["threads"] == 1
 
     tiny = ("--config-dir", "mine", "experiment=tiny", "hydra.run.dir=r")

@@ -25,7 +25,7 @@ def test_coverage_of_a_known_posterior(factor, expected):
     """Of N(0, 1), 67.29% lie within 0.98."""
     vae, _ = linear_gaussian(2)
     vae.posterior.logvar.bias.data += 2 * math.log(factor)
-    found = figures_of(vae, torch.rand(2000, PIXELS).double())["interval_coverage"]
+    found = figures_of(vae, torch.rand(1000, PIXELS).double())["interval_coverage"]
     assert abs(found["value"] - expected) < 4 * max(found["standard_error"], 1e-4)
 
 
@@ -81,7 +81,7 @@ def test_what_cannot_be_sampled_has_no_such_figures():
 def test_intervals_of_a_skewed_mean_hold_it():
     """Log-normal values, as gaps are: mean ± 2 errors holds the mean in 87%."""
     random, held, usual = np.random.default_rng(0), [], []
-    for seed in range(150):
+    for seed in range(60):
         values = random.lognormal(0, 1, 50)
         low, high = bootstrap_interval(values, seed)
         held.append(low < math.exp(0.5) < high)

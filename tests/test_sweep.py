@@ -1,5 +1,6 @@
 """Reading many runs, against tables worked out by hand; and sweeps in which jobs fail."""
 
+import importlib
 import importlib.util
 import json
 import math
@@ -19,6 +20,7 @@ from filelock import FileLock
 from scipy.stats import ttest_ind
 
 from tests.command_lines import run_script, start_script
+from tests.rough import UNDRAWN
 from vae_torch.runs.folders import Run, SweepError, read_runs
 from vae_torch.runs.metrics import direction_of, higher_is_better
 from vae_torch.runs.prune import behind_median
@@ -456,20 +458,37 @@ def tiny_sweep(root, folder, *overrides):
     ]
 
 
+FEW = ("train.epochs=1", "data.limit_train=100", "data.limit_test=50")
+
+
 def needs(module):
     return pytest.mark.skipif(
         not importlib.util.find_spec(module), reason=f"{module} is not installed"
     )
 
 
+def submitit_starts_no_process():
+    """Its executor for debugging: what a job is given and returns, in a second."""
+    launcher = importlib.import_module("hydra_plugins.hydra_submitit_launcher.submitit_launcher")
+    launcher.LocalLauncher._EXECUTOR = "debug"
+
+
 @pytest.mark.parametrize(
     ("where", "values"),
-    [("here", "-1,2"), ("here", "2,-1"), ("cores", "-1,2"), ("slurm_local", "-1,2")],
+    [
+        ("here", "-1,2"),
+        ("slurm_local in one process", "-1,2"),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (("here", "2,-1"), ("cores", "-1,2"), ("slurm_local", "-1,2"))
+        ),
+    ],
 )
 def test_a_wrong_value_fails_its_own_job_alone(made_up_root, tmp_path, where, values):
     folder = tmp_path / "sweep"
-    sweep = tiny_sweep(made_up_root, folder, "train.epochs=1", f"where={where}", "seed=0")
-    done = run_script("train.py", *sweep, f"model.latent_dim={values}")
+    sweep = tiny_sweep(made_up_root, folder, *FEW, f"where={where.partition(' ')[0]}", "seed=0")
+    before = ["tests.test_sweep:submitit_starts_no_process"] if " " in where else UNDRAWN
+    done = run_script("train.py", *sweep, f"model.latent_dim={values}", before=before)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "1 of 2 runs finished, 1 failed in" in done.stdout
@@ -492,6 +511,7 @@ def test_an_interrupted_sweep_counts_the_jobs_that_were_asked_for(made_up_root, 
     assert "0 of 3 runs finished, 1 interrupted, 2 not started" in ended.out
 
 
+@pytest.mark.slow
 def test_ctrl_c_lets_the_runs_of_all_cores_write_a_checkpoint(made_up_root, tmp_path):
     folder = tmp_path / "s"
     sweep = tiny_sweep(made_up_root, folder, "train.epochs=100000", "seed=0,1", "where=cores")
@@ -508,35 +528,41 @@ def test_ctrl_c_lets_the_runs_of_all_cores_write_a_checkpoint(made_up_root, tmp_
 
 
 def test_more_jobs_in_a_sweeps_folder_are_counted_alone(made_up_root, tmp_path):
-    sweep = tiny_sweep(made_up_root, tmp_path / "s", "train.epochs=1")
-    assert "2 of 2 runs" in run_script("train.py", *sweep, "model.latent_dim=2,3").stdout
+    def sweep(values):
+        order = tiny_sweep(made_up_root, tmp_path / "s", *FEW, f"model.latent_dim={values}")
+        return run_script("train.py", *order, before=UNDRAWN).stdout
+
+    assert "2 of 2 runs" in sweep("2,3")
     (third,) = (tmp_path / "s").glob("model.latent_dim-3*")
     (third / "failed.json").write_text('{"reason": "of an earlier attempt"}')
-    done = run_script("train.py", *sweep, "model.latent_dim=3,4,5")
-    assert "3 of 3 runs finished in" in done.stdout
-    assert done.stdout.count("finished already") == 1
+    said = sweep("3,4")
+    assert "2 of 2 runs finished in" in said
+    assert said.count("finished already") == 1
 
 
 @pytest.mark.parametrize("where", ["here", pytest.param("cores", marks=pytest.mark.slow)])
 def test_a_sweep_survives_a_failed_job_and_goes_on(made_up_root, tmp_path, where):
     folder = tmp_path / "a sweep"
-    sweep = tiny_sweep(made_up_root, folder, "train.epochs=1", f"where={where}")
-    first = run_script("train.py", *sweep, "optimizer.lr=1e-3,1e30,2e-3")
+
+    def sweep(rates):
+        order = tiny_sweep(made_up_root, folder, *FEW, f"where={where}", f"optimizer.lr={rates}")
+        return run_script("train.py", *order, before=UNDRAWN)
+
+    first = sweep("1e30,2e-3")
     assert first.returncode == 1, first.stderr
-    assert "2 of 3 runs finished" in first.stdout
+    assert "1 of 2 runs finished" in first.stdout
     assert "failed, stopped: epoch 1" in first.stdout
     assert "scripts/summarize.py" in first.stdout
     runs = {run.settings["optimizer.lr"]: run for run in read_runs(folder)}
-    assert {lr: run.state for lr, run in runs.items()} == {
-        1e-3: "finished", 1e30: "failed", 2e-3: "finished",
-    }  # fmt: skip
-    before = (runs[1e-3].path / "summary.json").stat().st_mtime_ns
+    assert {lr: run.state for lr, run in runs.items()} == {1e30: "failed", 2e-3: "finished"}
+    before = (runs[2e-3].path / "summary.json").stat().st_mtime_ns
     runs[1e30].path.rename(tmp_path / "gone")
-    second = run_script("train.py", *sweep, "optimizer.lr=1e-3,2e-3,1e-2")
+    second = sweep("1e-3,2e-3,1e-2")
     assert second.returncode == 0, second.stderr
-    assert second.stdout.count("finished already") == 2
+    assert second.stdout.count("finished already") == 1
     assert "3 of 3 runs finished" in second.stdout
-    assert (runs[1e-3].path / "summary.json").stat().st_mtime_ns == before
+    assert (runs[2e-3].path / "summary.json").stat().st_mtime_ns == before
+    runs = {run.settings["optimizer.lr"]: run for run in read_runs(folder)}
     if where == "cores":
         return
 
@@ -546,7 +572,7 @@ def test_a_sweep_survives_a_failed_job_and_goes_on(made_up_root, tmp_path, where
         summary = json.loads(path.read_text())
         summary[key] |= {"test/elbo": -1.0} if key == "final" else {"code": "0" * 64}
         path.write_text(json.dumps(summary))
-    third = run_script("train.py", *sweep, "optimizer.lr=1e-3,2e-3,1e-2")
+    third = sweep("1e-3,2e-3,1e-2")
     assert third.returncode == 1
     assert "does not fit the checkpoint beside it" in third.stdout
     assert "its run was made with code 000000000000, this is " in third.stdout
@@ -574,7 +600,10 @@ def test_settings_lie_between_the_plugin_and_the_command_line():
 def test_work_in_a_child(tmp_path):
     script = """
 import math, multiprocessing, os, signal, sys
+from vae_torch.cli import children
 from vae_torch.cli.children import KilledError, in_a_child
+
+children._PRELOAD.clear()  # no run is made here
 
 if __name__ == "__main__":
     assert in_a_child(math.sqrt, 2.25) == 1.5
@@ -600,6 +629,36 @@ if __name__ == "__main__":
     (tmp_path / "main.py").write_text(script)
     done = run_script(tmp_path / "main.py")
     assert done.stdout == "all is well\n", done.stderr
+
+
+def test_ctrl_c_waits_for_the_child_that_it_reaches(tmp_path):
+    script = """
+import os, signal, sys, time
+from vae_torch.cli import children
+
+children._PRELOAD.clear()
+
+def stop(*_):
+    print("a checkpoint", flush=True)
+    sys.exit(130)
+
+def work():
+    signal.signal(signal.SIGINT, stop)
+    print("works", flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    try:
+        children.in_a_child(work)
+    except SystemExit as end:
+        print("ended", end.code)
+"""
+    (tmp_path / "main.py").write_text(script)
+    with start_script(tmp_path / "main.py", group=True) as process:
+        process.wait_for("works")
+        os.killpg(process.pid, signal.SIGINT)
+        ended = process.end()
+    assert (ended.out, ended.error) == ("a checkpoint\nended 130\n", "")
 
 
 def first(pattern, folder, process):

@@ -47,7 +47,7 @@ def test_loop_overfits_one_batch(made_up_root):
         vae,
         train_loader,
         test_loader,
-        epochs=400,
+        epochs=200,
         optimizer=OptimizerConfig(name="adam", lr=3e-3, eps=1e-8, schedule="cosine"),
     )
     p = train_loader.dataset.images.float() / 255
@@ -365,6 +365,7 @@ NEEDS_2_14 = pytest.mark.skipif(torch.__version__ < "2.14", reason="compile=true
             {"name": "sgd", "lr": 1e-4, "momentum": 0.9, "weight_decay": 0.1, "clip_norm": 20.0},
             {},
             id="momentum",
+            marks=SLOW,
         ),
         pytest.param(
             {},

@@ -402,6 +402,10 @@ class EvalConfig(Group):
     fit_samples: Annotated[
         Count, about("importance samples per image from its fitted proposal, for log_px")
     ] = 1000
+    log_px_images: Annotated[
+        Count | None,
+        about("images, drawn at random, that get log_px; a bound of all adds the rest; null: all"),
+    ] = None
     ais: Annotated[
         Count | None, about("images, chosen at random, that also get annealed importance sampling")
     ] = None

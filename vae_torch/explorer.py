@@ -44,7 +44,8 @@ from vae_torch.vae import VAE
 
 __all__ = ["MAX_BYTES", "ExplorerError", "explorer_page", "run_facts", "run_notes"]
 
-MAX_BYTES = 8_000_000
+MAX_BYTES = 8_000_000  # of a page, or half of it beside a decoder that needs more
+MAX_DECODER_BYTES = 32_000_000  # such as 64x64 colour images of `model=conv`: 22 MB
 
 # With fewer epochs or images than these, the page says why it looks poor.
 _FEW_EPOCHS = 3
@@ -79,6 +80,8 @@ def explorer_page(
     points: int = 3000,
 ) -> str:
     """Make the page, with fewer points than asked for if it would exceed `MAX_BYTES`.
+
+    A decoder that needs more room than that gets it, up to `MAX_DECODER_BYTES`.
 
     Args:
         vae: The model.
@@ -137,25 +140,26 @@ def _page(
         page["given"] = [_called(label, class_names) for label in range(vae.classes)]
     images = _without_images(vae)
     try:
-        decoder = packed_decoder(vae, max_bytes=MAX_BYTES)
+        decoder = packed_decoder(vae, max_bytes=MAX_DECODER_BYTES)
         whose = ""
     except ExplorerError as error:
         if vae.latent_dim > 2 or vae.classes:  # a grid for each class would be too many images
             raise
         decoder, whose = None, str(error)
     n = 0 if x is None else min(points, len(x))
+    most = max(MAX_BYTES, (len(decoder["weights"]) if decoder else 0) + MAX_BYTES // 2)
     while True:
         if x is not None and n:
             some = None if labels is None else labels[:n]
             images = _with_images(vae, x[:n], some, available or len(x), class_names)
         drawn = decoder or _grid(vae, images, whose)
         content = _fill(page | drawn | images)
-        if not n or len(content.encode()) < MAX_BYTES:
+        if not n or len(content.encode()) < most:
             return content
         if n <= _FEWEST_POINTS:
             raise ExplorerError(
                 f"the page would have {len(content.encode()) / 1e6:.1f} MB with {n} images, and "
-                f"{MAX_BYTES / 1e6:.0f} MB are the most; explore a smaller model"
+                f"{most / 1e6:.0f} MB are the most; explore a smaller model"
             )
         n = max(_FEWEST_POINTS, n // 2)
 

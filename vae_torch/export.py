@@ -12,6 +12,7 @@ The first two have the names that the Hugging Face Hub expects. Nothing in a rel
 """
 
 import json
+import math
 import secrets
 import shutil
 from collections.abc import Sequence
@@ -171,11 +172,16 @@ def _model_card(
     figures = "It has not been evaluated: `scripts/evaluate.py` measures it.\n"
     if card:
         rows = "".join(
-            f"| {name} | {entry['value']} | {entry.get('standard_error')} | {entry.get('unit')} |\n"
+            f"| `{name}` | {_figure(entry)} | {entry['num_images']:,} | "
+            + entry["definition"].replace("|", r"\|")
+            + " |\n"
             for name, entry in card.items()
             if isinstance(entry, dict) and isinstance(entry.get("value"), int | float)
         )
-        figures = f"| figure | value | standard error | unit |\n|---|---|---|---|\n{rows}"
+        figures = (
+            f"| figure | value | images | what it is |\n|---|---|---|---|\n{rows}\n"
+            "± is the standard error over images.\n"
+        )
     portable = ""
     for kind in formats:
         portable += (
@@ -212,6 +218,15 @@ vae, config = load_run({arguments})
 images = vae.sample(16{given})
 ```
 {portable}"""
+
+
+def _figure(entry: dict[str, Any]) -> str:
+    """`-149.85 ± 0.51 nats per image`, with two digits of the error."""
+    value, error = entry["value"], entry.get("standard_error")
+    if not error:
+        return f"{value} {entry['unit']}"
+    digits = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:.{digits}f} ± {error:.{digits}f} {entry['unit']}"
 
 
 def _json(values: dict[str, Any]) -> bytes:

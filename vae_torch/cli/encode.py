@@ -157,10 +157,34 @@ def other_images(
         raise ConfigError(f"images={root}: {error}") from None
     if run_config.data.binarize != "none":  # like the run's own test images
         images = binarize_images(images, salt=STATIC_TEST)
+    classes = found.classes
+    if vae.classes and classes and labels is not None:
+        labels, classes = as_the_run_numbers(labels, classes, config, run_config, vae.classes)
     flat = len(vae.input_shape) == 1
-    dataset = ImageDataset(images, labels, flat=flat, classes=found.classes, device=device)
+    dataset = ImageDataset(images, labels, flat=flat, classes=classes, device=device)
     files = image_files(root)[1 if tested else 0] if root.is_dir() else None
     return Source(dataset, files)
+
+
+def as_the_run_numbers(
+    labels: Any, names: Sequence[str], config: EncodeConfig, run_config: Config, count: int
+) -> tuple[Any, Sequence[str]]:
+    """Labels in the numbers of the run's classes, and these: a folder may lack some of them."""
+    import torch
+
+    from vae_torch.data import image_dataset, loaders_of
+
+    if config.data_root:
+        run_config.data.root = config.data_root
+    known = image_dataset(loaders_of(run_config, "cpu")[0]).classes
+    known = known or [str(number) for number in range(count)]
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"images={config.images}: class {name} is not in the run, whose classes are "
+                f"{', '.join(known)}"
+            )
+    return torch.tensor([known.index(name) for name in names])[labels.long()], known
 
 
 def write_npz(path: Path, batches: "Iterator[Encoded]", source: Source) -> None:

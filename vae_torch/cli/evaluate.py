@@ -17,6 +17,7 @@ from vae_torch.cli.messages import leave_disk_errors_to_main, shown, tell_interr
 from vae_torch.cli.settings_line import asked, open_run
 from vae_torch.config import ConfigError, EvaluateConfig
 
+_LONG = timedelta(minutes=10)  # an evaluation that calls for fewer images
 _WIDTH = 100  # columns of the printed card
 _LABEL = 24  # of them for the names
 
@@ -42,9 +43,11 @@ _MEANINGS = {
     "knn_accuracy": "labels found by 10 neighbours",
     "log_px_exact": "log p(x) by integration",
     "log_px": "log p(x), fitted proposals",
+    "bits_per_dim": "-log_px in bits, by pixel and channel",
     "log_px_encoder": "by {samples:,} samples from q(z|x)",
     "log_px_ais": "log p(x) by annealing",
     "ais_difference": "log_px_ais - log_px",
+    "ais_width": "annealing's error on samples, at most",
     "effective_samples": "of {samples:,} per image",
     "interval_coverage": "z inside the encoder's 95%",
     "sample_auc": "samples told from test images",
@@ -89,6 +92,12 @@ def evaluate_run(config: EvaluateConfig) -> None:
             f"eval.exact=true: integration needs latent_dim 1 or 2, this run has {vae.latent_dim}; "
             "use eval.exact=null, log_px is importance sampling"
         )
+    asked_images = config.eval.log_px_images
+    if config.eval.ais and asked_images and config.eval.ais > asked_images:
+        raise ConfigError(
+            f"eval.ais={config.eval.ais}: annealing checks log_px, so at most "
+            f"eval.log_px_images={asked_images}"
+        )
     if config.data_root:
         run_config.data.root = config.data_root
     train_loader, test_loader = loaders_of(run_config, device)
@@ -109,10 +118,12 @@ def evaluate_run(config: EvaluateConfig) -> None:
     instead = refuse_smaller(config, len(test_set), integrates)
     few = min(max(8, chunk // config.eval.num_samples), 256)
     one_class = vae.given(0) if vae.classes else vae
-    tell_duration(one_class, test_set.first(few)[0], len(test_set), config, chunk)
+    estimated = min(asked_images or len(test_set), len(test_set))
+    tell_duration(one_class, test_set.first(few)[0], estimated, config, chunk)
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     samples = (config.eval.num_samples, config.eval.fit_samples, config.eval.seed)
-    partial = Partial(run_dir / PARTIAL, repr((sha256, hashes, samples, versions())))
+    protocol = (sha256, hashes, samples, estimated, versions())
+    partial = Partial(run_dir / PARTIAL, repr(protocol))
     if partial.begun:
         print("resuming an interrupted evaluation")
     card, per_image = evaluate_images(
@@ -122,6 +133,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
         num_samples=config.eval.num_samples,
         fit_samples=config.eval.fit_samples,
         fit_images=config.eval.fit_images,
+        log_px_images=asked_images,
         ais=config.eval.ais,
         chunk=chunk,
         exact=config.eval.exact,
@@ -169,6 +181,11 @@ def refuse_smaller(config: EvaluateConfig, images: int, integrates: bool) -> str
         annealed = card.get("log_px_ais", {"num_images": 0})
         known = [  # name, its value in that card, and its value in the next
             ("images", encoder["num_images"], images),
+            (
+                "images with log_px",
+                encoder.get("estimated_images", encoder["num_images"]),
+                min(asked.log_px_images or images, images),
+            ),
             ("importance samples", encoder["num_samples"], asked.num_samples),
             (
                 "fitted images",
@@ -211,9 +228,10 @@ def tell_duration(vae: Any, x: Any, images: int, config: EvaluateConfig, chunk: 
         importance_log_px(vae, x, num_samples=samples, chunk=chunk).log_px.sum().item()
         took = time.perf_counter() - began
     left = timedelta(seconds=round(took * images / len(x)))
+    few = " (eval.log_px_images=500 is quicker)" if left > _LONG and images > 500 else ""
     print(
         f"log p(x) of {images:,} images, {samples:,} samples each: about {left} (h:mm:ss), and "
-        "about as long again from fitted proposals",
+        f"about as long again from fitted proposals{few}",
         flush=True,
     )
 
@@ -243,10 +261,14 @@ def _line(name: str, entry: dict[str, Any], card: dict[str, Any]) -> str:
     value, error = entry["value"], entry["standard_error"]
     number = f"{value:.3f}" if isinstance(value, float) else str(value)
     spread = f"± {error:.3f}" if error is not None else ""
-    unit = {"nats per image": "nats", "share of images": "share"}.get(entry["unit"], entry["unit"])
+    unit = {"nats per image": "nats", "share of images": "share", "bits per dimension": "bits"}.get(
+        entry["unit"], entry["unit"]
+    )
     unit = unit.removesuffix(" dimensions")
     images = entry["num_images"]
     count = f"{images:,} image{'s' if images > 1 else ''}"
+    if "estimated_images" in entry:
+        count = f"{entry['estimated_images']:,} / {images:,}"
     meaning = _MEANINGS.get(name, "").format(samples=entry["num_samples"]) or entry["definition"]
     if name == "gap":
         meaning = "log_px_exact - elbo" if "log_px_exact" in card else "log_px - elbo"

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from vae_torch.bars import bar
 from vae_torch.config import ConfigError
-from vae_torch.parts.likelihoods import Bernoulli
+from vae_torch.evaluation.partial import Partial, in_parts
+from vae_torch.evaluation.simulated import simulated_pixels
 from vae_torch.seeds import Stream, seeded_generator
 from vae_torch.vae import VAE, in_eval_mode
 
@@ -42,6 +43,7 @@ def annealed_log_px(
     seed: int = 0,
     chunk: int = 4096,
     progress: bool = False,
+    store: Partial | None = None,
 ) -> AnnealedEstimate:
     """Log p(x) by annealed importance sampling from the prior, with Hamiltonian Monte Carlo.
 
@@ -59,6 +61,7 @@ def annealed_log_px(
         seed: Random seed of all noise.
         chunk: Decoder rows at once: `chunk / chains` images.
         progress: Show a bar on a terminal.
+        store: Keeps finished images, so that an interrupted estimate resumes.
 
     Raises:
         ValueError: A number is below 1, `VAE.check` refuses x, or log p(x|z) has no gradient.
@@ -66,21 +69,20 @@ def annealed_log_px(
     _check_counts(temperatures, chains, leapfrogs, chunk)
     check_gradient(vae)
     x = vae.check(x)
-    found = []
-    steps = range(0, len(x), max(1, chunk // chains))
-    for start in steps:
-        part = x[start : start + steps.step]
+
+    def anneal(start: int, stop: int) -> Tensor:
+        part = x[start:stop]
         noise = seeded_generator(x.device, seed, start, Stream.ANNEAL)
         z = _from_prior(vae, chains * len(part), noise).to(x).unflatten(0, (chains, -1))
         sizes = _tuned(vae, part, z, temperatures, leapfrogs, noise)
-        words = f"AIS, images {start + 1} to {start + len(part)}"
-        log_w, accepted = _anneal(
-            vae, part, z, sizes, leapfrogs, noise, words=words if progress else None
-        )
-        found.append((log_w, accepted))
-    log_w = torch.cat([each for each, _ in found], 1)
-    log_px = log_w.logsumexp(0) - math.log(chains)
-    return AnnealedEstimate(log_px, log_w, torch.cat([accepted for _, accepted in found]))
+        words = f"AIS, images {start + 1} to {stop}" if progress else None
+        log_w, accepted = _anneal(vae, part, z, sizes, leapfrogs, noise, words=words)
+        return torch.cat([log_w, accepted.unsqueeze(0)]).T
+
+    together = max(1, chunk // chains)
+    rows = in_parts(anneal, len(x), together, vae=vae, name="ais", store=store, progress=False)
+    log_w = rows[:, :-1].T
+    return AnnealedEstimate(log_w.logsumexp(0) - math.log(chains), log_w, rows[:, -1])
 
 
 @in_eval_mode
@@ -101,7 +103,7 @@ def sandwich_log_px(
     to the prior. The distance between the bounds shows how exact annealing is on this model.
 
     Args:
-        vae: A model with Bernoulli pixels.
+        vae: A model whose likelihood can sample.
         images: Number of images to sample.
         temperatures: As in `annealed_log_px`.
         chains: As in `annealed_log_px`.
@@ -110,19 +112,15 @@ def sandwich_log_px(
         progress: Show a bar on a terminal.
 
     Raises:
-        ValueError: A number is below 1, or the likelihood cannot be sampled here.
+        ValueError: A number is below 1.
+        ConfigError: The likelihood cannot sample.
     """
     _check_counts(temperatures, chains, leapfrogs, images)
-    if not isinstance(vae.likelihood, Bernoulli):
-        raise ValueError(
-            f"the likelihood is {type(vae.likelihood).__name__}: images are sampled from Bernoulli "
-            "pixels only; use annealed_log_px on images that you have"
-        )
     weight = next(vae.parameters())
     noise = seeded_generator(weight.device, seed, Stream.ANNEAL, 1)
     with torch.no_grad():
         z = _from_prior(vae, images, noise).to(weight)
-        x = torch.bernoulli(vae.likelihood.mean(vae.decode(z)), generator=noise)
+        x = simulated_pixels(vae, vae.decode(z), noise)
     settings = (temperatures, leapfrogs, noise)
     fresh = _from_prior(vae, chains * images, noise).to(weight).unflatten(0, (chains, -1))
     sizes = _tuned(vae, x, fresh, *settings)

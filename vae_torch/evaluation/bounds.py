@@ -10,6 +10,7 @@ from torch import Tensor
 from vae_torch.config import ObjectiveConfig
 from vae_torch.data import Data, as_batch, as_loader
 from vae_torch.images import Batch
+from vae_torch.parts.likelihoods import bits_per_dim
 from vae_torch.parts.objectives import (
     Noise,
     Objective,
@@ -49,7 +50,8 @@ def bound_metrics(
 
     Returns:
         `loss`, `elbo`, `reconstruction`, `kl` in nats per image, the objective's other metrics, and
-        `kl_per_dim`, one per latent dimension, where the KL has a closed form.
+        `kl_per_dim`, one per latent dimension, where the KL has a closed form. The elbo's
+        `bits_per_dim` where the likelihood has `levels`.
 
     Raises:
         ValueError: No image, or images that `VAE.check` refuses.
@@ -80,7 +82,9 @@ def bound_metrics(
             images += len(part.x)
     if not images:
         raise ValueError("there is no image to evaluate; the loader gave no batch")
-    return {name: (total / images).tolist() for name, total in sums.items()}
+    means: dict[str, Any] = {name: (total / images).tolist() for name, total in sums.items()}
+    bits = bits_per_dim(vae.likelihood, means["elbo"], vae.input_shape)
+    return means if bits is None else {**means, "bits_per_dim": bits}
 
 
 @torch.no_grad()

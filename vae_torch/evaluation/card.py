@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vae_torch.config import ConfigError
 from vae_torch.data import Data, as_loader
-from vae_torch.evaluation.ais import annealed_log_px, check_gradient
+from vae_torch.evaluation.ais import annealed_log_px, check_gradient, sandwich_log_px
 from vae_torch.evaluation.bounds import bounds_of, elbo_of, posterior_elbo
 from vae_torch.evaluation.figures import (
     Figures,
@@ -27,11 +28,17 @@ from vae_torch.evaluation.proposals import fitted_log_px
 from vae_torch.evaluation.simulated import put_simulated
 from vae_torch.evaluation.verdict import verdict
 from vae_torch.images import Batch
-from vae_torch.parts.likelihoods import Bernoulli, Gaussian
+from vae_torch.parts.likelihoods import Bernoulli, Gaussian, bits_per_dim
 from vae_torch.parts.objectives import ACTIVE_UNIT_VARIANCE
 from vae_torch.quadrature import QuadratureError, check_few_latents, exact_log_px
 from vae_torch.seeds import Stream, seeded_generator
 from vae_torch.vae import VAE, in_eval_mode
+
+# Importance samples from q(z|x) of every image, where only some get log_px. The difference of the
+# two hardly varies between images, so a few hundred give the mean of all.
+_FEW_SAMPLES = 20
+
+_SANDWICHED = 100  # sampled images between two bounds, at most
 
 # Images whose log p(x) shows overfitting: all of them would take longer than the test set.
 _TRAIN_IMAGES = 1000
@@ -52,6 +59,7 @@ def evaluate_model(
     num_samples: int = 5000,
     fit_samples: int = 1000,
     fit_images: int = 100,
+    log_px_images: int | None = None,
     ais: int | None = None,
     chunk: int = 1024,
     exact: bool | None = None,
@@ -69,6 +77,9 @@ def evaluate_model(
         fit_samples: Importance samples from fitted proposals, for log_px.
         fit_images: Number of images that get a fitted posterior, to split the gap; chosen at random
             by the seed.
+        log_px_images: Number of images that get log_px and log_px_encoder, chosen at random by the
+            seed. The mean of all images is that of a quick bound of all, by 20 importance samples,
+            plus the mean difference on these. None computes every image.
         ais: Number of images that also get an annealed estimate, as a check of log_px; chosen at
             random by the seed. None leaves it out.
         chunk: Decoder rows at once.
@@ -82,9 +93,9 @@ def evaluate_model(
         settle is left out, and the verdict says so.
 
     Raises:
-        ValueError: num_samples, fit_samples, fit_images, ais or chunk is below 1; an
-            integral over more than two latents is asked for; or no image, or images that
-            `VAE.check` refuses.
+        ValueError: num_samples, fit_samples, fit_images, log_px_images, ais or chunk is below 1;
+            log_px_images is below ais; an integral over more than two latents is asked for; or no
+            image, or images that `VAE.check` refuses.
     """
     return evaluate_images(
         vae,
@@ -93,6 +104,7 @@ def evaluate_model(
         num_samples=num_samples,
         fit_samples=fit_samples,
         fit_images=fit_images,
+        log_px_images=log_px_images,
         ais=ais,
         chunk=chunk,
         exact=exact,
@@ -110,6 +122,7 @@ def evaluate_images(
     num_samples: int = 5000,
     fit_samples: int = 1000,
     fit_images: int = 100,
+    log_px_images: int | None = None,
     ais: int | None = None,
     chunk: int = 1024,
     exact: bool | None = None,
@@ -125,10 +138,19 @@ def evaluate_images(
     Returns:
         The card, and by name the values of each image of `loader`, in order.
     """
-    counts = {"num_samples": num_samples, "fit_samples": fit_samples, "fit_images": fit_images}
-    for name, given in {**counts, "ais": ais, "chunk": chunk}.items():
+    counts = {
+        "num_samples": num_samples,
+        "fit_samples": fit_samples,
+        "fit_images": fit_images,
+        "log_px_images": log_px_images,
+        "ais": ais,
+        "chunk": chunk,
+    }
+    for name, given in counts.items():
         if given is not None and given < 1:  # before any work
             raise ValueError(f"{name}={given}: must be 1 or more")
+    if ais is not None and log_px_images is not None and ais > log_px_images:
+        raise ValueError(f"ais={ais}: checks log_px, so at most log_px_images={log_px_images}")
     if exact:
         check_few_latents(vae)
     if ais is not None:
@@ -144,7 +166,7 @@ def evaluate_images(
         _put_residual(card, vae.likelihood, x[0].numel())
     train: _Train | None = None
     if train_loader is not None:
-        train = _put_train_elbo(card, vae, train_loader)
+        train = _put_train_elbo(card, vae, train_loader, log_px_images or _TRAIN_IMAGES)
     if isinstance(vae.likelihood, Bernoulli) and not ((x == 0) | (x == 1)).all():
         floor = -torch.special.xlogy(x, x) - torch.special.xlogy(1 - x, 1 - x)
         card.put(
@@ -175,15 +197,22 @@ def evaluate_images(
                 more={"residual": grid.residual},
             )
     how: dict[str, Any] = {"seed": seed, "chunk": chunk, "progress": progress, "store": store}
-    _put_log_px(card, vae, batch, fit_samples, how)
+    some = _chosen(len(x), log_px_images or len(x), seed).to(x.device)
+    few = None
+    if len(some) < len(x):
+        of_all = partial(importance_log_px, num_samples=_FEW_SAMPLES, name="few", **how)
+        few = by_class(vae, batch, of_all).log_px.double()
+    _put_log_px(card, vae, batch, (some, few), fit_samples, how)
     sampled = partial(importance_log_px, num_samples=num_samples, **how)
-    estimate = by_class(vae, batch, sampled)
+    estimate = by_class(vae, batch.rows(some), sampled)
     card.put(
         "log_px_encoder",
         estimate.log_px,
         "log p(x) by importance sampling from q(z|x), as papers report it; in expectation too low, "
         "by an amount that differs between models",
         num_samples,
+        of=some,
+        from_all=few,
     )
     card.put(
         "effective_samples",
@@ -191,16 +220,17 @@ def evaluate_images(
         "(Σ w)² / Σ w² of the importance weights of log_px_encoder",
         num_samples,
         unit="samples",
+        of=some,
         more={"share_below_10": (estimate.effective_samples < 10).double().mean().item()},
     )
     card.compare("log_px", "log_px_encoder")
     if "log_px_exact" in card.per_image:
         card.compare("log_px", "log_px_exact")
     if ais is not None:
-        _put_annealed(card, vae, batch, ais, progress)
+        _put_annealed(card, vae, batch, ais, how)
     if train is not None:
         _put_train_log_px(card, vae, train, fit_samples, how)
-    _put_gap(card, vae, batch, fit_images, progress)
+    _put_gap(card, vae, batch, min(fit_images, len(some)), progress)
     said += verdict(card.figures, num_samples)
     if "entropy_floor" in card.figures:
         said.append(
@@ -223,8 +253,8 @@ class _Train(NamedTuple):
     elbo: Tensor  # (M,)
 
 
-def _put_train_elbo(card: Figures, vae: VAE, train_loader: Iterable[Any]) -> _Train:
-    """Put the bound of all training images on the card; return some of them."""
+def _put_train_elbo(card: Figures, vae: VAE, train_loader: Iterable[Any], count: int) -> _Train:
+    """Put the bound of all training images on the card; return at most `count` of them."""
     batches = checked(vae, train_loader)
     bound, _, _ = bounds_of(vae, batches, card.seed)
     card.put(
@@ -235,7 +265,7 @@ def _put_train_elbo(card: Figures, vae: VAE, train_loader: Iterable[Any]) -> _Tr
         standard_error=standard_error_of(bound),
         num_images=len(bound),
     )
-    some = _chosen(len(bound), _TRAIN_IMAGES, card.seed)
+    some = _chosen(len(bound), min(count, _TRAIN_IMAGES), card.seed)
     x, y = joined(batches).rows(some)
     device = bound.device
     return _Train(Batch(x.to(device), y), bound[some.to(device)])
@@ -248,39 +278,78 @@ def _chosen(images: int, count: int, seed: int) -> Tensor:
 
 
 def _put_log_px(
-    card: Figures, vae: VAE, batch: Batch, num_samples: int, how: dict[str, Any]
+    card: Figures,
+    vae: VAE,
+    batch: Batch,
+    which: tuple[Tensor, Tensor | None],
+    num_samples: int,
+    how: dict[str, Any],
 ) -> None:
-    found = by_class(vae, batch, partial(fitted_log_px, num_samples=num_samples, **how))
+    """Put log_px of the images that `which` numbers, with a bound of all where those are some."""
+    some, from_all = which
+    estimate = partial(fitted_log_px, num_samples=num_samples, **how)
+    found = by_class(vae, batch.rows(some), estimate)
     card.put(
         "log_px",
         found.log_px,
         "log p(x) by importance sampling from Gaussians fitted to each image, with q(z|x) and the "
         "prior; in expectation a lower bound",
         num_samples,
+        of=some,
+        from_all=from_all,
         more={
             "proposal": "fitted",
             "rise_from_half": found.rise.mean().item(),
             "share_doubtful": found.doubtful.double().mean().item(),
         },
     )
-    card.per_image["pareto_k"] = found.pareto_k.double()
-    card.per_image["rise_from_half"] = found.rise.double()
+    log_px = card.figures["log_px"]
+    if (bits := bits_per_dim(vae.likelihood, -1.0, vae.input_shape)) is not None:
+        error = log_px["standard_error"]
+        card.put(
+            "bits_per_dim",
+            -bits * log_px["value"],
+            "-log_px / (log 2 and the number of pixels and channels)",
+            num_samples,
+            unit="bits per dimension",
+            standard_error=None if error is None else bits * error,
+        )
+    card.keep("pareto_k", found.pareto_k, some)
+    card.keep("rise_from_half", found.rise, some)
 
 
-def _put_annealed(card: Figures, vae: VAE, batch: Batch, images: int, progress: bool) -> None:
+def _put_annealed(card: Figures, vae: VAE, batch: Batch, images: int, how: dict[str, Any]) -> None:
     chosen = _chosen(len(batch.x), images, card.seed).to(batch.x.device)
-    annealed = partial(annealed_log_px, seed=card.seed, progress=progress)
+    few = max(8, how["chunk"] // 4)  # an interruption loses the images that are under way
+    annealed = partial(annealed_log_px, **{**how, "chunk": few})
     found = by_class(vae, batch.rows(chosen), annealed)
-    how = f"annealed importance sampling from the prior, {len(chosen)} images chosen at random"
+    words = f"annealed importance sampling from the prior, {len(chosen)} images chosen at random"
     chains = len(found.log_weights)
-    card.put("log_px_ais", found.log_px, f"log p(x) by {how}; a lower bound too", chains, of=chosen)
+    card.put(
+        "log_px_ais", found.log_px, f"log p(x) by {words}; a lower bound too", chains, of=chosen
+    )
     card.put(
         "ais_difference",
         found.log_px - card.per_image["log_px"][chosen],
-        f"log_px_ais - log_px of the same images: {how}",
+        f"log_px_ais - log_px of the same images: {words}",
         chains,
         of=chosen,
     )
+    grey = "entropy_floor" in card.figures  # Bernoulli samples would be black and white
+    if vae.classes or grey:
+        return
+    with suppress(ConfigError):  # a likelihood that cannot sample
+        both = sandwich_log_px(
+            vae, min(images, _SANDWICHED), seed=card.seed, progress=how["progress"]
+        )
+        card.put(
+            "ais_width",
+            both.upper - both.lower,
+            "bounds on log p(x) of images sampled from the model, by annealing from both ends: the "
+            "distance of upper and lower (Grosse et al., 2015)",
+            chains,
+            stored=False,
+        )
 
 
 def _put_train_log_px(
@@ -366,7 +435,9 @@ def _put_gap(card: Figures, vae: VAE, batch: Batch, fit_images: int, progress: b
     name = "log_px_exact" if "log_px_exact" in known else "log_px"
     log_px, samples = known[name], card.figures[name]["num_samples"]
     low = "" if samples == 0 else "; in expectation log_px is too low, and so is this gap"
-    card.put("gap", log_px - known["elbo"], f"{name} - elbo{low}", samples or 1)
+    estimated = log_px.isfinite().nonzero()[:, 0]
+    gap = (log_px - known["elbo"])[estimated]
+    card.put("gap", gap, f"{name} - elbo{low}", samples or 1, of=estimated)
 
     chosen = _chosen(len(batch.x), fit_images, seed).to(batch.x.device)
     batch, log_px = batch.rows(chosen), log_px[chosen]

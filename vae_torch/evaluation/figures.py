@@ -38,6 +38,7 @@ class Figures:
         *,
         unit: str = "nats per image",
         of: Tensor | None = None,
+        from_all: Tensor | None = None,
         standard_error: Any = None,
         num_images: int | None = None,
         stored: bool = True,
@@ -47,18 +48,21 @@ class Figures:
 
         A tensor has one value per image, or per image whose index is in `of`. If it is not
         `stored`, it has one per image of another kind.
+
+        If `of` has only some of the images, `from_all` is a bound of every image, (N,): the mean of
+        all is that of the bound, plus the mean difference on some.
         """
         images = self.images if num_images is None else num_images
         if isinstance(value, Tensor):
             value = value.double()
             images, standard_error = len(value), standard_error_of(value)
-            each = value
-            if of is not None:
-                each = value.new_full((self.images,), math.nan)
-                each[of] = value
             if stored:
-                self.per_image[name] = each
-            value = value.mean().item()
+                self.keep(name, value, of)
+            if of is not None and from_all is not None:
+                value, standard_error, more = self._from_some(value, of, from_all, more or {})
+                images = self.images
+            else:
+                value = value.mean().item()
         self.figures[name] = {
             "value": value,
             "standard_error": standard_error,
@@ -69,6 +73,32 @@ class Figures:
             "seed": self.seed,
             **(more or {}),
         }
+
+    def keep(self, name: str, values: Tensor, of: Tensor | None = None) -> None:
+        """Store a value per image, NaN for those that `of` does not number."""
+        values = values.double()
+        if of is not None:
+            each = values.new_full((self.images,), math.nan)
+            each[of] = values
+            values = each
+        self.per_image[name] = values
+
+    def _from_some(
+        self, values: Tensor, of: Tensor, from_all: Tensor, more: dict[str, Any]
+    ) -> tuple[float, float | None, dict[str, Any]]:
+        """The difference estimator of the mean of all images, its error, and what to note of it.
+
+        Cochran, *Sampling Techniques* (1977), section 7.3. The error is that of the images, as if
+        all had been estimated, joined with that of the choice of some.
+        """
+        differences = values - from_all[of]
+        mean = from_all.mean().item() + differences.mean().item()
+        more = {**more, "estimated_images": len(of)}
+        if len(of) == 1:
+            return mean, None, more
+        choice = differences.var().item() * (1 / len(of) - 1 / self.images)
+        error = math.sqrt(values.var().item() / self.images + choice)
+        return mean, error, {**more, "error_of_the_choice": math.sqrt(choice)}
 
     def compare(self, name: str, other: str) -> None:
         """Note how far a figure is above another, image by image, with the paired error."""

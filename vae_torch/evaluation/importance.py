@@ -35,6 +35,7 @@ def importance_log_px(
     proposal: tuple[Tensor, Tensor] | None = None,
     progress: bool = False,
     store: Partial | None = None,
+    name: str = "encoder",
 ) -> ImportanceEstimate:
     """Log 1/K Σ_k p(x, z_k) / q(z_k|x): Burda et al. (2016), equation 8 with a large K.
 
@@ -51,6 +52,7 @@ def importance_log_px(
         proposal: Mean and log-variance, (N, latent_dim) each, to sample from instead of q(z|x).
         progress: Show a bar on a terminal.
         store: Keeps finished images, so that an interrupted estimate resumes.
+        name: Of the estimate, in `store`.
 
     Raises:
         ValueError: num_samples or chunk is below 1, or `VAE.check` refuses x.
@@ -92,7 +94,7 @@ def importance_log_px(
         estimate,
         len(x),
         max(1, chunk // num_samples),
-        name="encoder",
+        name=name,
         store=store,
         vae=vae,
         progress=progress,

@@ -1,6 +1,7 @@
 """Finished images of an evaluation, kept in a file so that an interrupted evaluation resumes."""
 
 import io
+import time
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,7 +16,7 @@ from vae_torch.bars import bar
 from vae_torch.files import write_atomically
 from vae_torch.vae import VAE
 
-_EVERY = 100  # images
+_EVERY = 10.0  # seconds between writes
 
 
 class Partial:
@@ -75,11 +76,11 @@ def in_parts(
     name = name if vae.y is None else f"{name}, class {vae.y.tolist()}"
     known = store.rows(name) if store else None
     rows = [] if known is None else [known.to(next(vae.parameters()).device)]
-    done = kept = sum(map(len, rows))
+    done, written = sum(map(len, rows)), time.monotonic()
     for start in bar(range(done, images, at_once), "log p(x)", show=progress):
         rows.append(work(start, min(start + at_once, images)))
         done += len(rows[-1])
-        if store and (done - kept >= _EVERY or done == images):
+        if store and (time.monotonic() - written >= _EVERY or done == images):
             store.keep(name, torch.cat(rows))
-            kept = done
+            written = time.monotonic()
     return torch.cat(rows)

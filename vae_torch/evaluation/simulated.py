@@ -42,7 +42,7 @@ def put_simulated(card: Figures, vae: VAE, batch: Batch, train_loader: Data | No
         model = vae.of(Batch(x[at], None if batch.y is None else batch.y[at]))
         z = model.prior.sample(len(at), noise).to(x)
         try:
-            drawn = _pixels(model, model.decode(z), noise)
+            drawn = simulated_pixels(model, model.decode(z), noise)
         except ConfigError:  # a likelihood that cannot be sampled
             return
         samples.append(drawn)
@@ -56,7 +56,12 @@ def put_simulated(card: Figures, vae: VAE, batch: Batch, train_loader: Data | No
         _put_nearest(card, x[chosen], torch.cat(samples), train_loader)
 
 
-def _pixels(vae: VAE, params: Tensor, noise: torch.Generator) -> Tensor:
+def simulated_pixels(vae: VAE, params: Tensor, noise: torch.Generator) -> Tensor:
+    """A sample of p(x|z) for each decoder output, exactly as the likelihood has it.
+
+    Raises:
+        ConfigError: This likelihood cannot sample.
+    """
     if isinstance(vae.likelihood, Gaussian):  # not clamped to [0, 1], unlike images to look at
         normal = torch.randn(params.shape, generator=noise, device=params.device).to(params)
         return params + torch.exp(0.5 * vae.likelihood.logvar) * normal

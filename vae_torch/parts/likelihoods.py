@@ -12,10 +12,12 @@ A likelihood is a module:
 `params` are (..., *shape), or (..., *shape, outputs) with several outputs per pixel. A likelihood
 whose log p is affine in x can also have `affine(x, params)`, which evaluates every image under
 every decoder output with one matrix multiplication. Pixels may lie in [0, 1], or in the range that
-its `pixels` gives. `drawn_as` tells the explorer page how to turn params into pixels.
+its `pixels` gives. `drawn_as` tells the explorer page how to turn params into pixels. `levels` says
+that log_prob is the probability of one of so many pixel values, which bits per dimension need.
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -195,8 +197,7 @@ class DiscretizedLogistic(nn.Module):
     """The probability of each of 256 pixel values under a mixture of logistics, in nats.
 
     Salimans et al., *PixelCNN++* (ICLR 2017), equation 2, a mixture for each pixel and channel. The
-    lowest and highest value get the tails. Divide by log 2 and the number of pixels to get bits per
-    dimension. A pixel counts as the nearest of the values.
+    lowest and highest value get the tails. A pixel counts as the nearest of the values.
 
     Args:
         mixtures: Logistics per pixel.
@@ -250,6 +251,21 @@ class DiscretizedLogistic(nn.Module):
         log_weights = weights[0].log_softmax(-1) if weights else torch.zeros_like(means)
         # starts as a wide bump in the middle of the range
         return log_weights, 0.5 + means, (log_scales - 2).clamp(min=-7)
+
+
+def bits_per_dim(likelihood: Any, log_px: float, shape: Iterable[int]) -> float | None:
+    """-log p(x) / (pixels and channels x log 2); None where pixels have a density.
+
+    A density depends on the unit of the pixels, so only probabilities compare with the literature.
+
+    Args:
+        likelihood: Has `levels` if its pixels have probabilities.
+        log_px: Nats per image, or a bound on it.
+        shape: Of an image.
+    """
+    if getattr(likelihood, "levels", None) is None:
+        return None
+    return -log_px / (math.prod(shape) * math.log(2))
 
 
 def pairwise(likelihood: Any, x: Tensor, params: Tensor) -> Tensor:

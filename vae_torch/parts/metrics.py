@@ -44,11 +44,13 @@ metrics: dict[str, Metric] = {
     **dict.fromkeys(
         (
             "kl", "gap", "fitted_gap", "approximation_gap", "amortisation_gap", "train_gap",
-            "ais_difference", "mutual_information", "mutual_information_upper", "marginal_kl",
-            "marginal_kl_lower", "entropy_floor", "total_correlation", "dimension_kl",
+            "ais_difference", "ais_width", "mutual_information", "mutual_information_upper",
+            "marginal_kl", "marginal_kl_lower", "entropy_floor", "total_correlation",
+            "dimension_kl",
         ),
         Metric(None, unit=_NATS),
     ),
+    "bits_per_dim": Metric("lower", digits=3, unit="bits per dimension"),
     "effective_samples": Metric(None, unit="samples"),
     "active_units": Metric(None, digits=0, unit="dimensions"),
     "linear_probe_accuracy": Metric("higher", digits=3, unit="share of images"),

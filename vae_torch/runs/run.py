@@ -162,6 +162,7 @@ def _run(
     if state:
         where = f", step {state['step']}" if state["step"] else ""
         say("resuming after epoch %d%s: %s", state["epoch"], where, run_dir)
+    density = f"likelihood={config.likelihood}"
     busy = BusyCores(torch.get_num_threads() if device.type == "cpu" else 1)
 
     def record(metrics: dict[str, Any], model: VAE) -> None:
@@ -169,6 +170,8 @@ def _run(
         last = epoch == config.train.epochs
         records.log(metrics)
         say("%s", epoch_line(metrics, config, len(train_set)))
+        if last and metrics["test/elbo"] > 0:
+            say("The elbo is positive: %s is a density of pixels, which can exceed 1.", density)
         if hint := busy.hint():
             log.warning("%s", hint)
         with signals.at_once("drawing the figures"):
@@ -278,11 +281,13 @@ def epoch_line(metrics: dict[str, Any], config: Config, images: int) -> str:
     speed = metrics["train/images_per_second"]  # 0 if a run resumes after the last step
     judged = judged_on(config)
     of = "elbo" if "train/elbo" in metrics else "loss"  # not every objective computes it
+    bits = metrics.get("test/bits_per_dim")
     return (
         f"epoch {metrics['epoch']:3d}/{config.train.epochs}"
         f"   train {of} {metrics[f'train/{of}']:8.2f}   {judged} elbo {metrics['test/elbo']:8.2f}"
         f" = reconstruction {metrics['test/reconstruction']:8.2f} - kl {metrics['test/kl']:.2f}"
-        f"   {images / speed if speed else 0.0:.1f} s"
+        + ("" if bits is None else f"   {bits:.3f} bits per dim")
+        + f"   {images / speed if speed else 0.0:.1f} s"
     )
 
 

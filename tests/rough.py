@@ -1,0 +1,32 @@
+"""A cheap evaluation card, for tests that do not look at how good its estimates are."""
+
+import functools
+import importlib
+
+
+def hardly_fitted(put=setattr):
+    """Proposals and posteriors of a few steps; `put` is setattr or a monkeypatch's."""
+    proposals, card, importance = (
+        importlib.import_module(f"vae_torch.evaluation.{name}")
+        for name in ("proposals", "card", "importance")
+    )
+    put(proposals, "_POINTS", 64)
+    put(proposals, "_STEPS", 10)
+    put(card, "_TRAIN_IMAGES", 10)
+    put(card, "fit_posterior", functools.partial(importance.fit_posterior, steps=10))
+
+
+def few_points(put=setattr):
+    """Of the prior, to look for modes in: for a model whose posteriors have one."""
+    put(importlib.import_module("vae_torch.evaluation.proposals"), "_POINTS", 256)
+
+
+def undrawn(put=setattr):
+    """No pictures of the model at the end of a run, where nobody looks at them."""
+    put(importlib.import_module("vae_torch.runs.records").Records, "figures", lambda *_: None)
+
+
+# As `before` of a command line.
+ROUGH, FEW_POINTS, UNDRAWN = (
+    [f"{__name__}:{function.__name__}"] for function in (hardly_fitted, few_points, undrawn)
+)

@@ -1,0 +1,87 @@
+"""log p(x) of some images, drawn at random, as an estimate of the mean of all."""
+
+import functools
+import math
+
+import pytest
+import torch
+
+from vae_torch import VAE, evaluate_model
+from vae_torch.evaluate import evaluate_images
+from vae_torch.evaluation import card as card_module
+from vae_torch.evaluation import importance, proposals
+from vae_torch.evaluation.figures import Figures
+from vae_torch.quadrature import exact_log_px
+
+
+@pytest.fixture(autouse=True)
+def _cheap(monkeypatch):
+    """Fewer points and steps: what is estimated of each image is compared with itself."""
+    monkeypatch.setattr(proposals, "_POINTS", 512)
+    short = functools.partial(importance.fit_posterior, steps=5)
+    monkeypatch.setattr(card_module, "fit_posterior", short)
+
+
+FEW = {"num_samples": 200, "fit_samples": 100, "fit_images": 5}
+
+
+def test_the_mean_of_all_is_estimated_without_bias_and_with_its_error():
+    random = torch.Generator().manual_seed(0)
+    values = 20 * torch.randn(400, generator=random, dtype=torch.float64) - 90
+    bound = values - 3 * torch.rand(400, generator=random, dtype=torch.float64)
+    found, errors = [], []
+    for _ in range(1000):
+        some = torch.randperm(400, generator=random)[:40]
+        card = Figures(400, 0)
+        card.put("log_px", values[some], "", 1, of=some, from_all=bound)
+        entry = card.figures["log_px"]
+        found.append(entry["value"])
+        errors.append(entry["error_of_the_choice"])
+        images = entry["standard_error"] ** 2 - errors[-1] ** 2
+        assert images == pytest.approx(values[some].var().item() / 400)
+    found, spread = torch.tensor(found), torch.tensor(errors).square().mean().sqrt().item()
+    assert abs(found.mean().item() - values.mean().item()) < 4 * spread / math.sqrt(1000)
+    assert found.std().item() == pytest.approx(spread, rel=0.1)  # four of its errors
+    assert spread < 0.05 * values.std() / math.sqrt(40)  # a plain mean's error is far larger
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return VAE((12,), latent_dim=2, intermediate_dim=8, prior="vamp", prior_components=3)
+
+
+def test_some_images_tell_the_exact_mean_of_all(model):
+    x = torch.bernoulli(torch.rand(80, 12, generator=torch.Generator().manual_seed(1)))
+    card, per_image = evaluate_images(model, x, log_px_images=20, exact=False, **FEW)
+    truth = exact_log_px(model, x).log_px.double()
+    for name in ("log_px", "log_px_encoder"):
+        entry = card[name]
+        chosen = per_image[name].isfinite()
+        assert chosen.sum() == entry["estimated_images"] == 20
+        assert entry["num_images"] == 80
+        off = (per_image[name] - truth)[chosen].abs().max().item()  # of the estimates themselves
+        assert abs(entry["value"] - truth.mean().item()) < 4 * entry["error_of_the_choice"] + off
+    assert torch.equal(per_image["gap"].isfinite(), per_image["log_px"].isfinite())
+    assert card["gap"]["num_images"] == 20
+    assert card["fitted_gap"]["num_images"] == 5
+
+
+def test_all_images_need_no_estimate_of_the_rest(model):
+    x = torch.bernoulli(torch.rand(10, 12, generator=torch.Generator().manual_seed(1)))
+    card = evaluate_model(model, x, log_px_images=50, exact=False, **FEW)
+    assert card["log_px"] == evaluate_model(model, x, exact=False, **FEW)["log_px"]
+    assert "estimated_images" not in card["log_px"]
+
+
+def test_one_image_has_no_error(model):
+    x = torch.bernoulli(torch.rand(10, 12, generator=torch.Generator().manual_seed(1)))
+    card = evaluate_model(model, x, log_px_images=1, exact=False, **FEW)
+    assert card["log_px"]["standard_error"] is None
+
+
+@pytest.mark.parametrize("wrong", [{"log_px_images": 0}, {"log_px_images": 3, "ais": 4}])
+def test_counts_that_do_not_fit_are_refused(model, wrong):
+    (*_, (name, value)) = wrong.items()
+    with pytest.raises(ValueError, match=f"{name}={value}: "):
+        evaluate_model(model, torch.zeros(9, 12), **FEW, **wrong)
