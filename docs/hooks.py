@@ -83,8 +83,10 @@ def explorer_of(name: str) -> str:
     if not (ROOT / "pretrained" / name / "explorer.html").exists():
         return ""
     link = f"{name}/explorer.html"
-    frame = f'<iframe class="explorer" src="{link}" loading="lazy" title="Latent space of {name}">'
-    return f"Walk through its latent space here, or [on a page of its own]({link}):\n\n{frame}</iframe>"
+    return (
+        f"Walk through its latent space here, or [on a page of its own]({link}):\n\n"
+        f'<iframe class="explorer" src="{link}" loading="lazy" title="The latents of {name}"></iframe>'
+    )
 
 
 def breakable(cell: re.Match[str]) -> str:
