@@ -85,7 +85,7 @@ def explorer_of(name: str) -> str:
     link = f"{name}/explorer.html"
     return (
         f"Walk through its latent space here, or [on a page of its own]({link}):\n\n"
-        f'<iframe class="explorer" src="{link}" loading="lazy" title="The latents of {name}"></iframe>'
+        f'<iframe class="explorer" src="{link}" loading="lazy" title="Latents of {name}"></iframe>'
     )
 
 
