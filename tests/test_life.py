@@ -156,7 +156,12 @@ def test_a_run_that_was_cut_off_does_not_read_its_source_again(settings, source,
         (["model.latent_dim=3"], ["model.latent_dim=2 (this run: 3)"]),
         (
             ["model.intermediate_dim=8"],
-            ["encoder.", "(16, 784) (this run: (8, 784))", "decoder.", "give this run the sizes"],
+            [
+                "encoder.",
+                "(16, 784) (this run: (8, 784))",
+                "decoder.",
+                "give this run the same sizes",
+            ],
         ),
         (["model.depth=2"], ["absent"]),
         (["model=conv"], ["model=mlp, this run model=conv", "no weights fit"]),
@@ -338,7 +343,7 @@ def test_the_command_line_continues_a_finished_run_only_when_it_is_told_how_far(
     again = f"train.resume={run_dir}"
     for asked, line in (
         ([], "is finished; choose another hydra.run.dir for a new one, or continue it"),
-        (["train.epochs=1"], "has done 2 epochs already"),
+        (["train.epochs=1"], "has already done 2 epochs"),
         (["train.epochs=4", "seed=5"], "its run had seed=0, this one has 5"),
     ):
         refused = train_script(again, *asked)
@@ -585,7 +590,10 @@ def test_a_run_that_stopped_early_goes_on_when_it_is_told_to(made_up_root, whole
     again = f"train.resume={tmp_path}"
     for asked, line in (
         ([], "is finished"),
-        (["train.epochs=20"], "has stopped early after epoch 3; set a longer train.patience"),
+        (
+            ["train.epochs=20"],
+            "has stopped early after epoch 3; to continue, set a longer train.patience",
+        ),
     ):
         refused = train_script(again, *asked)
         assert refused.returncode == 2
