@@ -140,6 +140,8 @@ REFUSED = [
     ("evaluate.py good nowhere", "nowhere: one run at a time"),
     ("evaluate.py -m run=good", "-m; --help"),
     ("evaluate.py nowhere", "run=nowhere: no such folder"),
+    ("export.py run=good", "out is missing: write out=VALUE; --help"),
+    ("export.py run=good data_root=data", "data_root: no such key"),
     ("explore.py", "run is missing: name a run folder"),
     ("explore.py run=", "run=: must be a run folder"),
     ("explore.py run=nowhere", "run=nowhere: no such folder"),

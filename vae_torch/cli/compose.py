@@ -18,7 +18,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
 from vae_torch.cli.early import conf_dir
@@ -163,6 +163,9 @@ def typed(cfg: DictConfig, schema: type[Settings], *, leave_out: Sequence[str] =
     kept = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in leave_out])
     try:
         values = OmegaConf.to_container(kept, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        key = error.full_key
+        raise ConfigError(f"{key} is missing: write {key}=VALUE; --help says what it is") from None
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{error.full_key}: {reason}; give it a value of its own") from None

@@ -60,7 +60,7 @@ def settings_of(options: argparse.Namespace, schema: type[Settings]) -> Settings
     try:
         refuse_malformed(overrides)
         if not options.config_dir:  # whose files may bring groups
-            refuse_unknown(overrides, schema)
+            refuse_unknown([*overrides, *(f"{key}=" for key in folders)], schema)
     except ConfigError as error:
         refuse(str(error))
     from omegaconf import OmegaConf
