@@ -154,7 +154,7 @@ def evaluate_images(
     if exact:
         check_few_latents(vae)
     if ais is not None:
-        check_gradient(vae)
+        check_gradient(vae.given(0) if vae.classes else vae)
     if train_loader is not None:
         train_loader = as_loader(train_loader, vae.input_shape)
     batch = whole_set(vae, loader)
@@ -197,7 +197,7 @@ def evaluate_images(
                 more={"residual": grid.residual},
             )
     how: dict[str, Any] = {"seed": seed, "chunk": chunk, "progress": progress, "store": store}
-    some = _chosen(len(x), log_px_images or len(x), seed).to(x.device)
+    some = _chosen(len(x), log_px_images or len(x), seed)
     few = None
     if len(some) < len(x):
         of_all = partial(importance_log_px, num_samples=_FEW_SAMPLES, name="few", **how)
