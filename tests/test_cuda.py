@@ -225,6 +225,32 @@ def test_a_captured_step_has_the_bits_of_the_eager_one(made_up_root, objective, 
     assert all(torch.equal(weights[name], others[name]) for name in weights)
 
 
+def test_fp16_follows_fp32_and_resumes_to_the_bit(made_up_root, tmp_path, config, caplog):
+    settings = OptimizerConfig("adam", 1e-3, 1e-8, "constant", clip_norm=20.0)
+
+    def run(folder, precision, stop=None):
+        vae = new_vae()
+        history = train(
+            vae,
+            *loaders(made_up_root),
+            epochs=4,
+            optimizer=settings,
+            precision=precision,
+            checkpoints=Checkpoints(tmp_path / folder, config),
+            stop=stop,
+        )
+        return history["test/elbo"], vae.state_dict()
+
+    asked = iter(range(1000))
+    with pytest.raises(StoppedError):
+        run("cut", "fp16", stop=lambda: next(asked) == 9)
+    (elbo, weights), (cut, others) = run("whole", "fp16"), run("cut", "fp16")
+    assert cut == elbo
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    assert elbo[-1] == pytest.approx(run("fp32", "fp32")[0][-1], abs=2.0)
+    assert caplog.text == ""
+
+
 class ReadsItsValues(nn.Module):
     """A layer that no graph can hold: it asks the device for a number."""
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.exc import BackendCompilerFailed
+from torch.nn.utils import parameters_to_vector
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -17,10 +18,18 @@ from vae_torch.checkpoint import CheckpointError, Checkpoints, load_checkpoint, 
 from vae_torch.config import ConfigError, OptimizerConfig
 from vae_torch.data import ImageDataset, Images, image_loader
 from vae_torch.evaluate import importance_log_px
+from vae_torch.images import Batch
+from vae_torch.parts.objectives import as_objective, draw_noise
+from vae_torch.training import loop
 from vae_torch.training.errors import DivergedError, StoppedError
 from vae_torch.training.loop import _DEFAULT_ADAM
 from vae_torch.training.schedules import beta_at, lr_factor, samples_at
-from vae_torch.training.step import check_can_compile
+from vae_torch.training.step import (
+    check_can_compile,
+    check_precision,
+    eager_step,
+    make_optimizer,
+)
 
 EPOCHS = 4
 
@@ -147,10 +156,57 @@ def test_bf16_follows_fp32(made_up_root):
     ]
     assert elbos[0] != elbos[1]
     assert elbos[0] == pytest.approx(elbos[1], abs=2.0)
-    with pytest.raises(
-        ValueError, match="precision is 'fp16'; it must be one of fp32, medium, bf16"
-    ):
+    with pytest.raises(ValueError, match=r"precision is 'fp8'; .* one of fp32, medium, bf16, fp16"):
+        train(new_vae(), *loaders(made_up_root), epochs=1, precision="fp8")
+
+
+def test_fp16_follows_fp32_and_resumes_to_the_bit(made_up_root, tmp_path, config, monkeypatch):
+    with pytest.raises(ConfigError, match=r"fp16 with device=cpu: .* use precision=fp32, or bf16"):
         train(new_vae(), *loaders(made_up_root), epochs=1, precision="fp16")
+    with pytest.raises(ConfigError, match=r"fp16 with compile=true: .* use compile=false, or"):
+        check_precision("fp16", torch.device("cuda"), compile=True)
+    monkeypatch.setattr(loop, "check_precision", lambda *_, **__: None)  # slow here, not wrong
+    clipped = OptimizerConfig("adam", 1e-3, 1e-8, "constant", clip_norm=20.0)
+
+    def run(folder, precision="fp16", stop=None):
+        vae, kept = new_vae(), Checkpoints(tmp_path / folder, config)
+        history = train(
+            vae, *loaders(made_up_root), epochs=3, optimizer=clipped, precision=precision,
+            checkpoints=kept, stop=stop,
+        )  # fmt: skip
+        return history["test/elbo"], load_checkpoint(tmp_path / folder / "last.pt")
+
+    asked = iter(range(1000))
+    with pytest.raises(StoppedError):
+        run("cut", stop=lambda: next(asked) == 8)
+    (elbo, state), (cut, cut_state), (exact, plain) = run("whole"), run("cut"), run("fp32", "fp32")
+    assert cut == elbo != exact
+    assert elbo[-1] == pytest.approx(exact[-1], abs=2.0)
+    assert state["scaler"] == cut_state["scaler"]
+    assert "scaler" not in plain
+    for name, tensor in state["model"].items():
+        assert torch.equal(tensor, cut_state["model"][name]), name
+
+
+def test_fp16_scales_back_before_it_clips_and_skips_what_overflows(made_up_root):
+    batch = Batch(*next(iter(loaders(made_up_root)[0])))
+    minimise = as_objective(ObjectiveConfig())
+    noise = draw_noise(minimise, 1, len(batch.x), 2, torch.Generator().manual_seed(0))
+
+    def change(scale, clip_norm):
+        vae, scaler = new_vae(), torch.amp.GradScaler("cpu", init_scale=scale)
+        before = parameters_to_vector(vae.parameters()).detach().clone()
+        optimizer = make_optimizer(vae, OptimizerConfig("sgd", 1.0, 1e-8, "constant"))
+        step = eager_step(vae, optimizer, minimise, "fp16", clip_norm=clip_norm, scaler=scaler)
+        step(batch, noise, torch.tensor(1.0), 1.0)
+        return parameters_to_vector(vae.parameters()).detach() - before, scaler.get_scale()
+
+    moved, scale = change(2.0**10, clip_norm=0.5)
+    assert float(moved.norm()) == pytest.approx(0.5, rel=1e-3)  # a step of 1 along the gradient
+    assert scale == 2.0**10
+    moved, scale = change(2.0**60, clip_norm=None)
+    assert not moved.any()
+    assert scale == 2.0**59
 
 
 @pytest.mark.parametrize("likelihood", ["continuous_bernoulli", "gaussian"])

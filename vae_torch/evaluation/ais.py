@@ -10,6 +10,7 @@ from vae_torch.bars import bar
 from vae_torch.config import ConfigError
 from vae_torch.evaluation.partial import Partial, in_parts
 from vae_torch.evaluation.simulated import simulated_pixels
+from vae_torch.machine import wide
 from vae_torch.seeds import Stream, seeded_generator
 from vae_torch.vae import VAE, in_eval_mode
 
@@ -207,14 +208,14 @@ def _anneal(
     """
     betas = _betas(len(sizes))
     order = range(len(sizes), 0, -1) if back else range(1, len(sizes) + 1)
-    log_w = torch.zeros(z.shape[:2], dtype=torch.float64, device=z.device)
-    accepted = torch.zeros(len(x), dtype=torch.float64, device=z.device)
+    log_w = wide(z.new_zeros(z.shape[:2]))
+    accepted = wide(x.new_zeros(len(x)))
     state = _evaluate(vae, x, z)
     size = sizes[0].clone()
     for step in bar(order, words or "", show=words is not None):
         change = betas[step] - betas[step - 1]
         if not back:
-            log_w += change * state.log_px_given_z
+            log_w += wide(change * state.log_px_given_z)
         size = size if tune else sizes[step - 1]
         state, probability = _hmc(vae, x, state, betas[step], size, leapfrogs, noise)
         rate = probability.mean(0)  # over chains
@@ -223,7 +224,7 @@ def _anneal(
             size = size * torch.exp(0.2 * (rate - _ACCEPTED)).to(size)
             sizes[step - 1] = size
         if back:
-            log_w -= change * state.log_px_given_z
+            log_w -= wide(change * state.log_px_given_z)
     return log_w, accepted / len(sizes)
 
 
@@ -269,14 +270,14 @@ def _hmc(
     change = energy - _energy(new, beta, p)
     probability = change.nan_to_num(nan=-math.inf).clamp(max=0).exp()
     coin = torch.rand(probability.shape, generator=noise, device=z.device)
-    taken = coin < probability
+    taken = (wide(coin) < probability).to(z.device)
     kept = [
         torch.where(taken.unsqueeze(-1) if a.ndim > taken.ndim else taken, a, b)
         for a, b in zip(new, state, strict=True)
     ]
-    return _State(*kept), probability.double()
+    return _State(*kept), probability
 
 
 def _energy(state: _State, beta: float, momentum: Tensor) -> Tensor:
-    potential = state.log_pz.double() + beta * state.log_px_given_z.double()
-    return 0.5 * (momentum.double() ** 2).sum(-1) - potential
+    potential = wide(state.log_pz) + beta * wide(state.log_px_given_z)
+    return 0.5 * (wide(momentum) ** 2).sum(-1) - potential

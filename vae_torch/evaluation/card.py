@@ -267,8 +267,7 @@ def _put_train_elbo(card: Figures, vae: VAE, train_loader: Iterable[Any], count:
     )
     some = _chosen(len(bound), min(count, _TRAIN_IMAGES), card.seed)
     x, y = joined(batches).rows(some)
-    device = bound.device
-    return _Train(Batch(x.to(device), y), bound[some.to(device)])
+    return _Train(Batch(x.to(next(vae.parameters()).device), y), bound[some])
 
 
 def _chosen(images: int, count: int, seed: int) -> Tensor:
@@ -319,7 +318,7 @@ def _put_log_px(
 
 
 def _put_annealed(card: Figures, vae: VAE, batch: Batch, images: int, how: dict[str, Any]) -> None:
-    chosen = _chosen(len(batch.x), images, card.seed).to(batch.x.device)
+    chosen = _chosen(len(batch.x), images, card.seed)
     few = max(8, how["chunk"] // 4)  # an interruption loses the images that are under way
     annealed = partial(annealed_log_px, **{**how, "chunk": few})
     found = by_class(vae, batch.rows(chosen), annealed)
@@ -439,7 +438,7 @@ def _put_gap(card: Figures, vae: VAE, batch: Batch, fit_images: int, progress: b
     gap = (log_px - known["elbo"])[estimated]
     card.put("gap", gap, f"{name} - elbo{low}", samples or 1, of=estimated)
 
-    chosen = _chosen(len(batch.x), fit_images, seed).to(batch.x.device)
+    chosen = _chosen(len(batch.x), fit_images, seed)
     batch, log_px = batch.rows(chosen), log_px[chosen]
     vae, x = vae.of(batch), batch.x
     with torch.no_grad():
