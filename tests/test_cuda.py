@@ -96,7 +96,7 @@ def test_log_px_is_that_of_the_cpu(made_up_root):
 @pytest.mark.parametrize(
     ("kind", "ema"), [({}, 0.0), ({}, 0.9), ({"architecture": "conv"}, 0.0)], ids=str
 )
-def test_a_stopped_run_goes_on_with_the_same_bits(made_up_root, tmp_path, config, kind, ema):
+def test_a_stopped_run_resumes_with_the_same_bits(made_up_root, tmp_path, config, kind, ema):
     def run(folder, stop=None):
         vae = new_vae(**kind)
         history = train(
@@ -273,7 +273,7 @@ def test_a_step_that_cannot_be_captured_goes_op_by_op(made_up_root, caplog):
 
 
 @pytest.mark.parametrize("there", ["cpu", "cuda"])
-def test_a_run_goes_on_on_the_other_kind_of_device(made_up_root, tmp_path, config, there):
+def test_a_run_resumes_on_the_other_kind_of_device(made_up_root, tmp_path, config, there):
     here = "cuda" if there == "cpu" else "cpu"
     asked = iter(range(1000))
     elbos = {}

@@ -304,7 +304,7 @@ def test_a_longer_run_has_the_bits_of_one_in_one_piece(
     assert load_run(run_dir)[1].train.epochs == 4
 
 
-def test_a_longer_run_is_asked_how_its_schedule_goes_on(settings, tmp_path):
+def test_a_longer_run_needs_a_new_schedule(settings, tmp_path):
     run(settings("optimizer.schedule=cosine"), tmp_path)
     before = (tmp_path / "checkpoints" / "last.pt").read_bytes()
     for asked, line in (
@@ -338,7 +338,7 @@ def test_a_longer_run_is_asked_how_its_schedule_goes_on(settings, tmp_path):
         run(again, tmp_path)
 
 
-def test_the_command_line_continues_a_finished_run_only_when_it_is_told_how_far(short, tmp_path):
+def test_the_command_line_continues_a_finished_run_only_for_more_epochs(short, tmp_path):
     run_dir = shutil.copytree(short, tmp_path / "run")
     again = f"train.resume={run_dir}"
     for asked, line in (
@@ -493,7 +493,7 @@ def test_a_clipped_run_with_a_schedule_resumes_with_the_same_bits(made_up_root, 
 
 
 @pytest.mark.slow
-def test_a_plateau_goes_on_in_a_longer_run(settings, tmp_path):
+def test_a_plateau_continues_in_a_longer_run(settings, tmp_path):
     plateau = ["optimizer.schedule=plateau", "optimizer.step_epochs=1", "train.min_delta=1000"]
     run(settings(*plateau, "train.epochs=4"), tmp_path / "whole")
     run(settings(*plateau), tmp_path / "longer")
@@ -584,7 +584,7 @@ def test_a_run_that_stops_early_is_finished(made_up_root, tmp_path, killed):
     assert what_training_made(tmp_path / "cut") == what_training_made(tmp_path / "three")
 
 
-def test_a_run_that_stopped_early_goes_on_when_it_is_told_to(made_up_root, whole, tmp_path):
+def test_a_run_that_stopped_early_continues_with_more_patience(made_up_root, whole, tmp_path):
     settings = order(made_up_root, tmp_path, *PATIENT)
     assert train_script(*settings).returncode == 0
     again = f"train.resume={tmp_path}"

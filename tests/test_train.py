@@ -271,7 +271,7 @@ def test_a_broken_weight_reaches_no_checkpoint_inside_an_epoch(made_up_root, tmp
 
 # inside the first epoch; after the last step of the second; inside its evaluation
 @pytest.mark.parametrize(("ema", "after"), [(0.0, 3), (0.9, 12), (0.0, 13)])
-def test_a_run_stopped_inside_an_epoch_goes_on_with_the_same_bits(
+def test_a_run_stopped_inside_an_epoch_resumes_with_the_same_bits(
     made_up_root, tmp_path, config, ema, after
 ):
     def run(folder, stop=None):
@@ -381,7 +381,7 @@ def test_warmup_grows_linearly_to_beta():
     assert beta_at(ObjectiveConfig(), 0) == 1.0
 
 
-def test_early_epochs_take_fewer_draws(made_up_root):
+def test_early_epochs_take_fewer_samples(made_up_root):
     def losses(**settings):
         objective = ObjectiveConfig(name="iwae", **settings)
         history = train(new_vae(), *loaders(made_up_root), epochs=3, objective=objective)
@@ -543,7 +543,7 @@ def test_a_compiled_step_takes_any_loader_and_frozen_weights():
         assert torch.allclose(eager, graph, rtol=0, atol=2e-5)
 
 
-def test_a_checkpoint_from_before_a_setting_existed_goes_on_with_its_default(
+def test_a_checkpoint_from_before_a_setting_existed_resumes_with_its_default(
     composed, tmp_path, made_up_root
 ):
     config = composed("train.epochs=1")
@@ -646,7 +646,7 @@ def test_without_validation_a_broken_last_step_is_found(made_up_root):
         hook.remove()
 
 
-def test_a_run_that_gets_a_validation_set_later_goes_on(made_up_root, tmp_path, config):
+def test_a_run_that_gets_a_validation_set_later_resumes(made_up_root, tmp_path, config):
     train_loader, test_loader = loaders(made_up_root)
     expected = train(new_vae(), train_loader, test_loader, epochs=3)
 
@@ -735,7 +735,7 @@ GPU_STATE = torch.arange(16, dtype=torch.uint8)  # what a CUDA generator's looks
 
 # `device` is in the checkpoints of this version; older ones are told by the size of the state
 @pytest.mark.parametrize("device", ["cuda", None])
-def test_a_run_stopped_on_a_gpu_goes_on_without_one(made_up_root, tmp_path, config, caplog, device):
+def test_a_run_stopped_on_a_gpu_resumes_without_one(made_up_root, tmp_path, config, caplog, device):
     def run(folder, stop=None):
         vae = new_vae()
         history = train(

@@ -1,4 +1,4 @@
-"""Mistakes that are answered before Hydra is imported, which takes longer than the answer."""
+"""Reports some mistakes before the slow import of Hydra."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,14 +8,14 @@ from vae_torch.config import ConfigError, keys_of, no_such_key
 
 
 def conf_dir() -> Path:
-    """`conf/`: of the checkout, or inside the installed package."""
+    """`conf/` of the checkout, or of the installed package."""
     package = Path(__file__).parent.parent
     installed = package / "conf"
     return installed if installed.is_dir() else package.parent / "conf"
 
 
 def refuse_malformed(arguments: Sequence[str]) -> None:
-    """Answer where Hydra would take `model=[mlp,conv]` for a model, or end in a traceback.
+    """Refuse what Hydra would misread or answer with a traceback, such as `model=[mlp,conv]`.
 
     Raises:
         ConfigError: One line about the first such argument.
@@ -31,7 +31,7 @@ def refuse_malformed(arguments: Sequence[str]) -> None:
 
 
 def refuse_unknown(arguments: Sequence[str], schema: type[Any]) -> None:
-    """Answer a key that is no setting, no part or group of settings, and not Hydra's own.
+    """Refuse a key that is neither a setting, nor a part or group of settings, nor Hydra's own.
 
     Raises:
         ConfigError: One line about the first such key.

@@ -52,7 +52,7 @@ log = logging.getLogger("vae_torch")
 
 
 def start(typed: Sequence[str]) -> None:
-    """Compose what was typed, and run it: one run, or a sweep's jobs."""
+    """Compose the typed settings and start the run, or the jobs of a sweep."""
     register()
     show_all = full_errors()
     try:
@@ -214,7 +214,7 @@ def remove_if_unused(run_dir: Path) -> None:
 
 
 def result_of(cfg: DictConfig, value: float) -> str:
-    """What a run has reached, in words; `value` is what it returns."""
+    """A run's result in words; `value` is what the run returned."""
     from vae_torch.parts.metrics import metric_of, score
     from vae_torch.runs.run import judged_on
 
@@ -228,7 +228,7 @@ def result_of(cfg: DictConfig, value: float) -> str:
 def tell_what_next(run_dir: Path, result: str, plugins: Sequence[str]) -> None:
     """The last lines of a run: where it is and what to type next.
 
-    TensorBoard is given the day's folder, beside whose other runs it calls this one by its name.
+    TensorBoard gets the day's folder, where it shows this run by name beside the others.
     """
     named = any(str(o).startswith("hydra.run.dir=") for o in HydraConfig.get().overrides.hydra)
     run = typed_as("run", run_dir) + (f" plugins=[{','.join(plugins)}]" if plugins else "")

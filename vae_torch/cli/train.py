@@ -1,6 +1,6 @@
 """`train.py`, `vae-torch train`: one run, or a sweep with -m.
 
-Help and a wrong key are answered here, the rest is in `job.py`.
+Help and wrong keys are handled here; the rest is in `job.py`.
 """
 
 import sys
@@ -9,7 +9,7 @@ from vae_torch.cli.early import refuse_malformed, refuse_unknown
 from vae_torch.cli.messages import refuse, tell_interrupts
 from vae_torch.config import Config, ConfigError
 
-_FILES = ("--config", "-c", "hydra.searchpath=")  # what names settings files of one's own
+_FILES = ("--config", "-c", "hydra.searchpath=")  # these name settings files of the user
 
 
 def main() -> None:
