@@ -3,6 +3,7 @@
 - The reference of the settings, from the schema in `vae_torch/config.py` and the values in `conf/`.
 - The tutorial of the notebook, from the cells of `scripts/walkthrough.py`.
 - The changelog and the guide for contributors, from the files at the top of the checkout.
+- The explorer pages of the releases in `pretrained/`.
 - Formulas as MathML, which a browser draws without a script.
 """
 
@@ -22,6 +23,7 @@ from vae_torch.cli.help import meaning, range_of
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = re.compile(r"^<!-- settings (\w+) (\S+) -->$", re.MULTILINE)
+EXPLORER = re.compile(r"^<!-- explorer (\w+) -->$", re.MULTILINE)
 MISSING = "???"  # as Hydra writes it
 # The first of these that a setting's type holds names it.
 TYPES = {
@@ -53,11 +55,15 @@ def on_files(files: Any, config: Any) -> Any:
     }
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
+    for page in sorted((ROOT / "pretrained").glob("*/explorer.html")):
+        name = f"results/{page.parent.name}/explorer.html"
+        files.append(File.generated(config, name, abs_src_path=str(page)))
     return files
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put the tables of settings where a page asks for them."""
+    """Put tables of settings and explorer pages where a page asks for them."""
+    markdown = EXPLORER.sub(lambda found: explorer_of(found[1]), markdown)
     return SETTINGS.sub(lambda found: settings_table(*found.groups()), markdown)
 
 
@@ -69,6 +75,17 @@ def on_page_content(content: str, **_: Any) -> str:
             html.unescape(found[2]), display="block" if found[1] == "div" else "inline"
         ),
         content,
+    )
+
+
+def explorer_of(name: str) -> str:
+    """The explorer page of a release, inside the results page; nothing if there is none."""
+    if not (ROOT / "pretrained" / name / "explorer.html").exists():
+        return ""
+    link = f"{name}/explorer.html"
+    return (
+        f"Walk through its latent space here, or [on a page of its own]({link}):\n\n"
+        f'<iframe class="explorer" src="{link}" loading="lazy" title="Latents of {name}"></iframe>'
     )
 
 

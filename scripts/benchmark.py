@@ -100,11 +100,12 @@ def parse() -> argparse.Namespace:
 
 def precisions_worth_it() -> tuple[str, ...]:
     """All precisions, without bf16 where the processor lacks it: it would take minutes."""
+    known = tuple(precision for precision in CHOICES["precision"] if precision != "fp16")  # CUDA
     factor = bf16_factor()
     if factor < TOO_SLOW:
-        return CHOICES["precision"]
+        return known
     print(f"left out: {slow_bf16(factor)}", file=sys.stderr)
-    return tuple(precision for precision in CHOICES["precision"] if precision != "bf16")
+    return tuple(precision for precision in known if precision != "bf16")
 
 
 def training_contestants(

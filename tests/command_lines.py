@@ -36,8 +36,7 @@ SLOW = (
     "torch._dynamo",  # by the first optimiser
     "torch.utils.tensorboard",
     "torchvision",
-    "vae_torch.cli.train",
-    "vae_torch.cli.hooks",
+    "vae_torch.cli.job",
     "vae_torch.evaluate",
     "vae_torch.explorer",
     "vae_torch.runs.run",

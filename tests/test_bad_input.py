@@ -101,6 +101,7 @@ REFUSED = [
     ("train.py data.name=cifar10", "data.name=cifar10: must be one of mnist"),
     ("train.py data.root=/dev/null", "data.root=/dev/null: .* choose another folder"),
     ("train.py device=cuda:99", "device=cuda:99: .* use device=cpu"),
+    ("train.py precision=fp16 device=cpu", "precision=fp16 with device=cpu: .* use precision=fp32"),
     ("train.py train.resume=nowhere", "train.resume=nowhere: .* name the folder of a run"),
     ("train.py train.resume=good", "train.resume=good: .* is finished; choose another"),
     ("train.py train.resume=cut", "cut/checkpoints/last.pt: damaged"),
@@ -139,6 +140,8 @@ REFUSED = [
     ("evaluate.py good nowhere", "nowhere: one run at a time"),
     ("evaluate.py -m run=good", "-m; --help"),
     ("evaluate.py nowhere", "run=nowhere: no such folder"),
+    ("export.py run=good", "out is missing: write out=VALUE; --help"),
+    ("export.py run=good data_root=data", "data_root: no such key"),
     ("explore.py", "run is missing: name a run folder"),
     ("explore.py run=", "run=: must be a run folder"),
     ("explore.py run=nowhere", "run=nowhere: no such folder"),
@@ -279,7 +282,7 @@ def ends(place, made_up_root, line):
 
 
 @pytest.mark.parametrize(("line", "words"), REFUSED, ids=lambda value: value[:60])
-def test_a_mistake_is_told_in_one_line(place, made_up_root, line, words):
+def test_a_mistake_is_reported_in_one_line(place, made_up_root, line, words):
     ended = ends(place, made_up_root, line)
     assert ended.status == 2, ended
     (said,) = ended.error.splitlines()
@@ -289,14 +292,14 @@ def test_a_mistake_is_told_in_one_line(place, made_up_root, line, words):
 
 
 @pytest.mark.parametrize(("line", "words"), COMPOSED, ids=lambda value: value[:60])
-def test_settings_that_cannot_be_composed_are_told_in_one_line(line, words):
+def test_settings_that_cannot_be_composed_are_reported_in_one_line(line, words):
     with pytest.raises(ConfigError, match=words) as error:
         compose(["data=fashion_mnist", *SMALL, *shlex.split(line)])
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(("line", "words"), OF_A_CARD, ids=lambda value: value[:60])
-def test_a_wrong_value_of_a_card_is_told_in_one_line(line, words):
+def test_a_wrong_value_of_a_card_is_reported_in_one_line(line, words):
     with pytest.raises(EndedError) as ended:
         asked("evaluate", "", EvaluateConfig, ["run=good", line])
     assert ended.value.code == 2
@@ -315,7 +318,7 @@ IMAGES = [
 
 
 @pytest.mark.parametrize(("settings", "words"), IMAGES)
-def test_images_that_cannot_be_taken_are_told_in_one_line(
+def test_images_that_cannot_be_taken_are_reported_in_one_line(
     place, made_up_root, config, monkeypatch, settings, words
 ):
     monkeypatch.chdir(place)
@@ -328,7 +331,7 @@ def test_images_that_cannot_be_taken_are_told_in_one_line(
 
 
 @pytest.mark.parametrize(("line", "words"), VALUES, ids=lambda value: value[:60])
-def test_a_wrong_value_is_told_in_one_line(changed, line, words):
+def test_a_wrong_value_is_reported_in_one_line(changed, line, words):
     with pytest.raises(ConfigError, match=words) as error:
         changed(*shlex.split(line))
     assert "\n" not in str(error.value)

@@ -134,7 +134,7 @@ def test_a_run_moved_away_before_its_first_checkpoint_is_not_made_again(tmp_path
     assert not run_dir.exists()
 
 
-def test_folders_that_are_no_run_are_named(tmp_path, run_dir):
+def test_folders_without_a_run_are_named(tmp_path, run_dir):
     with pytest.raises(CheckpointError, match="no such folder"):
         load_run(tmp_path / "absent")
     (tmp_path / "empty").mkdir()

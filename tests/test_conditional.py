@@ -385,7 +385,7 @@ def test_images_without_labels_are_refused_before_training(tmp_path):
 @pytest.mark.parametrize(
     "parts", [("model.conditional=true",), ("posterior=flow", "prior=flow")], ids=str
 )
-def test_a_run_that_was_stopped_goes_on_with_the_same_bits(tmp_path, parts, step):
+def test_a_run_that_was_stopped_resumes_with_the_same_bits(tmp_path, parts, step):
     config = compose([*parts, "model.intermediate_dim=8"])
     x, y = torch.rand(40, 36, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 3
 

@@ -140,7 +140,7 @@ def test_dict_round_trip(config):
         ("device=cuda:99999999999999999999", "cuda:N"),
         ("threads=2147483647", "at most 1024"),
         ("model.latent_dim=2147483647", "at most 100000"),
-        ("precision=fp8", "fp32, medium, bf16"),
+        ("precision=fp8", "fp32, medium, bf16, fp16"),
         ("likelihood=poisson", "gaussian"),
         ("prior=uniform", "vamp"),
         ("model.name=transformer", "residual"),

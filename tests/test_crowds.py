@@ -134,7 +134,7 @@ def test_a_read_only_folder_is_refused(made_up_root, tiny_disk):
     assert "choose another folder" in said
 
 
-def test_a_folder_taken_away_is_told_in_one_line(made_up_root, tmp_path):
+def test_a_folder_taken_away_is_reported_in_one_line(made_up_root, tmp_path):
     run_dir = tmp_path / "run"
     with start_script("train.py", *endless(made_up_root, run_dir)) as process:
         process.wait_for("epoch   3/")

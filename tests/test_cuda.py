@@ -96,7 +96,7 @@ def test_log_px_is_that_of_the_cpu(made_up_root):
 @pytest.mark.parametrize(
     ("kind", "ema"), [({}, 0.0), ({}, 0.9), ({"architecture": "conv"}, 0.0)], ids=str
 )
-def test_a_stopped_run_goes_on_with_the_same_bits(made_up_root, tmp_path, config, kind, ema):
+def test_a_stopped_run_resumes_with_the_same_bits(made_up_root, tmp_path, config, kind, ema):
     def run(folder, stop=None):
         vae = new_vae(**kind)
         history = train(
@@ -225,6 +225,32 @@ def test_a_captured_step_has_the_bits_of_the_eager_one(made_up_root, objective, 
     assert all(torch.equal(weights[name], others[name]) for name in weights)
 
 
+def test_fp16_follows_fp32_and_resumes_to_the_bit(made_up_root, tmp_path, config, caplog):
+    settings = OptimizerConfig("adam", 1e-3, 1e-8, "constant", clip_norm=20.0)
+
+    def run(folder, precision, stop=None):
+        vae = new_vae()
+        history = train(
+            vae,
+            *loaders(made_up_root),
+            epochs=4,
+            optimizer=settings,
+            precision=precision,
+            checkpoints=Checkpoints(tmp_path / folder, config),
+            stop=stop,
+        )
+        return history["test/elbo"], vae.state_dict()
+
+    asked = iter(range(1000))
+    with pytest.raises(StoppedError):
+        run("cut", "fp16", stop=lambda: next(asked) == 9)
+    (elbo, weights), (cut, others) = run("whole", "fp16"), run("cut", "fp16")
+    assert cut == elbo
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    assert elbo[-1] == pytest.approx(run("fp32", "fp32")[0][-1], abs=2.0)
+    assert caplog.text == ""
+
+
 class ReadsItsValues(nn.Module):
     """A layer that no graph can hold: it asks the device for a number."""
 
@@ -247,7 +273,7 @@ def test_a_step_that_cannot_be_captured_goes_op_by_op(made_up_root, caplog):
 
 
 @pytest.mark.parametrize("there", ["cpu", "cuda"])
-def test_a_run_goes_on_on_the_other_kind_of_device(made_up_root, tmp_path, config, there):
+def test_a_run_resumes_on_the_other_kind_of_device(made_up_root, tmp_path, config, there):
     here = "cuda" if there == "cpu" else "cpu"
     asked = iter(range(1000))
     elbos = {}

@@ -108,7 +108,7 @@ def test_binarised_test_set_is_frozen(made_up_root):
     assert set(test_pixels("static", 0)[1].unique().tolist()) == {0.0, 1.0}
 
 
-def test_static_binarisation_draws_once(made_up_root):
+def test_static_binarisation_samples_once(made_up_root):
     train, _ = mnist_loaders(made_up_root, name="fashion_mnist", binarize="static", seed=7)
     first, second = (sorted(map(bytes, torch.cat([x for x, _ in train]).numpy())) for _ in "ab")
     assert first == second

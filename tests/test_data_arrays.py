@@ -53,7 +53,7 @@ def test_every_layout_gives_channels_first(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(5, 3, 32, 3), (5, 16, 32, 32)])
-def test_a_layout_that_cannot_be_told_is_asked_for(tmp_path, shape):
+def test_an_ambiguous_layout_is_asked_for(tmp_path, shape):
     x = RNG.integers(0, 256, shape, np.uint8)
     np.save(tmp_path / "x.npy", x)
     with pytest.raises(
@@ -108,7 +108,7 @@ def with_nan():
     ],
 )
 @pytest.mark.parametrize("suffix", ["npy", "npz"])
-def test_arrays_that_are_no_images_are_told_in_one_line(tmp_path, capsys, x, words, suffix):
+def test_arrays_that_are_not_images_are_reported_in_one_line(tmp_path, capsys, x, words, suffix):
     path = tmp_path / f"x.{suffix}"
     if suffix == "npy":
         np.save(path, x, allow_pickle=True)
@@ -135,7 +135,9 @@ def test_arrays_that_are_no_images_are_told_in_one_line(tmp_path, capsys, x, wor
         + b"\n",
     ],
 )
-def test_files_that_are_no_arrays_are_told_and_never_unpickled(tmp_path, capsys, content, suffix):
+def test_files_that_are_not_arrays_are_reported_and_never_unpickled(
+    tmp_path, capsys, content, suffix
+):
     path = tmp_path / f"x.{suffix}"
     path.write_bytes(content)
     with pytest.raises(DataError, match=str(path)):
@@ -163,7 +165,7 @@ def test_files_that_are_no_arrays_are_told_and_never_unpickled(tmp_path, capsys,
         ),
     ],
 )
-def test_arrays_that_do_not_fit_each_other_are_told(tmp_path, held, words):
+def test_arrays_that_do_not_fit_each_other_are_reported(tmp_path, held, words):
     np.savez(tmp_path / "x.npz", **held)
     with pytest.raises(DataError, match=words):
         load(tmp_path / "x.npz")

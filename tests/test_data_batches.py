@@ -190,7 +190,7 @@ def test_classes_are_kept_in_both_parts():
     train, test = divide(found, classes=[2])
     assert set(train.labels.tolist()) == set(test.labels.tolist()) == {2}
     assert (len(train.labels), len(test.labels)) == (4, 2)
-    with pytest.raises(DataError, match=r"data\.classes=\[0\]: no test image is of them"):
+    with pytest.raises(DataError, match=r"data\.classes=\[0\]: no test image belongs to them"):
         divide(found, classes=[0])
     with pytest.raises(ConfigError, match="the images have no labels"):
         divide(as_tensors(Splits(Images(np.zeros((4, 3)))), "data=x"), classes=[0])

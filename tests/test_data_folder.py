@@ -99,7 +99,7 @@ def test_labels_csv_wins_over_folders(tmp_path):
         (b"\xff\xfe", "must be UTF-8 text"),
     ],
 )
-def test_a_wrong_labels_csv_is_told_by_its_line(tmp_path, rows, words):
+def test_a_wrong_labels_csv_is_reported_by_its_line(tmp_path, rows, words):
     flat_folder(tmp_path, 2)
     for i in range(2):
         (tmp_path / f"00{i}.png").rename(tmp_path / f"{i}.png")
@@ -208,7 +208,7 @@ def test_images_of_several_sizes_need_a_size(tmp_path):
     assert pixels_of(tmp_path, size=4).shape == (2, 1, 4, 4)
 
 
-def test_damaged_files_are_all_told_and_leave_nothing_behind(tmp_path):
+def test_damaged_files_are_all_reported_and_leave_nothing_behind(tmp_path):
     flat_folder(tmp_path, 6)
     whole = (tmp_path / "000.png").read_bytes()
     (tmp_path / "001.png").write_bytes(whole[: len(whole) // 2])
@@ -244,7 +244,7 @@ def test_a_decompression_bomb_is_refused_before_it_takes_memory(tmp_path, side):
         folder(tmp_path, size=8, channels=1)
 
 
-def test_text_files_and_hidden_files_are_left_out_and_told(tmp_path, caplog):
+def test_text_files_and_hidden_files_are_left_out_and_reported(tmp_path, caplog):
     arrays = flat_folder(tmp_path, 3)
     (tmp_path / "README.txt").write_text("about")
     (tmp_path / ".DS_Store").write_text("x")
@@ -254,7 +254,7 @@ def test_text_files_and_hidden_files_are_left_out_and_told(tmp_path, caplog):
     assert "1 files that are not images are left out: README.txt" in caplog.text
 
 
-def test_a_symlink_loop_is_not_followed_and_a_dead_link_is_told(tmp_path):
+def test_a_symlink_loop_is_not_followed_and_a_dead_link_is_reported(tmp_path):
     flat_folder(tmp_path / "data" / "a", 2)
     (tmp_path / "data" / "a" / "up").symlink_to(tmp_path / "data")
     (tmp_path / "data" / "b").symlink_to(tmp_path / "data" / "a")  # no loop: images of a class b
@@ -269,7 +269,7 @@ def test_a_symlink_loop_is_not_followed_and_a_dead_link_is_told(tmp_path):
             folder(tmp_path / "data")
 
 
-def test_folders_without_use_are_told(tmp_path):
+def test_folders_without_use_are_reported(tmp_path):
     with pytest.raises(ConfigError, match=r"data\.root=.*none: no such folder"):
         folder(tmp_path / "none")
     with pytest.raises(DataError, match=r"holds no images, which end in \.bmp"):

@@ -371,6 +371,6 @@ def test_a_download_arrives_whole_or_leaves_nothing(tmp_path, monkeypatch):
         ({"dataset": "SVHN", "split": "trian"}, "trian"),
     ],
 )
-def test_data_sets_that_cannot_be_used_are_told(tmp_path, settings, words):
+def test_data_sets_that_cannot_be_used_are_reported(tmp_path, settings, words):
     with pytest.raises((ConfigError, DataError), match=words):
         load("torchvision", tmp_path, **settings)

@@ -1,11 +1,13 @@
 """What holds for README, docs/ and the other pages that people read."""
 
+import ast
 import functools
+import json
 import re
 import shlex
 import shutil
 import tomllib
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from PIL import Image
 
 from tests.conftest import REPOSITORY
 from vae_torch import config as schema
+from vae_torch.cli import summarize
 
 DOCS = REPOSITORY / "docs"
 PAGES = [
@@ -296,7 +299,72 @@ def test_python_blocks_run(page, place, monkeypatch):
     code = "\n".join(fenced(page, "python"))
     for shown, tried in BUDGET:
         code = code.replace(shown, tried)
-    exec(compile(code, page.name, "exec"), {"__name__": "page"})
+    made = {"__name__": "page"}
+    exec(compile(code, page.name, "exec"), made)
+    for names, comment in re.findall(r"^([a-z_, ]+) = .*  # (\(\d.*)$", code, re.MULTILINE):
+        shapes = [ast.literal_eval(shape) for shape in re.findall(r"\(\d[\d, ]*\)", comment)]
+        assert [tuple(made[name.strip()].shape) for name in names.split(",")] == shapes, names
+
+
+def named_in(page: str, heading: str = "") -> set[str]:
+    """What stands as code in the first column of the tables of a page, or of one of its parts."""
+    text = (DOCS / "reference" / page).read_text("utf-8")
+    part = text.partition(f"## {heading}\n")[2].partition("\n## ")[0] if heading else text
+    cells = re.findall(r"^\| (.*?) \|", part, re.MULTILINE)
+    return {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
+
+
+def test_the_readme_shows_what_a_run_prints():
+    from vae_torch import compose
+    from vae_torch.runs.run import epoch_line
+
+    config = compose()
+    text = (REPOSITORY / "README.md").read_text("utf-8")
+    lines = re.findall(r"^epoch .*", text, re.MULTILINE)
+    assert len(lines) == 2
+    for line in lines:
+        epoch, _, train, test, reconstruction, kl, seconds = map(
+            float, re.findall(r"[-\d.]*\d", line.replace("- kl", "kl"))
+        )
+        metrics = {
+            "epoch": int(epoch), "train/elbo": train, "test/elbo": test, "test/kl": kl,
+            "test/reconstruction": reconstruction, "train/images_per_second": 60_000 / seconds,
+        }  # fmt: skip
+        assert epoch_line(metrics, config, 60_000) == line
+
+
+def test_every_file_of_a_run_is_in_the_reference(place):
+    run = place / "outputs" / "my-run"
+    patterns = [pattern.rstrip("/") for pattern in named_in("run-folder.md")]
+    for file in run.rglob("*"):
+        path = file.relative_to(run)
+        hidden = path.name.startswith(".") or path.suffix == ".part"
+        names = [str(path), *map(str, path.parents)]
+        assert hidden or file.is_dir() or any(
+            PurePath(name).match(pattern) for name in names for pattern in patterns
+        ), path  # fmt: skip
+
+
+def test_every_metric_is_in_the_reference(place):
+    lines = (place / "outputs" / "my-run" / "metrics.jsonl").read_text("utf-8").splitlines()
+    cards = [json.loads(p.read_text("utf-8")) for p in (REPOSITORY / "pretrained").glob("*/*.json")]
+    figures = [name for card in cards for name, e in card.items() if "definition" in str(e)]
+    page = (DOCS / "reference" / "metrics.md").read_text("utf-8")
+    for name in {*json.loads(lines[0]), *figures} - {"epoch"}:
+        assert f"`{name}`" in page or f"`{name.partition('/')[2]}`" in page, name
+
+
+@pytest.mark.parametrize("script", ["summarize", "benchmark"])
+def test_the_reference_lists_the_options(script, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [f"{script}.py", "--help"])
+    from scripts import benchmark
+
+    parse = benchmark.parse if script == "benchmark" else lambda: summarize.parse(None)
+    with pytest.raises(SystemExit):
+        parse()
+    options = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", capsys.readouterr().out)) - {"--help"}
+    listed = {name.split()[0] for name in named_in("commands.md", f"{script}.py")}
+    assert options == listed - {"DIR"}
 
 
 def test_the_readmes_table_has_the_figures_of_the_results_page():

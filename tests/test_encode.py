@@ -128,7 +128,7 @@ def test_images_without_end_are_encoded_as_they_come(small_vae):
     assert [len(next(batches).mean) for _ in range(3)] == [4, 4, 4]
 
 
-def test_a_posterior_that_is_no_gaussian_has_no_log_variance():
+def test_a_posterior_that_is_not_a_gaussian_has_no_log_variance():
     vae, x = VAE(latent_dim=2, intermediate_dim=16, posterior=BoxOf(2)), torch.rand(5, 784)
     found = encode_images(vae, x, num_samples=3)
     assert found.logvar is None

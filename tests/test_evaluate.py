@@ -445,7 +445,7 @@ def test_a_verdict_claims_no_more_than_its_errors_allow():
 
 @pytest.mark.usefixtures("rough")
 @pytest.mark.parametrize("ratio", [1.0, 4.0])
-def test_a_sigma_that_is_far_from_the_residual_is_told_with_what_it_costs(ratio):
+def test_a_sigma_that_is_far_from_the_residual_is_reported_with_what_it_costs(ratio):
     vae, x = linear_gaussian(2)
     vae.posterior.logvar.bias.data.fill_(-40)  # each z is the mean
     centre = vae.decode(vae.encode(x).mean).detach()

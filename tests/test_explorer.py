@@ -364,7 +364,7 @@ def test_the_page_needs_no_more_of_a_posterior_than_its_mean(images):
         assert np.isfinite(page["terms"][name]).all()
 
 
-def test_a_decoder_that_draws_at_random_in_training_is_drawn_as_it_decodes():
+def test_a_decoder_that_is_random_in_training_is_drawn_in_eval_mode():
     vae = with_layer(nn.Dropout(0.5), nn.ReLU(), latent_dim=2)
     page = data_of(explorer_page(vae))
     assert vae.training

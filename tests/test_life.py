@@ -156,7 +156,12 @@ def test_a_run_that_was_cut_off_does_not_read_its_source_again(settings, source,
         (["model.latent_dim=3"], ["model.latent_dim=2 (this run: 3)"]),
         (
             ["model.intermediate_dim=8"],
-            ["encoder.", "(16, 784) (this run: (8, 784))", "decoder.", "give this run the sizes"],
+            [
+                "encoder.",
+                "(16, 784) (this run: (8, 784))",
+                "decoder.",
+                "give this run the same sizes",
+            ],
         ),
         (["model.depth=2"], ["absent"]),
         (["model=conv"], ["model=mlp, this run model=conv", "no weights fit"]),
@@ -299,7 +304,7 @@ def test_a_longer_run_has_the_bits_of_one_in_one_piece(
     assert load_run(run_dir)[1].train.epochs == 4
 
 
-def test_a_longer_run_is_asked_how_its_schedule_goes_on(settings, tmp_path):
+def test_a_longer_run_needs_a_new_schedule(settings, tmp_path):
     run(settings("optimizer.schedule=cosine"), tmp_path)
     before = (tmp_path / "checkpoints" / "last.pt").read_bytes()
     for asked, line in (
@@ -333,12 +338,12 @@ def test_a_longer_run_is_asked_how_its_schedule_goes_on(settings, tmp_path):
         run(again, tmp_path)
 
 
-def test_the_command_line_continues_a_finished_run_only_when_it_is_told_how_far(short, tmp_path):
+def test_the_command_line_continues_a_finished_run_only_for_more_epochs(short, tmp_path):
     run_dir = shutil.copytree(short, tmp_path / "run")
     again = f"train.resume={run_dir}"
     for asked, line in (
         ([], "is finished; choose another hydra.run.dir for a new one, or continue it"),
-        (["train.epochs=1"], "has done 2 epochs already"),
+        (["train.epochs=1"], "has already done 2 epochs"),
         (["train.epochs=4", "seed=5"], "its run had seed=0, this one has 5"),
     ):
         refused = train_script(again, *asked)
@@ -488,7 +493,7 @@ def test_a_clipped_run_with_a_schedule_resumes_with_the_same_bits(made_up_root, 
 
 
 @pytest.mark.slow
-def test_a_plateau_goes_on_in_a_longer_run(settings, tmp_path):
+def test_a_plateau_continues_in_a_longer_run(settings, tmp_path):
     plateau = ["optimizer.schedule=plateau", "optimizer.step_epochs=1", "train.min_delta=1000"]
     run(settings(*plateau, "train.epochs=4"), tmp_path / "whole")
     run(settings(*plateau), tmp_path / "longer")
@@ -579,13 +584,16 @@ def test_a_run_that_stops_early_is_finished(made_up_root, tmp_path, killed):
     assert what_training_made(tmp_path / "cut") == what_training_made(tmp_path / "three")
 
 
-def test_a_run_that_stopped_early_goes_on_when_it_is_told_to(made_up_root, whole, tmp_path):
+def test_a_run_that_stopped_early_continues_with_more_patience(made_up_root, whole, tmp_path):
     settings = order(made_up_root, tmp_path, *PATIENT)
     assert train_script(*settings).returncode == 0
     again = f"train.resume={tmp_path}"
     for asked, line in (
         ([], "is finished"),
-        (["train.epochs=20"], "has stopped early after epoch 3; set a longer train.patience"),
+        (
+            ["train.epochs=20"],
+            "has stopped early after epoch 3; to continue, set a longer train.patience",
+        ),
     ):
         refused = train_script(again, *asked)
         assert refused.returncode == 2

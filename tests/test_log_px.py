@@ -1,5 +1,6 @@
 """log p(x) from fitted proposals and by annealing, against closed forms and integrals."""
 
+import functools
 import math
 
 import pytest
@@ -9,8 +10,10 @@ from torch import nn
 
 from tests.test_evaluate import PIXELS, linear_gaussian
 from vae_torch import VAE, evaluate_model
+from vae_torch.config import ConfigError
 from vae_torch.evaluate import importance_log_px
-from vae_torch.evaluation import ais, partial
+from vae_torch.evaluation import ais, partial, proposals
+from vae_torch.evaluation import card as card_module
 from vae_torch.evaluation.ais import annealed_log_px, sandwich_log_px
 from vae_torch.evaluation.pareto import pareto_k
 from vae_torch.evaluation.partial import Partial
@@ -243,6 +246,34 @@ def test_bounds_from_both_sides_hold_the_integral():
         assert abs(off.mean()) < 0.03
 
 
+def test_bounds_from_both_sides_hold_the_closed_form_of_a_gaussian_model():
+    vae, _ = linear_gaussian(3, orthogonal=False)
+    both = sandwich_log_px(vae, 40, temperatures=200)
+    weight, bias = vae.decoder.out.weight.detach(), vae.decoder.out.bias.detach()
+    pixels = torch.eye(len(bias)) * vae.likelihood.logvar.detach().exp()
+    truth = torch.distributions.MultivariateNormal(bias, weight @ weight.T + pixels)
+    for bound, sign in ((both.lower, 1), (both.upper, -1)):
+        off = sign * (bound - truth.log_prob(both.x))
+        assert off.mean() < 3 * off.std() / math.sqrt(40)
+    assert (both.upper - both.lower).mean() < 0.1
+
+
+def test_the_card_tells_how_far_annealing_can_be_from_the_truth(monkeypatch):
+    for name in ("annealed_log_px", "sandwich_log_px"):
+        short = functools.partial(getattr(ais, name), temperatures=30)
+        monkeypatch.setattr(card_module, name, short)
+    monkeypatch.setattr(proposals, "_POINTS", 64)
+    torch.manual_seed(0)
+    vae, x = VAE((PIXELS,), 2, 8), torch.rand(12, PIXELS).round()
+    few = {"num_samples": 20, "fit_samples": 20, "fit_images": 1, "exact": False}
+    card = evaluate_model(vae, x, ais=5, **few)
+    both = sandwich_log_px(vae, 5, temperatures=30)
+    assert card["ais_width"]["value"] == pytest.approx((both.upper - both.lower).mean().item())
+    assert card["ais_width"]["num_images"] == card["log_px_ais"]["num_images"] == 5
+    width = f"annealing is at most {card['ais_width']['value']:.2f} nats"
+    assert any(width in sentence for sentence in card["verdict"])
+
+
 def test_what_annealing_cannot_do_is_refused(small_vae):
     x = torch.rand(2, 784)
     with pytest.raises(ValueError, match="temperatures=0"):
@@ -255,5 +286,5 @@ def test_what_annealing_cannot_do_is_refused(small_vae):
     small_vae.likelihood = Rounded()
     with pytest.raises(ValueError, match=r"eval\.ais: likelihood Rounded has no gradient"):
         evaluate_model(small_vae, x, ais=1)  # before any work
-    with pytest.raises(ValueError, match="Bernoulli pixels only"):
+    with pytest.raises(ConfigError, match="a likelihood that cannot sample"):
         sandwich_log_px(small_vae, 2)

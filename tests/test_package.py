@@ -4,8 +4,11 @@ import subprocess
 import sys
 import tomllib
 
+import pytest
+
 from tests.conftest import REPOSITORY
 from vae_torch import save_run
+from vae_torch.cli.dispatch import COMMANDS
 
 MODULES = sorted(
     ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
@@ -37,9 +40,31 @@ def test_a_loaded_model_needs_no_compiler(small_vae, tmp_path):
     subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, check=True)
 
 
-def test_a_command_line_needs_no_torch_to_answer():
-    script = "import sys, vae_torch.cli.train; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, check=True)
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(f"{name} --help" for name in COMMANDS),
+        "train train.epoch=2",
+        "train -m model.latnt_dim=2,4 where=cores",
+        "evaluate outputs/run eval.sampels=3",
+    ],
+)
+def test_help_and_wrong_keys_need_neither_torch_nor_hydra(line):
+    name, *arguments = line.split()
+    script = (
+        "import importlib, sys\n"
+        f"sys.argv = {[f'{name}.py', *arguments]}\n"
+        "try:\n"
+        f"    importlib.import_module('vae_torch.cli.{name}').main()\n"
+        "finally:\n"
+        "    print('loaded', {'torch', 'hydra', 'matplotlib'} & {*sys.modules})\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert ended.stdout.endswith("loaded set()\n"), ended
+    assert ended.returncode == (0 if "--help" in line else 2)
+    assert "usage" in ended.stdout or "key=value" in ended.stdout or "did you mean" in ended.stderr
 
 
 def test_public_names_are_there():

@@ -99,7 +99,7 @@ def test_a_calibrated_gaussian_has_the_batchs_residual_for_its_variance():
 
 
 @pytest.mark.parametrize("latent_dim", [1, 2, 5])
-def test_a_flow_posteriors_density_is_that_of_its_draws(latent_dim):
+def test_a_flow_posteriors_density_is_that_of_its_samples(latent_dim):
     torch.manual_seed(0)
     vae = VAE((20,), latent_dim, 8, posterior="flow", posterior_options={"width": 16}).double()
     q = vae.encode(torch.rand(3, 20).double())

@@ -30,7 +30,7 @@ def test_a_product_is_off_by_fp32s_rounding(m, k, n):
     assert ((a @ b - exact).abs() <= bound).all()
 
 
-def test_quick_products_that_are_not_fp32_are_not_taken(monkeypatch):
+def test_fast_multiplications_that_are_not_fp32_are_not_used(monkeypatch):
     seen = []
 
     def quick_is_fp32() -> bool:
@@ -53,7 +53,7 @@ def test_quick_products_that_are_not_fp32_are_not_taken(monkeypatch):
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-def test_bf16_products_are_told_from_fp32(monkeypatch):
+def test_bf16_multiplications_are_distinguished_from_fp32(monkeypatch):
     assert machine._products_are_fp32()
     as_it_is = torch.Tensor.__matmul__
 

@@ -113,7 +113,7 @@ def test_a_prior_of_ones_own_may_have_no_temperature():
 
 
 @pytest.mark.parametrize("mixtures", [1, 3])
-def test_a_discretized_logistic_draws_the_masses_that_it_says(mixtures):
+def test_a_discretized_logistic_samples_its_own_probabilities(mixtures):
     torch.manual_seed(0)
     likelihood = DiscretizedLogistic(mixtures=mixtures, levels=4)
     params = torch.randn(1, 1, likelihood.outputs)

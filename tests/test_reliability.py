@@ -87,7 +87,7 @@ def without_times(metrics):
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
 )
-def test_a_signal_ends_a_run_that_can_go_on(made_up_root, tmp_path, number):
+def test_a_signal_ends_a_run_that_can_be_resumed(made_up_root, tmp_path, number):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     more = ["train.epochs=4", "data.binarize=dynamic", "data.batch_size=10"]
     more += ["data.limit_train=100", "data.limit_test=50"]
@@ -286,7 +286,7 @@ def test_damaged_metrics_are_whole_epochs_or_refused(tmp_path):
         ]
 
 
-def test_who_writes_one_file_at_the_same_time_leaves_it_whole(tmp_path):
+def test_writers_of_one_file_at_the_same_time_leave_it_whole(tmp_path):
     path = tmp_path / "evaluation.json"
     contents = [bytes([65 + n]) * 200_000 for n in range(4)]
     path.write_bytes(contents[0])
@@ -321,7 +321,7 @@ def test_data_order_does_not_depend_on_workers_or_threads(made_up_root):
         torch.set_num_threads(before)
 
 
-def test_a_full_disk_is_told_in_one_line(made_up_root, tmp_path):
+def test_a_full_disk_is_reported_in_one_line(made_up_root, tmp_path):
     """A limit on file sizes fails the same calls as a full disk, and needs no mount."""
     run_dir = tmp_path / "run"
     order = settings_of(made_up_root, run_dir, "train.epochs=400", "train.checkpoint_every=100")

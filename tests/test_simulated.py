@@ -38,7 +38,7 @@ def constant_model(*probabilities):
 
 
 @pytest.mark.parametrize(("p", "expected"), [(0.3, 0.5), (0.8, 0.75)])
-def test_samples_are_told_from_images_as_often_as_they_can_be(p, expected):
+def test_samples_are_distinguished_from_images_as_often_as_possible(p, expected):
     """One pixel is 1 in 30% of the samples, in p of the images: the area is (1 + |p - 0.3|) / 2."""
     random = torch.Generator().manual_seed(1)
     x = torch.bernoulli(torch.tensor([p, 0.5]).expand(2000, 2), generator=random)

@@ -108,7 +108,7 @@ def test_lower_is_better_for_losses(three_by_two):
     assert summarize(read_runs(three_by_two), metric="seconds").rows[0].mean == 60
 
 
-def test_what_is_no_result_is_listed_with_its_reason(three_by_two):
+def test_runs_without_a_result_are_listed_with_their_reason(three_by_two):
     unfinished_run(three_by_two / "stopped", '{"epoch": 1, "test/elbo": -1}\n{"epoch": 2, "te')
     unfinished_run(three_by_two / "torn", '{"epo\n{"epoch": 2}\n')
     failed = unfinished_run(three_by_two / "failed", "")
@@ -138,7 +138,7 @@ def test_what_is_no_result_is_listed_with_its_reason(three_by_two):
         assert name in to_markdown(summary, three_by_two)
 
 
-def test_a_run_that_is_behind_the_median_is_told_so(tmp_path):
+def test_a_run_behind_the_median_gets_a_reason(tmp_path):
     def run(name, *elbos):
         lines = [json.dumps({"epoch": i + 1, "test/elbo": e}) for i, e in enumerate(elbos)]
         (tmp_path / name).mkdir()
@@ -264,7 +264,7 @@ def test_runs_with_other_test_images_are_not_ranked_against_each_other(tmp_path)
         ("evaluation.json", "[1]"),
     ],
 )
-def test_a_damaged_record_is_told_beside_the_table(three_by_two, file, text):
+def test_a_damaged_record_is_reported_beside_the_table(three_by_two, file, text):
     (three_by_two / "two" / "0" / file).write_text(text)
     summary = summarize(read_runs(three_by_two))
     assert [(run.path.name, run.state) for run in summary.left_out] == [("0", "broken")]
@@ -354,7 +354,7 @@ def test_small_figures_keep_their_digits(tmp_path):
     assert "knn_accuracy, share of images (higher is better)" in text
 
 
-def test_short_runs_are_told_in_seconds(tmp_path):
+def test_short_runs_are_measured_in_seconds(tmp_path):
     made_up_run(tmp_path / "a", 0, -100.0, seconds=1.4)
     text = to_markdown(summarize(read_runs(tmp_path)), tmp_path)
     assert "| n | seconds |" in text
@@ -541,7 +541,7 @@ def test_more_jobs_in_a_sweeps_folder_are_counted_alone(made_up_root, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["here", pytest.param("cores", marks=pytest.mark.slow)])
-def test_a_sweep_survives_a_failed_job_and_goes_on(made_up_root, tmp_path, where):
+def test_a_sweep_survives_a_failed_job_and_resumes(made_up_root, tmp_path, where):
     folder = tmp_path / "a sweep"
 
     def sweep(rates):
@@ -684,7 +684,7 @@ def writer_of(run_dir):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["here", "cores"])
-def test_a_sweep_that_was_killed_goes_on(made_up_root, tmp_path, where):
+def test_a_sweep_that_was_killed_resumes(made_up_root, tmp_path, where):
     sweep = tiny_sweep(made_up_root, tmp_path, "train.epochs=300", "seed=0,1,2")
     sweep += [f"where={where}", "threads=1"]
     with start_script("train.py", *sweep) as process:  # and kills it
@@ -714,7 +714,7 @@ def test_a_killed_run_does_not_sink_joblibs_sweep(made_up_root, tmp_path):
 
 @pytest.mark.slow
 @needs("hydra_plugins.hydra_optuna_sweeper")
-def test_a_search_goes_on_and_stops_what_is_behind(made_up_root, tmp_path):
+def test_a_search_resumes_and_stops_what_is_behind(made_up_root, tmp_path):
     search = [
         *tiny_sweep(made_up_root, tmp_path, "experiment=search", "data.hold_out=100"),
         *("train.epochs=3", "train.prune_after=1", "threads=1"),
@@ -775,7 +775,7 @@ def test_ray_spreads_a_sweep_and_outlives_a_worker(made_up_root, tmp_path):
 
 
 @pytest.mark.parametrize("choice", ["experiment=search", "where=ray"])
-def test_a_missing_plugin_is_told_with_its_remedy(choice):
+def test_a_missing_plugin_is_reported_with_its_remedy(choice):
     done = run_script("train.py", "-m", choice, before=["tests.test_sweep:without_plugins"])
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
@@ -817,7 +817,7 @@ def test_a_lead_is_judged_by_welchs_test(a, b):
         assert error == pytest.approx((mean(a) - mean(b)) / expected.statistic, rel=1e-9)
 
 
-def test_equal_settings_are_told_apart_in_one_of_twenty():
+def test_equal_settings_are_called_different_in_one_of_twenty():
     random, found = np.random.default_rng(0), []
     for _ in range(2000):
         rows = [

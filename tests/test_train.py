@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.exc import BackendCompilerFailed
+from torch.nn.utils import parameters_to_vector
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -17,10 +18,18 @@ from vae_torch.checkpoint import CheckpointError, Checkpoints, load_checkpoint, 
 from vae_torch.config import ConfigError, OptimizerConfig
 from vae_torch.data import ImageDataset, Images, image_loader
 from vae_torch.evaluate import importance_log_px
+from vae_torch.images import Batch
+from vae_torch.parts.objectives import as_objective, draw_noise
+from vae_torch.training import loop
 from vae_torch.training.errors import DivergedError, StoppedError
 from vae_torch.training.loop import _DEFAULT_ADAM
 from vae_torch.training.schedules import beta_at, lr_factor, samples_at
-from vae_torch.training.step import check_can_compile
+from vae_torch.training.step import (
+    check_can_compile,
+    check_precision,
+    eager_step,
+    make_optimizer,
+)
 
 EPOCHS = 4
 
@@ -147,10 +156,57 @@ def test_bf16_follows_fp32(made_up_root):
     ]
     assert elbos[0] != elbos[1]
     assert elbos[0] == pytest.approx(elbos[1], abs=2.0)
-    with pytest.raises(
-        ValueError, match="precision is 'fp16'; it must be one of fp32, medium, bf16"
-    ):
+    with pytest.raises(ValueError, match=r"precision is 'fp8'; .* one of fp32, medium, bf16, fp16"):
+        train(new_vae(), *loaders(made_up_root), epochs=1, precision="fp8")
+
+
+def test_fp16_follows_fp32_and_resumes_to_the_bit(made_up_root, tmp_path, config, monkeypatch):
+    with pytest.raises(ConfigError, match=r"fp16 with device=cpu: .* use precision=fp32, or bf16"):
         train(new_vae(), *loaders(made_up_root), epochs=1, precision="fp16")
+    with pytest.raises(ConfigError, match=r"fp16 with compile=true: .* use compile=false, or"):
+        check_precision("fp16", torch.device("cuda"), compile=True)
+    monkeypatch.setattr(loop, "check_precision", lambda *_, **__: None)  # slow here, not wrong
+    clipped = OptimizerConfig("adam", 1e-3, 1e-8, "constant", clip_norm=20.0)
+
+    def run(folder, precision="fp16", stop=None):
+        vae, kept = new_vae(), Checkpoints(tmp_path / folder, config)
+        history = train(
+            vae, *loaders(made_up_root), epochs=3, optimizer=clipped, precision=precision,
+            checkpoints=kept, stop=stop,
+        )  # fmt: skip
+        return history["test/elbo"], load_checkpoint(tmp_path / folder / "last.pt")
+
+    asked = iter(range(1000))
+    with pytest.raises(StoppedError):
+        run("cut", stop=lambda: next(asked) == 8)
+    (elbo, state), (cut, cut_state), (exact, plain) = run("whole"), run("cut"), run("fp32", "fp32")
+    assert cut == elbo != exact
+    assert elbo[-1] == pytest.approx(exact[-1], abs=2.0)
+    assert state["scaler"] == cut_state["scaler"]
+    assert "scaler" not in plain
+    for name, tensor in state["model"].items():
+        assert torch.equal(tensor, cut_state["model"][name]), name
+
+
+def test_fp16_scales_back_before_it_clips_and_skips_what_overflows(made_up_root):
+    batch = Batch(*next(iter(loaders(made_up_root)[0])))
+    minimise = as_objective(ObjectiveConfig())
+    noise = draw_noise(minimise, 1, len(batch.x), 2, torch.Generator().manual_seed(0))
+
+    def change(scale, clip_norm):
+        vae, scaler = new_vae(), torch.amp.GradScaler("cpu", init_scale=scale)
+        before = parameters_to_vector(vae.parameters()).detach().clone()
+        optimizer = make_optimizer(vae, OptimizerConfig("sgd", 1.0, 1e-8, "constant"))
+        step = eager_step(vae, optimizer, minimise, "fp16", clip_norm=clip_norm, scaler=scaler)
+        step(batch, noise, torch.tensor(1.0), 1.0)
+        return parameters_to_vector(vae.parameters()).detach() - before, scaler.get_scale()
+
+    moved, scale = change(2.0**10, clip_norm=0.5)
+    assert float(moved.norm()) == pytest.approx(0.5, rel=1e-3)  # a step of 1 along the gradient
+    assert scale == 2.0**10
+    moved, scale = change(2.0**60, clip_norm=None)
+    assert not moved.any()
+    assert scale == 2.0**59
 
 
 @pytest.mark.parametrize("likelihood", ["continuous_bernoulli", "gaussian"])
@@ -215,7 +271,7 @@ def test_a_broken_weight_reaches_no_checkpoint_inside_an_epoch(made_up_root, tmp
 
 # inside the first epoch; after the last step of the second; inside its evaluation
 @pytest.mark.parametrize(("ema", "after"), [(0.0, 3), (0.9, 12), (0.0, 13)])
-def test_a_run_stopped_inside_an_epoch_goes_on_with_the_same_bits(
+def test_a_run_stopped_inside_an_epoch_resumes_with_the_same_bits(
     made_up_root, tmp_path, config, ema, after
 ):
     def run(folder, stop=None):
@@ -325,7 +381,7 @@ def test_warmup_grows_linearly_to_beta():
     assert beta_at(ObjectiveConfig(), 0) == 1.0
 
 
-def test_early_epochs_take_fewer_draws(made_up_root):
+def test_early_epochs_take_fewer_samples(made_up_root):
     def losses(**settings):
         objective = ObjectiveConfig(name="iwae", **settings)
         history = train(new_vae(), *loaders(made_up_root), epochs=3, objective=objective)
@@ -487,7 +543,7 @@ def test_a_compiled_step_takes_any_loader_and_frozen_weights():
         assert torch.allclose(eager, graph, rtol=0, atol=2e-5)
 
 
-def test_a_checkpoint_from_before_a_setting_existed_goes_on_with_its_default(
+def test_a_checkpoint_from_before_a_setting_existed_resumes_with_its_default(
     composed, tmp_path, made_up_root
 ):
     config = composed("train.epochs=1")
@@ -590,7 +646,7 @@ def test_without_validation_a_broken_last_step_is_found(made_up_root):
         hook.remove()
 
 
-def test_a_run_that_gets_a_validation_set_later_goes_on(made_up_root, tmp_path, config):
+def test_a_run_that_gets_a_validation_set_later_resumes(made_up_root, tmp_path, config):
     train_loader, test_loader = loaders(made_up_root)
     expected = train(new_vae(), train_loader, test_loader, epochs=3)
 
@@ -679,7 +735,7 @@ GPU_STATE = torch.arange(16, dtype=torch.uint8)  # what a CUDA generator's looks
 
 # `device` is in the checkpoints of this version; older ones are told by the size of the state
 @pytest.mark.parametrize("device", ["cuda", None])
-def test_a_run_stopped_on_a_gpu_goes_on_without_one(made_up_root, tmp_path, config, caplog, device):
+def test_a_run_stopped_on_a_gpu_resumes_without_one(made_up_root, tmp_path, config, caplog, device):
     def run(folder, stop=None):
         vae = new_vae()
         history = train(

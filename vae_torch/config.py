@@ -8,7 +8,7 @@ here imports Hydra or torch, so that a script's `--help` stays quick.
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from functools import reduce
 from operator import getitem
@@ -56,8 +56,8 @@ class Must:
 
 def check_device(device: str) -> str:
     """Refuse a name that is not a device on any machine."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
-        raise ConfigError(f"device={device}: must be auto, cpu, cuda or cuda:N")
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", device):
+        raise ConfigError(f"device={device}: must be auto, cpu, cuda, cuda:N or mps")
     return device
 
 
@@ -142,7 +142,9 @@ Names = Annotated[
 ]
 Plugins = Annotated[Names, about("modules with parts of your own: [my_parts]")]
 Device = Annotated[
-    str, AfterValidator(check_device), about("where to compute: auto, cpu, cuda, cuda:N")
+    str,
+    AfterValidator(check_device),
+    about("where to compute: auto, cpu, cuda, cuda:N, mps (Apple)"),
 ]
 RunFolder = Annotated[Folder, about("the run's folder")]
 DataRoot = Annotated[Folder | None, about("the folder of the images; null: that of the run")]
@@ -345,8 +347,11 @@ class Config(Group):
     seed: Annotated[Seed, about("random seed of weights, order and noise")]
     device: Device
     precision: Annotated[
-        Literal["fp32", "medium", "bf16"],
-        about("fp32; medium: fp32 tensors, faster multiplications (TF32 on CUDA); bf16: autocast"),
+        Literal["fp32", "medium", "bf16", "fp16"],
+        about(
+            "fp32; medium: fp32 tensors, faster multiplications (TF32 on CUDA); bf16: autocast; "
+            "fp16: autocast for CUDA cards without bf16"
+        ),
     ]
     compile: Annotated[Switch, about("torch.compile the training step")]
     likelihood: Annotated[
@@ -541,6 +546,19 @@ def keys_of(schema: type[Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def skeleton(schema: Any) -> dict[str, Any]:
+    """Every key of a schema: what is off by default, and `???` for what `conf/` must give."""
+
+    def default(setting: Any) -> Any:
+        if is_dataclass(setting.type):
+            return skeleton(setting.type)
+        if setting.default_factory is not MISSING:
+            return setting.default_factory()
+        return "???" if setting.default is MISSING else setting.default
+
+    return {setting.name: default(setting) for setting in fields(schema)}
+
+
 # Keys of options that a part's own signature names.
 OPTIONS = tuple(key for key in keys_of(Config) if key.endswith("options"))
 
@@ -560,11 +578,16 @@ def validated(schema: type[Settings], values: Mapping[str, Any]) -> Settings:
             key, value and what is allowed, or the nearest known key.
     """
     try:
-        return TypeAdapter(schema).validate_python(values)
+        adapter = _ADAPTERS.get(schema) or _ADAPTERS.setdefault(schema, TypeAdapter(schema))
+        return adapter.validate_python(values)  # type: ignore[no-any-return]
     except ValidationError as error:
         # an unknown key first: it may be the missing one, misspelt
         errors = sorted(error.errors(), key=lambda e: e["type"] != "unexpected_keyword_argument")
         raise ConfigError(_line(schema, values, errors[0])) from None
+
+
+# By schema: making one takes longer than what it checks.
+_ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {}
 
 
 def _line(schema: type[Any], values: Any, error: Any) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 from vae_torch.bars import bar
 from vae_torch.data import Data, as_batch, as_loader
 from vae_torch.images import Batch
+from vae_torch.machine import wide
 from vae_torch.parts.objectives import bound
 from vae_torch.parts.posteriors import DiagonalGaussian
 from vae_torch.seeds import Stream, seeded_generator
@@ -178,13 +179,13 @@ def _estimated(
         ],
         1,
     ).to(batch.x.dtype)  # (K, images, latent_dim)
-    elbo = torch.zeros(count, dtype=torch.float64, device=device)
+    elbo = wide(batch.x.new_zeros(count))
     log_w = []
     for some in eps.split(max(1, chunk // count)):
         found = bound(vae, batch, some)
         log_q = found.q.log_prob(found.z) if found.log_q is None else found.log_q
-        log_w.append((found.log_px_given_z + vae.log_prior(found.z) - log_q).double())
-        elbo += (found.reconstruction - found.kl).double() * len(some) / num_samples
+        log_w.append(wide(found.log_px_given_z + vae.log_prior(found.z) - log_q))
+        elbo += wide(found.reconstruction - found.kl) * len(some) / num_samples
     logvar = found.q.logvar if isinstance(found.q, DiagonalGaussian) else None
     log_px = torch.cat(log_w).logsumexp(0) - math.log(num_samples)
     return found.q.mean, elbo, log_px, logvar

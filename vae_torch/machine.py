@@ -7,20 +7,31 @@ import sys
 import time
 
 import torch
+from torch import Tensor
 
 from vae_torch.config import ConfigError, check_device
+
+_WITHOUT_FLOAT64 = ("mps",)  # kinds of devices
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """A tensor in float64; on the CPU where its device, an Apple GPU, has no such numbers."""
+    return (tensor.cpu() if tensor.device.type in _WITHOUT_FLOAT64 else tensor).double()
 
 
 def resolve_device(name: str) -> torch.device:
     """The torch device that `device=` names.
 
     Raises:
-        ConfigError: An unknown name, or CUDA is asked for and not available.
+        ConfigError: An unknown name, or a GPU is asked for and not available.
     """
     check_device(name)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    apple = torch.backends.mps.is_available()
     if name == "auto":
-        return torch.device("cuda" if count else "cpu")
+        return torch.device("cuda" if count else "mps" if apple else "cpu")
+    if name == "mps" and not apple:
+        raise ConfigError("device=mps: torch finds no Apple GPU on this machine; use device=cpu")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= count:
         raise ConfigError(f"device={name}: this machine has {count} CUDA devices; use device=cpu")
@@ -37,6 +48,8 @@ def device_name(device: torch.device) -> str:
     """The device with its model, or the CPU with its number of threads."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
+    if device.type == "mps":
+        return "mps (Apple GPU)"
     threads = torch.get_num_threads()
     return f"cpu ({threads} {'thread' if threads == 1 else 'threads'})"
 

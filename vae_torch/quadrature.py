@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from vae_torch.bars import hidden
+from vae_torch.machine import wide
 from vae_torch.parts.likelihoods import pairwise
 from vae_torch.parts.posteriors import gaussian_near
 from vae_torch.seeds import Stream, seeded_generator
@@ -144,7 +145,7 @@ def _integrate(vae: VAE, x: Tensor, tolerance: float, bar: Any) -> Quadrature:
                     cells.append(_Cell(center, images[open_], values[open_, j]))
         if not cells:
             residual = gains.mean().item() + width_residual
-            return Quadrature(settled.double(), residual, side, half_width, squares)
+            return Quadrature(wide(settled), residual, side, half_width, squares)
         _refuse_too_many(len(cells), sum(len(cell.images) for cell in cells), len(x), side)
         quartered = _quarter(vae, x, cells, side)
         squares += len(quartered)

@@ -22,7 +22,7 @@ from typing import Any
 
 # Imported once, in the server that forks the children.
 _PRELOAD = [
-    "vae_torch.cli.train",
+    "vae_torch.cli.job",
     "vae_torch.runs.run",
     "matplotlib.backends.backend_agg",
     "torch._dynamo",

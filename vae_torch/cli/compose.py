@@ -7,8 +7,8 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,19 +18,19 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
-from vae_torch.cli.help import TRAIN, lines
+from vae_torch.cli.early import conf_dir
 from vae_torch.cli.names import after_time, run_name
 from vae_torch.config import (
     OPTIONS,
     Config,
     ConfigError,
-    check,
-    flatten,
+    check_combinations,
     keys_of,
     no_such_key,
+    skeleton,
     validated,
 )
 
@@ -59,20 +59,13 @@ PLUGINS = {
 }
 
 
-def conf_dir() -> Path:
-    """`conf/` of the checkout, or of the installed package."""
-    package = Path(__file__).parent.parent
-    installed = package / "conf"
-    return installed if installed.is_dir() else package.parent / "conf"
-
-
+@cache
 def register() -> None:
     """Register with Hydra what `conf/` refers to."""
-    store = ConfigStore.instance()
-    skeleton = OmegaConf.create(_skeleton(Config))
+    schema = OmegaConf.create(skeleton(Config))
     for key in OPTIONS:  # the part knows its keys
-        OmegaConf.set_struct(OmegaConf.select(skeleton, key), False)
-    store.store(name="schema", node=skeleton)
+        OmegaConf.set_struct(OmegaConf.select(schema, key), False)
+    ConfigStore.instance().store(name="schema", node=schema)
 
     def python_here() -> str:
         """The shell command of this Python in this folder, for a Ray worker."""
@@ -110,19 +103,6 @@ def load_named_plugins(arguments: Sequence[str]) -> None:
             }
             node = {"defaults": [base, "_self_"], "name": name, "options": options}
             ConfigStore.instance().store(group=group, name=name, node=node)
-
-
-def _skeleton(schema: Any) -> dict[str, Any]:
-    """Every key of a schema: its default if it is off, and `???` if `conf/` must give a value."""
-
-    def default(setting: Any) -> Any:
-        if is_dataclass(setting.type):
-            return _skeleton(setting.type)
-        if setting.default_factory is not MISSING:
-            return setting.default_factory()
-        return "???" if setting.default is MISSING else setting.default
-
-    return {setting.name: default(setting) for setting in fields(schema)}
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:
@@ -168,7 +148,8 @@ def compose_run(overrides: Sequence[str]) -> DictConfig:
 
 def run_settings(cfg: DictConfig) -> Config:
     """Composed settings as a run's `Config`, which knows nothing of Hydra or sweeps."""
-    config = _checked(cfg)
+    config = typed(cfg, Config, leave_out=("hydra", "sweep"))
+    check_combinations(config)
     # imports torch, so only after misspelt keys have been reported
     from vae_torch.parts.complete import complete
     from vae_torch.parts.registry import load_plugins
@@ -177,31 +158,14 @@ def run_settings(cfg: DictConfig) -> Config:
     return complete(config)
 
 
-def _checked(cfg: DictConfig) -> Config:
-    """A run's settings, without a check of the options of its parts."""
-    config = typed(cfg, Config, leave_out=("hydra", "sweep"))
-    check(config)
-    return config
-
-
-def train_help() -> str:
-    """The text of `train.py --help`; Hydra's own takes three times as long to list the groups."""
-    groups = []
-    for folder in sorted(path for path in conf_dir().iterdir() if path.is_dir()):
-        files = {path.name for path in folder.glob("*.yaml")}
-        files |= set(ConfigStore.instance().repo.get(folder.name, {}))  # of plug-ins
-        names = sorted(file.removesuffix(".yaml") for file in files)
-        groups.append(f"{folder.name}: {', '.join(names)}")
-    with fresh_hydra():
-        settings = lines(Config, flatten(_checked(compose_run([])).to_dict()))
-    return TRAIN.format(groups="\n".join(groups), settings=settings)
-
-
 def typed(cfg: DictConfig, schema: type[Settings], *, leave_out: Sequence[str] = ()) -> Settings:
     """Composed settings as an instance of `schema`."""
     kept = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in leave_out])
     try:
         values = OmegaConf.to_container(kept, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        key = error.full_key
+        raise ConfigError(f"{key} is missing: write {key}=VALUE; --help says what it is") from None
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{error.full_key}: {reason}; give it a value of its own") from None
@@ -255,18 +219,6 @@ def in_our_words(error: Exception, arguments: Sequence[str], schema: type[Any] =
         return f"{found[1]} is there already; write {found[1]}=VALUE without the +"
     first = " ".join(text.split("\n\n")[0].split())
     return f"{first[:300]}; --help lists the keys"
-
-
-def refuse_malformed(arguments: Sequence[str]) -> None:
-    """Refuse what Hydra would misread or answer with a traceback, such as `model=[mlp,conv]`."""
-    for argument in arguments:
-        key, given, value = argument.partition("=")
-        if given and not key:
-            raise ConfigError(f"{argument}: names no key; write key=value")
-        folder = conf_dir() / key if key else None
-        if folder and folder.is_dir() and (value in ("", "null") or value.startswith("[")):
-            names = sorted(path.stem for path in folder.glob("*.yaml"))
-            raise ConfigError(f"{argument}: name one of {', '.join(names)}")
 
 
 def _no_such_choice(group: str, choice: str, text: str) -> str:

@@ -47,6 +47,7 @@ _MEANINGS = {
     "log_px_encoder": "by {samples:,} samples from q(z|x)",
     "log_px_ais": "log p(x) by annealing",
     "ais_difference": "log_px_ais - log_px",
+    "ais_width": "annealing's error on samples, at most",
     "effective_samples": "of {samples:,} per image",
     "interval_coverage": "z inside the encoder's 95%",
     "sample_auc": "samples told from test images",

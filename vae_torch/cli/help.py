@@ -4,9 +4,11 @@ import re
 from collections.abc import Mapping
 from typing import Any, get_args
 
+from omegaconf import OmegaConf
 from pydantic.fields import FieldInfo
 
-from vae_torch.config import allowed, keys_of
+from vae_torch.cli.early import conf_dir
+from vae_torch.config import Config, allowed, flatten, keys_of, skeleton
 
 TRAIN = """Train a VAE. Every key below can be set: key=value, group=choice, -m for sweeps.
 
@@ -30,11 +32,31 @@ Settings, with their defaults:
 _WIDTH = 34  # of a key and its default
 
 
-def lines(schema: type[Any], defaults: Mapping[str, Any]) -> str:
+def train_help(stored: Mapping[str, Any]) -> str:
+    """What `train.py --help` says. `stored` are the files that plug-ins brought, by group."""
+    groups = []
+    for folder in sorted(path for path in conf_dir().iterdir() if path.is_dir()):
+        files = {*stored.get(folder.name, ()), *(path.name for path in folder.glob("*.yaml"))}
+        names = sorted(file.removesuffix(".yaml") for file in files)
+        groups.append(f"{folder.name}: {', '.join(names)}")
+    return TRAIN.format(groups="\n".join(groups), settings=lines("train", Config))
+
+
+def defaults(name: str, schema: type[Any]) -> dict[str, Any]:
+    """By dotted key: what is off, `conf/NAME.yaml`, and the files that this names."""
+    given: Any = OmegaConf.to_container(OmegaConf.load(conf_dir() / f"{name}.yaml"))
+    for entry in given.pop("defaults", []):
+        for group, choice in entry.items() if isinstance(entry, dict) else ():
+            if choice:
+                given[group] = OmegaConf.load(conf_dir() / group / f"{choice}.yaml")
+    return flatten(skeleton(schema)) | flatten(given)
+
+
+def lines(name: str, schema: type[Any]) -> str:
     """A line for each key: its default, its meaning, its range."""
-    listed = []
+    listed, stated = [], defaults(name, schema)
     for key, kind in keys_of(schema).items():
-        value = defaults.get(key, "")
+        value = stated.get(key, "")
         head = f"  {key}={_yaml(value)}"
         text = f"{meaning(kind)} ({range_of(kind)})" if range_of(kind) else meaning(kind)
         listed.append(f"{head:{_WIDTH}}  {text}")

@@ -118,9 +118,10 @@ def _checked(config: DictConfig) -> Config:
     settings = run_settings(config)
     # imports torch, so after the checks that need none
     from vae_torch.machine import cpp_compiler, resolve_device
-    from vae_torch.training.step import check_can_compile
+    from vae_torch.training.step import check_can_compile, check_precision
 
     device = resolve_device(settings.device)
+    check_precision(settings.precision, device, compile=settings.compile)
     if settings.compile:
         check_can_compile()
         if device.type == "cpu":

@@ -5,22 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import hydra
-from omegaconf import DictConfig, OmegaConf
-
-from vae_torch.cli.compose import (
-    COMPOSITION_ERRORS,
-    conf_dir,
-    in_our_words,
-    refuse_malformed,
-    typed,
-)
+from vae_torch.cli.early import conf_dir, refuse_malformed, refuse_unknown
 from vae_torch.cli.help import lines
 from vae_torch.cli.messages import Parser, refuse
-from vae_torch.config import Config, ConfigError, flatten, keys_of
+from vae_torch.config import Config, ConfigError, keys_of
 
 if TYPE_CHECKING:
     import torch
+    from omegaconf import DictConfig
 
     from vae_torch.vae import VAE
 
@@ -34,7 +26,7 @@ def parser(name: str, description: str, schema: type[Any]) -> Parser:
     takes_run = "run" in keys_of(schema)
     made = Parser(
         description=description,
-        epilog="settings, with their defaults:\n\n" + lines(schema, _defaults(name)),
+        epilog="settings, with their defaults:\n\n" + lines(name, schema),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument(
@@ -67,6 +59,15 @@ def settings_of(options: argparse.Namespace, schema: type[Settings]) -> Settings
         folders[key] = value
     try:
         refuse_malformed(overrides)
+        if not options.config_dir:  # whose files may bring groups
+            refuse_unknown([*overrides, *(f"{key}=" for key in folders)], schema)
+    except ConfigError as error:
+        refuse(str(error))
+    from omegaconf import OmegaConf
+
+    from vae_torch.cli.compose import COMPOSITION_ERRORS, in_our_words, typed
+
+    try:
         cfg = _composed(options.config_name, overrides, options.config_dir)
         for key, value in folders.items():
             OmegaConf.update(cfg, key, value)
@@ -103,7 +104,9 @@ def open_run(config: Any, checkpoint: str) -> "tuple[VAE, Config, torch.device]"
     return vae, run_config, device
 
 
-def _composed(name: str, overrides: Sequence[str], config_dir: str | None = None) -> DictConfig:
+def _composed(name: str, overrides: Sequence[str], config_dir: str | None = None) -> "DictConfig":
+    import hydra
+
     first, others = conf_dir(), []
     if config_dir:
         others = [Path(config_dir).absolute()]
@@ -112,8 +115,3 @@ def _composed(name: str, overrides: Sequence[str], config_dir: str | None = None
     more = [f"hydra.searchpath=['file://{folder}']" for folder in others]
     with hydra.initialize_config_dir(str(first), version_base="1.3"):
         return hydra.compose(name, [*overrides, *more])
-
-
-def _defaults(name: str) -> dict[str, Any]:
-    stored = OmegaConf.to_container(_composed(name, []), throw_on_missing=False)
-    return flatten(stored)  # type: ignore[arg-type]

@@ -21,11 +21,9 @@ from vae_torch.cli.messages import (
     tell_interrupts,
     told,
 )
-from vae_torch.figures import save_png
 from vae_torch.files import write_atomically
 from vae_torch.runs.folders import SweepError, read_runs
 from vae_torch.runs.summary import summarize_each, why_apart
-from vae_torch.runs.summary_plots import plots
 from vae_torch.runs.summary_tables import to_csv, to_markdown
 
 if TYPE_CHECKING:
@@ -36,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command: read, average, print, write."""
     tell_interrupts()
     options = parse(arguments)
+    from vae_torch.runs.summary_plots import plots  # torch, for which --help need not wait
+
     folder = Path(options.folder)
     out = Path(options.out or folder)
     try:
@@ -84,6 +84,8 @@ def write_pictures(folder: Path, pictures: "dict[str, Figure]") -> None:
         with suppress(OSError):  # missing, or it holds other files
             folder.rmdir()
         return
+    from vae_torch.figures import save_png
+
     folder.mkdir(exist_ok=True)
     names = [f"{name}.png" for name in pictures]
     write_atomically(record, (json.dumps(names, indent=2) + "\n").encode())

@@ -15,6 +15,7 @@ from vae_torch.config import ConfigError
 from vae_torch.data.augment import augment_images
 from vae_torch.data.pixels import in_parts
 from vae_torch.images import check_pixels
+from vae_torch.machine import wide
 from vae_torch.seeds import Stream, mix_seed, seeded_generator
 
 Batch = tuple[Tensor, ...]  # x (B, *shape) float32 in [0, 1], and labels (B,) if there are any
@@ -93,7 +94,7 @@ class ImageDataset(Dataset[Batch]):
         """The mean image, (pixels,) float32 in [0, 1]."""
         if self.images.dtype == torch.uint8 and self.rows is None:
             return (self.images.flatten(1).sum(0) / (255 * len(self))).float()
-        total = sum(part.flatten(1).double().sum(0) for part in in_parts(self.images, self.rows))
+        total = sum(wide(part.flatten(1)).sum(0) for part in in_parts(self.images, self.rows))
         assert isinstance(total, Tensor)
         return (total / len(self) / (255 if self.images.dtype == torch.uint8 else 1)).float()
 

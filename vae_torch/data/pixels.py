@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vae_torch.data.idx import DataError
+from vae_torch.machine import wide
 
 _CHUNK = 2**24  # pixels checked at once: a mapped file is never in memory as a whole
 
@@ -31,7 +32,7 @@ def as_pixels(images: Any, where: str) -> Tensor:
         return x
     if not x.is_floating_point():
         raise DataError(f"{where} are {x.dtype}; must be bytes (uint8), or floats in [0, 1]")
-    extremes = torch.stack([torch.stack(part.aminmax()) for part in in_parts(x)]).double()
+    extremes = wide(torch.stack([torch.stack(part.aminmax()) for part in in_parts(x)]))
     low, high = extremes[:, 0].min().item(), extremes[:, 1].max().item()  # NaN gives NaN
     if not 0 <= low <= high <= 1:
         raise DataError(

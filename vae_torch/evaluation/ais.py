@@ -9,7 +9,8 @@ from torch import Tensor
 from vae_torch.bars import bar
 from vae_torch.config import ConfigError
 from vae_torch.evaluation.partial import Partial, in_parts
-from vae_torch.parts.likelihoods import Bernoulli
+from vae_torch.evaluation.simulated import simulated_pixels
+from vae_torch.machine import wide
 from vae_torch.seeds import Stream, seeded_generator
 from vae_torch.vae import VAE, in_eval_mode
 
@@ -103,7 +104,7 @@ def sandwich_log_px(
     to the prior. The distance between the bounds shows how exact annealing is on this model.
 
     Args:
-        vae: A model with Bernoulli pixels.
+        vae: A model whose likelihood can sample.
         images: Number of images to sample.
         temperatures: As in `annealed_log_px`.
         chains: As in `annealed_log_px`.
@@ -112,19 +113,15 @@ def sandwich_log_px(
         progress: Show a bar on a terminal.
 
     Raises:
-        ValueError: A number is below 1, or the likelihood cannot be sampled here.
+        ValueError: A number is below 1.
+        ConfigError: The likelihood cannot sample.
     """
     _check_counts(temperatures, chains, leapfrogs, images)
-    if not isinstance(vae.likelihood, Bernoulli):
-        raise ValueError(
-            f"the likelihood is {type(vae.likelihood).__name__}: images are sampled from Bernoulli "
-            "pixels only; use annealed_log_px on images that you have"
-        )
     weight = next(vae.parameters())
     noise = seeded_generator(weight.device, seed, Stream.ANNEAL, 1)
     with torch.no_grad():
         z = _from_prior(vae, images, noise).to(weight)
-        x = torch.bernoulli(vae.likelihood.mean(vae.decode(z)), generator=noise)
+        x = simulated_pixels(vae, vae.decode(z), noise)
     settings = (temperatures, leapfrogs, noise)
     fresh = _from_prior(vae, chains * images, noise).to(weight).unflatten(0, (chains, -1))
     sizes = _tuned(vae, x, fresh, *settings)
@@ -211,14 +208,14 @@ def _anneal(
     """
     betas = _betas(len(sizes))
     order = range(len(sizes), 0, -1) if back else range(1, len(sizes) + 1)
-    log_w = torch.zeros(z.shape[:2], dtype=torch.float64, device=z.device)
-    accepted = torch.zeros(len(x), dtype=torch.float64, device=z.device)
+    log_w = wide(z.new_zeros(z.shape[:2]))
+    accepted = wide(x.new_zeros(len(x)))
     state = _evaluate(vae, x, z)
     size = sizes[0].clone()
     for step in bar(order, words or "", show=words is not None):
         change = betas[step] - betas[step - 1]
         if not back:
-            log_w += change * state.log_px_given_z
+            log_w += wide(change * state.log_px_given_z)
         size = size if tune else sizes[step - 1]
         state, probability = _hmc(vae, x, state, betas[step], size, leapfrogs, noise)
         rate = probability.mean(0)  # over chains
@@ -227,7 +224,7 @@ def _anneal(
             size = size * torch.exp(0.2 * (rate - _ACCEPTED)).to(size)
             sizes[step - 1] = size
         if back:
-            log_w -= change * state.log_px_given_z
+            log_w -= wide(change * state.log_px_given_z)
     return log_w, accepted / len(sizes)
 
 
@@ -273,14 +270,14 @@ def _hmc(
     change = energy - _energy(new, beta, p)
     probability = change.nan_to_num(nan=-math.inf).clamp(max=0).exp()
     coin = torch.rand(probability.shape, generator=noise, device=z.device)
-    taken = coin < probability
+    taken = (wide(coin) < probability).to(z.device)
     kept = [
         torch.where(taken.unsqueeze(-1) if a.ndim > taken.ndim else taken, a, b)
         for a, b in zip(new, state, strict=True)
     ]
-    return _State(*kept), probability.double()
+    return _State(*kept), probability
 
 
 def _energy(state: _State, beta: float, momentum: Tensor) -> Tensor:
-    potential = state.log_pz.double() + beta * state.log_px_given_z.double()
-    return 0.5 * (momentum.double() ** 2).sum(-1) - potential
+    potential = wide(state.log_pz) + beta * wide(state.log_px_given_z)
+    return 0.5 * (wide(momentum) ** 2).sum(-1) - potential

@@ -10,6 +10,7 @@ from torch import Tensor
 from vae_torch.config import ObjectiveConfig
 from vae_torch.data import Data, as_batch, as_loader
 from vae_torch.images import Batch
+from vae_torch.machine import wide
 from vae_torch.parts.likelihoods import bits_per_dim
 from vae_torch.parts.objectives import (
     Noise,
@@ -78,7 +79,7 @@ def bound_metrics(
             elbo = metrics["reconstruction"] - metrics["kl"]
             for name, values in {"loss": loss, "elbo": elbo, **metrics}.items():
                 mean = values.mean(0) if values.ndim else values
-                sums[name] = sums.get(name, 0) + (len(part.x) * mean).double()
+                sums[name] = sums.get(name, 0) + wide(len(part.x) * mean)
             images += len(part.x)
     if not images:
         raise ValueError("there is no image to evaluate; the loader gave no batch")
@@ -99,7 +100,7 @@ def bounds_of(vae: VAE, batches: Iterable[Batch], seed: int) -> Tensor:
             eps = torch.randn((1, len(x), vae.latent_dim), generator=noise, device=device)
             parts = bound(vae, Batch(x, part.y), eps.to(x.dtype))
             elbo = parts.reconstruction - parts.kl
-            rows.append(torch.stack([elbo, parts.reconstruction, parts.kl]).double())
+            rows.append(wide(torch.stack([elbo, parts.reconstruction, parts.kl])))
     return torch.cat(rows, 1)
 
 
@@ -125,11 +126,11 @@ def elbo_of(vae: VAE, x: Tensor, q: Posterior, *, num_samples: int = 1000, seed:
     """
     x = vae.check(x)
     noise = seeded_generator(x.device, seed, Stream.FIT, 1)
-    total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    total = wide(x.new_zeros(len(x)))
     done = 0
     while done < num_samples:  # twenty at a time limit the memory
         shape = (min(20, num_samples - done), len(x), vae.latent_dim)
         eps = torch.randn(shape, generator=noise, device=x.device, dtype=x.dtype)
-        total += log_weights(vae, x, q, eps).double().sum(0)
+        total += wide(log_weights(vae, x, q, eps)).sum(0)
         done += shape[0]
     return total / num_samples

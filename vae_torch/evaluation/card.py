@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vae_torch.config import ConfigError
 from vae_torch.data import Data, as_loader
-from vae_torch.evaluation.ais import annealed_log_px, check_gradient
+from vae_torch.evaluation.ais import annealed_log_px, check_gradient, sandwich_log_px
 from vae_torch.evaluation.bounds import bounds_of, elbo_of, posterior_elbo
 from vae_torch.evaluation.figures import (
     Figures,
@@ -36,6 +37,8 @@ from vae_torch.vae import VAE, in_eval_mode
 # Importance samples from q(z|x) of every image, where only some get log_px. The difference of the
 # two hardly varies between images, so a few hundred give the mean of all.
 _FEW_SAMPLES = 20
+
+_SANDWICHED = 100  # sampled images between two bounds, at most
 
 # Images whose log p(x) shows overfitting: all of them would take longer than the test set.
 _TRAIN_IMAGES = 1000
@@ -151,7 +154,7 @@ def evaluate_images(
     if exact:
         check_few_latents(vae)
     if ais is not None:
-        check_gradient(vae)
+        check_gradient(vae.given(0) if vae.classes else vae)
     if train_loader is not None:
         train_loader = as_loader(train_loader, vae.input_shape)
     batch = whole_set(vae, loader)
@@ -194,7 +197,7 @@ def evaluate_images(
                 more={"residual": grid.residual},
             )
     how: dict[str, Any] = {"seed": seed, "chunk": chunk, "progress": progress, "store": store}
-    some = _chosen(len(x), log_px_images or len(x), seed).to(x.device)
+    some = _chosen(len(x), log_px_images or len(x), seed)
     few = None
     if len(some) < len(x):
         of_all = partial(importance_log_px, num_samples=_FEW_SAMPLES, name="few", **how)
@@ -264,8 +267,7 @@ def _put_train_elbo(card: Figures, vae: VAE, train_loader: Iterable[Any], count:
     )
     some = _chosen(len(bound), min(count, _TRAIN_IMAGES), card.seed)
     x, y = joined(batches).rows(some)
-    device = bound.device
-    return _Train(Batch(x.to(device), y), bound[some.to(device)])
+    return _Train(Batch(x.to(next(vae.parameters()).device), y), bound[some])
 
 
 def _chosen(images: int, count: int, seed: int) -> Tensor:
@@ -316,7 +318,7 @@ def _put_log_px(
 
 
 def _put_annealed(card: Figures, vae: VAE, batch: Batch, images: int, how: dict[str, Any]) -> None:
-    chosen = _chosen(len(batch.x), images, card.seed).to(batch.x.device)
+    chosen = _chosen(len(batch.x), images, card.seed)
     few = max(8, how["chunk"] // 4)  # an interruption loses the images that are under way
     annealed = partial(annealed_log_px, **{**how, "chunk": few})
     found = by_class(vae, batch.rows(chosen), annealed)
@@ -332,6 +334,21 @@ def _put_annealed(card: Figures, vae: VAE, batch: Batch, images: int, how: dict[
         chains,
         of=chosen,
     )
+    grey = "entropy_floor" in card.figures  # Bernoulli samples would be black and white
+    if vae.classes or grey:
+        return
+    with suppress(ConfigError):  # a likelihood that cannot sample
+        both = sandwich_log_px(
+            vae, min(images, _SANDWICHED), seed=card.seed, progress=how["progress"]
+        )
+        card.put(
+            "ais_width",
+            both.upper - both.lower,
+            "bounds on log p(x) of images sampled from the model, by annealing from both ends: the "
+            "distance of upper and lower (Grosse et al., 2015)",
+            chains,
+            stored=False,
+        )
 
 
 def _put_train_log_px(
@@ -421,7 +438,7 @@ def _put_gap(card: Figures, vae: VAE, batch: Batch, fit_images: int, progress: b
     gap = (log_px - known["elbo"])[estimated]
     card.put("gap", gap, f"{name} - elbo{low}", samples or 1, of=estimated)
 
-    chosen = _chosen(len(batch.x), fit_images, seed).to(batch.x.device)
+    chosen = _chosen(len(batch.x), fit_images, seed)
     batch, log_px = batch.rows(chosen), log_px[chosen]
     vae, x = vae.of(batch), batch.x
     with torch.no_grad():

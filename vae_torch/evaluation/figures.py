@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vae_torch.data import Data, as_loader, images_of, labels_of
 from vae_torch.images import Batch
+from vae_torch.machine import wide
 from vae_torch.vae import VAE
 
 
@@ -54,7 +55,7 @@ class Figures:
         """
         images = self.images if num_images is None else num_images
         if isinstance(value, Tensor):
-            value = value.double()
+            value = wide(value)
             images, standard_error = len(value), standard_error_of(value)
             if stored:
                 self.keep(name, value, of)
@@ -76,7 +77,7 @@ class Figures:
 
     def keep(self, name: str, values: Tensor, of: Tensor | None = None) -> None:
         """Store a value per image, NaN for those that `of` does not number."""
-        values = values.double()
+        values = wide(values)
         if of is not None:
             each = values.new_full((self.images,), math.nan)
             each[of] = values
@@ -172,7 +173,7 @@ def by_class(vae: VAE, batch: Batch, estimate: Callable[[VAE, Tensor], Found]) -
         return estimate(model, batch.x)
     rows = [(model.y == label).nonzero()[:, 0] for label in model.y.unique()]
     found = [estimate(vae.given(model.y[some[0]]), batch.x[some]) for some in rows]
-    order = torch.cat(rows).argsort()
+    order = torch.cat(rows).argsort().cpu()
     return type(found[0])(
         *(
             torch.cat(values, -1)[..., order] if isinstance(values[0], Tensor) else max(values)
@@ -183,4 +184,4 @@ def by_class(vae: VAE, batch: Batch, estimate: Callable[[VAE, Tensor], Found]) -
 
 def standard_error_of(values: Tensor) -> float | None:
     """The standard error of a mean; None for a single value."""
-    return values.double().std().item() / math.sqrt(len(values)) if len(values) > 1 else None
+    return wide(values).std().item() / math.sqrt(len(values)) if len(values) > 1 else None

@@ -9,6 +9,7 @@ from torch import Tensor
 from vae_torch.bars import bar
 from vae_torch.evaluation.pareto import pareto_k
 from vae_torch.evaluation.partial import Partial, in_parts
+from vae_torch.machine import wide
 from vae_torch.parts.objectives import log_weights
 from vae_torch.parts.posteriors import DiagonalGaussian, Posterior, gaussian_near
 from vae_torch.seeds import Stream, seeded_generator
@@ -80,12 +81,14 @@ def importance_log_px(
             own: Posterior = DiagonalGaussian(q.mean[part], q.logvar[part])
         else:
             own = vae.encode(x[part])
-        log_w = torch.cat(
-            [
-                log_weights(vae, x[part], own, some)
-                for some in eps.split(max(1, chunk // eps.shape[1]))
-            ]
-        ).double()  # (K, images)
+        log_w = wide(
+            torch.cat(
+                [
+                    log_weights(vae, x[part], own, some)
+                    for some in eps.split(max(1, chunk // eps.shape[1]))
+                ]
+            )
+        )  # (K, images)
         total = log_w.logsumexp(0)
         effective = torch.exp(2 * total - (2 * log_w).logsumexp(0))
         return torch.stack([total - math.log(num_samples), effective, pareto_k(log_w)], 1)

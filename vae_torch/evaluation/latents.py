@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vae_torch.evaluation.figures import Figures, whole_set
 from vae_torch.images import Batch
+from vae_torch.machine import wide
 from vae_torch.parts.posteriors import (
     DiagonalGaussian,
     gaussian_of,
@@ -61,17 +62,17 @@ def _aggregate(vae: VAE, x: Tensor, seed: int) -> _Aggregate:
     own = log_normal(z, mean, logvar)
     uniform = -math.log(len(mean))
     # in double: log_mixture subtracts squares, and posteriors can be narrow
-    parts = (mean.double(), logvar.double(), mean.new_full((len(mean),), uniform).double())
+    parts = tuple(map(wide, (mean, logvar, mean.new_full((len(mean),), uniform))))
     all_of_them, others = [], []
     for at in torch.arange(len(z), device=z.device).split(1000):
-        log_q = log_components(z[at].double(), *parts)  # (1000, N)
+        log_q = log_components(wide(z[at]), *parts)  # (1000, N)
         all_of_them.append(log_q.logsumexp(1))
-        log_q[torch.arange(len(at), device=z.device), at] = -math.inf
+        log_q[torch.arange(len(at)), at.cpu()] = -math.inf
         others.append(log_q.logsumexp(1))
     # restore the own posterior's share where it is so narrow that even double loses it
-    log_qz = torch.maximum(torch.cat(all_of_them), own + uniform)
+    log_qz = torch.maximum(torch.cat(all_of_them), wide(own + uniform))
     log_others = torch.cat(others) - math.log1p(-1 / len(z)) if len(z) > 1 else log_qz
-    return _Aggregate(own, log_qz, log_others, vae.log_prior(z))
+    return _Aggregate(wide(own), log_qz, log_others, wide(vae.log_prior(z)))
 
 
 def log_components(z: Tensor, means: Tensor, logvars: Tensor, log_weights: Tensor) -> Tensor:

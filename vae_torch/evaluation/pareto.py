@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from vae_torch.machine import wide
+
 
 def pareto_k(log_w: Tensor) -> Tensor:
     """Shape k of the generalised Pareto distribution of the largest weights.
@@ -25,7 +27,7 @@ def pareto_k(log_w: Tensor) -> Tensor:
     size = min(samples // 5, math.ceil(3 * math.sqrt(samples)))
     if size < 5:
         return log_w.new_full(log_w.shape[1:], math.nan)
-    top = log_w.double().topk(size + 1, dim=0).values.flip(0)  # ascending
+    top = wide(log_w).topk(size + 1, dim=0).values.flip(0)  # ascending
     weights = (top - top[-1]).exp()
     tail = (weights[1:] - weights[0]).clamp(min=torch.finfo(torch.float64).tiny)  # (size, ...)
     k = _zhang_stephens(tail)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vae_torch.bars import bar
 from vae_torch.files import write_atomically
+from vae_torch.machine import wide
 from vae_torch.vae import VAE
 
 _EVERY = 10.0  # seconds between writes
@@ -75,7 +76,8 @@ def in_parts(
     """
     name = name if vae.y is None else f"{name}, class {vae.y.tolist()}"
     known = store.rows(name) if store else None
-    rows = [] if known is None else [known.to(next(vae.parameters()).device)]
+    at = wide(next(vae.parameters())[:0]).device
+    rows = [] if known is None else [known.to(at)]
     done, written = sum(map(len, rows)), time.monotonic()
     for start in bar(range(done, images, at_once), "log p(x)", show=progress):
         rows.append(work(start, min(start + at_once, images)))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vae_torch.evaluation.pareto import pareto_k
 from vae_torch.evaluation.partial import Partial, in_parts
+from vae_torch.machine import wide
 from vae_torch.parts.likelihoods import pairwise
 from vae_torch.parts.posteriors import gaussian_near
 from vae_torch.seeds import Stream, seeded_generator
@@ -259,7 +260,7 @@ def _estimate(
         z[own] = mean[j] + eps[own] @ scale[j].T
     log_r = torch.logsumexp(_log_gaussian(z.unsqueeze(1), mean, scale) + shares.log(), 1)
     log_px = [pairwise(vae.likelihood, x, vae.decode(some))[0] for some in z.split(chunk)]
-    log_w = (torch.cat(log_px) + vae.log_prior(z) - log_r).double()
+    log_w = wide(torch.cat(log_px) + vae.log_prior(z) - log_r)
     total = log_w.logsumexp(0)
     halves = log_w.unflatten(0, (half, 2)).logsumexp(0).mean() - math.log(half)
     found = total - math.log(2 * half)

@@ -8,6 +8,7 @@ from vae_torch.config import ConfigError
 from vae_torch.data import Data, images_of
 from vae_torch.evaluation.figures import Figures
 from vae_torch.images import Batch
+from vae_torch.machine import wide
 from vae_torch.parts.likelihoods import Bernoulli, Gaussian
 from vae_torch.parts.posteriors import DiagonalGaussian
 from vae_torch.samples import draw_pixels
@@ -42,7 +43,7 @@ def put_simulated(card: Figures, vae: VAE, batch: Batch, train_loader: Data | No
         model = vae.of(Batch(x[at], None if batch.y is None else batch.y[at]))
         z = model.prior.sample(len(at), noise).to(x)
         try:
-            drawn = _pixels(model, model.decode(z), noise)
+            drawn = simulated_pixels(model, model.decode(z), noise)
         except ConfigError:  # a likelihood that cannot be sampled
             return
         samples.append(drawn)
@@ -50,13 +51,18 @@ def put_simulated(card: Figures, vae: VAE, batch: Batch, train_loader: Data | No
         if isinstance(q, DiagonalGaussian):
             held.append((z - q.mean).abs() < _NORMAL_95 * torch.exp(0.5 * q.logvar))
     if held:
-        _put_coverage(card, torch.cat(held).double())
+        _put_coverage(card, wide(torch.cat(held)))
     _put_auc(card, x[chosen], torch.cat(samples))
     if train_loader is not None:
         _put_nearest(card, x[chosen], torch.cat(samples), train_loader)
 
 
-def _pixels(vae: VAE, params: Tensor, noise: torch.Generator) -> Tensor:
+def simulated_pixels(vae: VAE, params: Tensor, noise: torch.Generator) -> Tensor:
+    """A sample of p(x|z) for each decoder output, exactly as the likelihood has it.
+
+    Raises:
+        ConfigError: This likelihood cannot sample.
+    """
     if isinstance(vae.likelihood, Gaussian):  # not clamped to [0, 1], unlike images to look at
         normal = torch.randn(params.shape, generator=noise, device=params.device).to(params)
         return params + torch.exp(0.5 * vae.likelihood.logvar) * normal
@@ -124,7 +130,7 @@ def _put_nearest(card: Figures, x: Tensor, drawn: Tensor, train_loader: Data) ->
     for batch in train_loader:
         found = torch.cdist(both, images_of(batch).to(both).flatten(1)).amin(1)
         nearest = torch.minimum(nearest, found)
-    of_samples, of_images = nearest.double().split(len(drawn))
+    of_samples, of_images = wide(nearest).split(len(drawn))
     card.put(
         "nearest_train_image",
         of_samples,

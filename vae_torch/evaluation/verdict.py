@@ -60,6 +60,12 @@ def verdict(card: dict[str, Any], num_samples: int) -> list[str]:
             f"log_px is {abs(off):.2f}{spread} nats {'below' if off > 0 else 'above'} annealed "
             f"importance sampling, which is a lower bound too, on {images:,} images."
         )
+    if "ais_width" in value:
+        width, images = value["ais_width"], card["ais_width"]["num_images"]
+        said.append(
+            f"On {images:,} images sampled from the model, annealing is at most {width:.2f} nats "
+            "from the truth, in the mean: its bounds from both ends are that far apart."
+        )
     if "log_px_encoder" in value:
         short, error = _above(card, "log_px", "log_px_encoder")
         if num_samples < _FEW_SAMPLES:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from vae_torch.images import Batch
+from vae_torch.machine import wide
 from vae_torch.parts.objectives import ACTIVE_UNIT_VARIANCE
 from vae_torch.parts.posteriors import gaussian_of
 from vae_torch.vae import VAE
@@ -28,8 +29,8 @@ def spherical_interpolation(start: Tensor, end: Tensor, *, steps: int) -> Tensor
     Returns:
         (steps, latent_dim).
     """
-    t = torch.linspace(0, 1, steps, dtype=torch.float64, device=start.device)[:, None]
-    ends = torch.stack([start, end]).double()
+    ends = wide(torch.stack([start, end]))
+    t = torch.linspace(0, 1, steps, dtype=ends.dtype, device=ends.device)[:, None]
     lengths = torch.linalg.vector_norm(ends, dim=1, keepdim=True)
     first, last = torch.where(lengths > 0, ends / lengths, ends.flip(0) / lengths.flip(0))
     if not lengths.any():

@@ -44,8 +44,9 @@ metrics: dict[str, Metric] = {
     **dict.fromkeys(
         (
             "kl", "gap", "fitted_gap", "approximation_gap", "amortisation_gap", "train_gap",
-            "ais_difference", "mutual_information", "mutual_information_upper", "marginal_kl",
-            "marginal_kl_lower", "entropy_floor", "total_correlation", "dimension_kl",
+            "ais_difference", "ais_width", "mutual_information", "mutual_information_upper",
+            "marginal_kl", "marginal_kl_lower", "entropy_floor", "total_correlation",
+            "dimension_kl",
         ),
         Metric(None, unit=_NATS),
     ),

@@ -20,6 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from vae_torch.machine import wide
 from vae_torch.parts.posteriors import DiagonalGaussian, Posterior, gaussian_of
 from vae_torch.parts.registry import Table
 
@@ -133,13 +134,13 @@ def log_mixture(z: Tensor, means: Tensor, logvars: Tensor, log_weights: Tensor) 
     Σ_d (z_d - m_kd)² / s_kd² is expanded into two matrix multiplications. Its three terms cancel,
     most of all for narrow components, so they are computed in double precision.
     """
-    precision = torch.exp(-logvars).double()  # (K, latent_dim)
-    wide, centers = z.double(), means.double()
+    precision = wide(torch.exp(-logvars))  # (K, latent_dim)
+    places, centers = wide(z), wide(means)
     square = (
-        (wide**2) @ precision.T
-        - 2 * wide @ (centers * precision).T
+        (places**2) @ precision.T
+        - 2 * places @ (centers * precision).T
         + (centers**2 * precision).sum(-1)
-    ).to(z.dtype)  # (..., K)
+    ).to(z)  # (..., K)
     constant = logvars.sum(-1) + math.log(2 * math.pi) * means.shape[-1]
     return torch.logsumexp(log_weights - 0.5 * (square + constant), -1)
 

@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import importlib.metadata
 import io
 import logging
 import platform
@@ -28,15 +29,13 @@ _BEGINNING = (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)  # tokens befo
 
 def versions() -> dict[str, str]:
     """Versions of everything that decides a run's numbers."""
-    import torchvision
-
     from vae_torch import __version__
 
     return {
         "vae_torch": __version__,
         "code": code_hash(),
         "torch": str(torch.__version__),  # a string subclass
-        "torchvision": torchvision.__version__,
+        "torchvision": importlib.metadata.version("torchvision"),
         "numpy": numpy.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -235,8 +235,7 @@ def _prepare_machine(config: Config) -> torch.device:
         log.warning(slow_bf16(factor))
     if config.precision == "bf16" and device.type == "cuda" and not _has_bf16(device):
         log.warning(
-            "precision=bf16: %s has no bf16 arithmetic and emulates it slowly; use "
-            "precision=medium",
+            "precision=bf16: %s has no bf16 arithmetic and emulates it slowly; use precision=fp16",
             device_name(device),
         )
     if config.train.epochs <= (early := config.objective.early_epochs):

@@ -30,6 +30,7 @@ from vae_torch.training.schedules import beta_at, learning_rate, samples_at
 from vae_torch.training.step import (
     Step,
     captured_step,
+    check_precision,
     compiled_step,
     eager_step,
     make_optimizer,
@@ -88,8 +89,9 @@ def train(
             schedule and holds for all groups of an optimiser of your own. Without it, an optimiser
             of your own keeps its learning rates.
         ema: Decay per step of averaged weights, which are evaluated, logged and kept at the end.
-        precision: `bf16` runs matrix multiplications under autocast. Otherwise everything is fp32,
-            as exact as `torch.set_float32_matmul_precision` says (convolutions on CUDA:
+        precision: `bf16` runs matrix multiplications under autocast; `fp16` does so with a gradient
+            scaler, uncaptured, for CUDA cards without bf16. Otherwise everything is fp32, as exact
+            as `torch.set_float32_matmul_precision` says (convolutions on CUDA:
             `torch.backends.cudnn`). `medium` changes nothing here unless the caller has set it in
             torch, as `scripts/train.py` does.
         compile: Loss, gradient and optimiser as one graph (torch.compile; on CUDA a CUDA graph).
@@ -128,6 +130,7 @@ def train(
         )
     weight = next(vae.parameters())
     device, dtype = weight.device, weight.dtype
+    check_precision(precision, device, compile=compile)
     if patience is not None and (patience < 1 or test_loader is None):
         raise ValueError(
             f"patience is {patience}; it must be 1 or more, and needs a test_loader to judge by"
@@ -155,12 +158,17 @@ def train(
     averaged = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema else None
     evaluated: VAE = averaged.module if averaged else vae  # type: ignore[assignment]
     monitor = monitor_of(minimise) if monitor == "auto" else monitor
-    run = Progress(vae, averaged, opt, batches, seed, monitor=monitor)
+    # torch's own first scale, 65536, overflows where the loss is hundreds of nats
+    scaler = torch.amp.GradScaler(device.type, init_scale=1024, enabled=precision == "fp16")
+    run = Progress(vae, averaged, opt, batches, seed, monitor=monitor, scaler=scaler)
     if checkpoints:
         run.resume(checkpoints)
     # a captured step keeps the learning rate that it was captured with, unless that is a tensor
-    how = "compile" if compile else "capture" if device.type == "cuda" and not own else "eager"
-    take_step = _step(vae, opt, minimise, precision, batches, clip_norm=settings.clip_norm, how=how)
+    captures = device.type == "cuda" and not own and precision != "fp16"
+    how = "compile" if compile else "capture" if captures else "eager"
+    take_step = _step(
+        vae, opt, minimise, precision, batches, scaler, clip_norm=settings.clip_norm, how=how
+    )
 
     def lr_at(step: int) -> float | None:
         if schedule:
@@ -277,6 +285,7 @@ def _step(
     objective: Objective,
     precision: str,
     batches: Iterable[Any],
+    scaler: torch.amp.GradScaler,
     *,
     clip_norm: float | None,
     how: str,
@@ -287,7 +296,7 @@ def _step(
         return compiled_step(vae, opt, objective, precision, clip_norm=clip_norm, batch_size=size)
     if how == "capture":
         return captured_step(vae, opt, objective, precision, clip_norm=clip_norm, batch_size=size)
-    return eager_step(vae, opt, objective, precision, clip_norm=clip_norm)
+    return eager_step(vae, opt, objective, precision, clip_norm=clip_norm, scaler=scaler)
 
 
 def _means(

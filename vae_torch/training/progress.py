@@ -38,12 +38,13 @@ class Progress:
         seed: int,
         *,
         monitor: str = "test/elbo",
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         device = next(vae.parameters()).device
         self.vae, self.averaged, self.optimizer = vae, averaged, optimizer
         order = getattr(loader, "batch_sampler", None)
         self.order = order if isinstance(order, EpochBatches) else None
-        self.seed, self.monitor = seed, monitor
+        self.seed, self.monitor, self.scaler = seed, monitor, scaler
         self.epoch = 0  # finished epochs
         self.step = 0  # finished steps of the current epoch
         self.best = -math.inf
@@ -88,7 +89,7 @@ class Progress:
         """
         if self.record is None:
             return {}
-        steps = self.record[: self.step].double().cpu()
+        steps = self.record[: self.step].cpu().double()
         bad = (~steps.isfinite()).any(1).nonzero()
         if len(bad):
             at = int(bad[0])
@@ -146,6 +147,8 @@ class Progress:
         state["random"] = {"cpu": torch.get_rng_state()}  # torch's own generators: of dropout, say
         if self.noise.device.type == "cuda":
             state["random"]["cuda"] = torch.cuda.get_rng_state(self.noise.device)
+        if self.scaler and self.scaler.is_enabled():
+            state["scaler"] = self.scaler.state_dict()
         if self.since != (0, 0):
             state["since"] = list(self.since)
         if self.averaged:
@@ -206,6 +209,8 @@ class Progress:
         self.optimizer.load_state_dict(
             {"state": state["optimizer"]["state"], "param_groups": groups}
         )
+        if self.scaler and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
         if self.averaged:
             self.averaged.module.load_state_dict(state["model"])
             self.averaged.n_averaged.fill_(state["averaged_steps"])

@@ -57,9 +57,10 @@ def eager_step(
     precision: str,
     *,
     clip_norm: float | None = None,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> Step:
-    """A training step that runs op by op."""
-    update = _eager_update(vae, optimizer, objective, precision, clip_norm)
+    """A training step that runs op by op. fp16 needs a scaler, or small gradients round to 0."""
+    update = _eager_update(vae, optimizer, objective, precision, clip_norm, scaler)
 
     def step(batch: Batch, noise: Noise, beta: Tensor, lr: float | None) -> Means:
         _set_lr(optimizer, lr)
@@ -74,17 +75,21 @@ def _eager_update(
     objective: Objective,
     precision: str,
     clip_norm: float | None,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> _Update:
     """A step after its learning rate has been set."""
     parameters = list(vae.parameters())
+    scaler = scaler or torch.amp.GradScaler(enabled=False)  # which changes nothing
 
     def update(batch: Batch, noise: Noise, beta: Tensor) -> Means:
         loss, means = _loss_and_means(vae, batch, noise, objective, beta, precision)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        scaler.scale(loss).backward()
         if clip_norm is not None:
+            scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(parameters, clip_norm)
-        optimizer.step()
+        scaler.step(optimizer)  # skipped, and the scale halved, where a gradient is infinite
+        scaler.update()
         return means
 
     return update
@@ -263,11 +268,35 @@ def check_can_compile() -> None:
         )
 
 
+def check_precision(precision: str, device: torch.device, *, compile: bool) -> None:
+    """Refuse fp16 where it is not meant for.
+
+    Raises:
+        ConfigError: The device is no CUDA card, or the step is to be compiled.
+    """
+    if precision != "fp16":
+        return
+    if device.type != "cuda":
+        raise ConfigError(
+            f"precision=fp16 with device={device.type}: it is for CUDA cards; use precision=fp32, "
+            "or bf16 on a processor with bf16 arithmetic"
+        )
+    if compile:
+        raise ConfigError(
+            "precision=fp16 with compile=true: its gradient scaler is of the uncompiled step; use "
+            "compile=false, or precision=bf16"
+        )
+
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 def _loss_and_means(
     vae: VAE, batch: Batch, noise: Noise, objective: Objective, beta: Tensor, precision: str
 ) -> tuple[Tensor, Means]:
     """The loss, (), and the means to record."""
-    with torch.autocast(batch.x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+    dtype, device = _AUTOCAST.get(precision, torch.bfloat16), batch.x.device.type
+    with torch.autocast(device, dtype, enabled=precision in _AUTOCAST):
         losses, metrics = loss_and_metrics(objective, vae, batch, noise, beta)
         loss = losses.mean()
     scalars = {name: values for name, values in metrics.items() if values.ndim == 1}
