@@ -774,7 +774,7 @@ def test_the_error_of_the_integral_is_bounded_by_its_residual(latent_dim, deviat
 
 
 @pytest.mark.parametrize("logvar", [-40.0, 12.0])
-@pytest.mark.parametrize("prior", ["standard", "mixture"])
+@pytest.mark.parametrize("prior", [pytest.param("standard", marks=pytest.mark.slow), "mixture"])
 def test_the_integral_in_single_precision_equals_a_fine_grid(logvar, prior):
     torch.manual_seed(0)
     vae = VAE((PIXELS,), 2, 8, prior=prior, prior_components=3, activation="tanh")

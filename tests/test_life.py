@@ -264,8 +264,8 @@ LONGER = ("train.epochs=4",)
     ("first", "second"),
     [
         (None, None),
-        (("step", 7), None),
         (("step", 7, "", signal.SIGTERM), ("step", 9)),
+        pytest.param(("step", 7), None, marks=pytest.mark.slow),
         *(
             pytest.param(None, moment, marks=pytest.mark.slow)
             for moment in (
@@ -471,7 +471,7 @@ def test_a_step_clips_and_averages_as_the_papers_say(options):
 @pytest.mark.parametrize(
     "schedule",
     [
-        ["optimizer.schedule=one_cycle"],
+        pytest.param(["optimizer.schedule=one_cycle"], marks=pytest.mark.slow),
         ["optimizer.schedule=plateau", "optimizer.step_epochs=1", "train.min_delta=1000"],
     ],
     ids=["one_cycle", "plateau"],

@@ -173,7 +173,8 @@ def test_a_proposal_that_misses_the_tails_is_doubtful():
     assert not (importance_log_px(linear_gaussian(2)[0], x).pareto_k > 0.7).any()
 
 
-@pytest.mark.parametrize("latent_dim", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("latent_dim", [1, 2])
 def test_annealing_equals_the_integral(latent_dim):
     torch.manual_seed(3)
     vae = VAE((PIXELS,), latent_dim, 8).double()
