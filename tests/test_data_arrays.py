@@ -228,10 +228,10 @@ def test_the_hash_tells_content_labels_and_shape_apart():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
 def test_images_larger_than_memory_give_the_same_batches(tmp_path):
-    shape, limit = (2_000, 256, 256, 3), 2**27  # of 0.4 GB: almost three times the limit
+    shape, limit = (3_000, 256, 256, 3), 2**28  # of 0.6 GB: more than twice the limit
     images = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.uint8, shape)
     images[5] = 7  # the file stays sparse
-    images[1_821] = 9
+    images[2_821] = 9
     del images
     script = """
 import resource, sys, torch
@@ -259,4 +259,4 @@ print(len(train.dataset), len(test.dataset), sorted(seen), set(seen.values()))
 """
     command = [sys.executable, "-c", script, str(tmp_path / "x.npy"), str(limit)]
     told = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    assert told.stdout.strip() == "1800 200 [7, 9] {torch.Size([3, 256, 256])}", told.stderr
+    assert told.stdout.strip() == "2700 300 [7, 9] {torch.Size([3, 256, 256])}", told.stderr
