@@ -233,7 +233,7 @@ VALUES = [
     ("'data.root=${oc.env:NOT_SET_AT_ALL}'", "data.root: .*NOT_SET_AT_ALL"),
     ("seed=-1", "seed=-1: must be between 0 and 4294967295"),
     ("seed=4294967296", "seed=4294967296"),
-    ("device=gpu", "device=gpu: must be auto, cpu, cuda or cuda:N"),
+    ("device=gpu", "device=gpu: must be auto, cpu, cuda, cuda:N or mps"),
     ("precision=fp8", "precision=fp8: must be one of fp32, medium, bf16"),
     ("threads=0", "threads=0"),
     ("likelihood=poisson", "likelihood=poisson: must be one of bernoulli"),

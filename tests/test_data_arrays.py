@@ -231,7 +231,7 @@ def test_images_larger_than_memory_give_the_same_batches(tmp_path):
     shape, limit = (3_000, 256, 256, 3), 2**28  # of 0.6 GB: more than twice the limit
     images = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.uint8, shape)
     images[5] = 7  # the file stays sparse
-    images[2_321] = 9
+    images[2_821] = 9
     del images
     script = """
 import resource, sys, torch
@@ -247,7 +247,7 @@ try:
     raise SystemExit("the limit does not hold")
 except MemoryError:
     pass
-settings = _settings("array", sys.argv[1], 64, "none", 0.1)
+settings = _settings("array", sys.argv[1], 16, "none", 0.1)
 train, test = _loaders(load_source(settings), settings, seed=0, device="cpu")
 data_hash(train), train.dataset.mean()
 seen = {}

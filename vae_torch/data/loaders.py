@@ -234,7 +234,7 @@ def data_hash(loader: Loader) -> str:
     dataset = image_dataset(loader)
     digest = hashlib.sha256()
     for part in in_parts(dataset.images, dataset.rows):
-        digest.update(part.cpu().numpy().tobytes())
+        digest.update(part.cpu().contiguous().numpy().data)
     if dataset.labels is not None:
         digest.update(dataset.labels.cpu().numpy().tobytes())
     if dataset.shape != (dataset.images[0].numel(),):
