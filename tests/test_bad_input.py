@@ -88,9 +88,7 @@ def place(made_up_root, tmp_path_factory):
 # Refused by this project: status 2 and one line, with these words.
 REFUSED = [
     ("train.py model.latent_dim=0", "model.latent_dim=0: must be a whole number, 1 or more"),
-    ("train.py model=null", "model=null: name one of conv, mlp, residual"),
     ("train.py model=", "model=: name one of"),
-    ("train.py model=[mlp,conv]", r"model=\[mlp,conv\]: name one of"),
     ("train.py =3", "=3: names no key; write key=value"),
     ("train.py train.epoch=2", "train.epoch: no such key; did you mean train.epochs"),
     ("train.py outputs/2026-01-01", "outputs/2026-01-01: write key=value"),
@@ -178,6 +176,8 @@ COMPOSED = [
     ("model.latnt_dim=3", "model.latnt_dim: no such key; did you mean model.latent_dim"),
     ("+seed=3", "seed is there already; write seed=VALUE"),
     ("~seed", "seed is missing: give it a value"),
+    ("model=null", "model=null: name one of conv, mlp, residual"),
+    ("model=[mlp,conv]", r"model=\[mlp,conv\]: name one of"),
     ("model=vgg", "model=vgg: must be one of conv, mlp, residual"),
     ("model=residul", "must be one of .*; did you mean residual"),
     ("experiment=../../x", r"experiment=\.\./\.\./x: must be one of burda"),

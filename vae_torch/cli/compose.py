@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
-from vae_torch.cli.early import conf_dir
+from vae_torch.cli.early import conf_dir, refuse_malformed
 from vae_torch.cli.names import after_time, run_name
 from vae_torch.config import (
     OPTIONS,
@@ -117,6 +117,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: A key or a value is wrong; one line that says what is allowed.
     """
+    refuse_malformed(overrides)
     try:
         with fresh_hydra():
             return run_settings(compose_run(overrides))
