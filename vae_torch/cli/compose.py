@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,7 +58,6 @@ PLUGINS = {
 }
 
 
-@cache
 def register() -> None:
     """Register with Hydra what `conf/` refers to."""
     schema = OmegaConf.create(skeleton(Config))
