@@ -139,11 +139,12 @@ def figures_of(release: Path, data_root: str) -> Iterator[tuple[str, float, floa
     Raises:
         CheckpointError: The release is damaged, not evaluated, or of other images.
     """
-    from vae_torch.checkpoint import CheckpointError, load_run, refuse_other_data
+    from vae_torch.checkpoint import CheckpointError, refuse_other_data
     from vae_torch.data import data_hash, image_dataset, loaders_of
     from vae_torch.evaluation.bounds import bound_metrics
     from vae_torch.quadrature import exact_log_px
     from vae_torch.release import CARD, SETTINGS, checked_files
+    from vae_torch.stored import load_run
 
     vae, config = load_run(release)
     files = checked_files(release, SETTINGS, CARD)

@@ -25,11 +25,12 @@ from torch.utils.data import DataLoader
 from tests.command_lines import command_lines, run_script, start_script
 from tests.test_untrusted_files import damaged
 from vae_torch import mnist_loaders
-from vae_torch.checkpoint import Checkpoints, load_checkpoint, load_run
+from vae_torch.checkpoint import Checkpoints, load_checkpoint
 from vae_torch.data import image_dataset
 from vae_torch.files import write_atomically
 from vae_torch.runs.folders import LOCK, RecordError, read_metrics
 from vae_torch.runs.records import Records
+from vae_torch.stored import load_run
 
 
 def settings_of(made_up_root, run_dir, *more):

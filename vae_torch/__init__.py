@@ -4,7 +4,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vae_torch.checkpoint import load_run, save_run
     from vae_torch.cli.compose import compose
     from vae_torch.config import Config, ConfigError, ObjectiveConfig, OptimizerConfig
     from vae_torch.data import array_loaders, folder_loaders, load_images, mnist_loaders
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     from vae_torch.parts.posteriors import reparameterize
     from vae_torch.runs.run import run
     from vae_torch.samples import draw_samples
+    from vae_torch.stored import load_run, save_run
     from vae_torch.training.loop import train
     from vae_torch.vae import VAE, Decoder, Encoder
 
@@ -23,7 +23,6 @@ __version__ = "0.1.0"
 # The module of each public name. A name is imported on first use, so `--help` need not wait for
 # torch.
 _HOMES = {
-    "checkpoint": ("load_run", "save_run"),
     "cli.compose": ("compose",),
     "config": ("Config", "ConfigError", "ObjectiveConfig", "OptimizerConfig"),
     "data": ("array_loaders", "folder_loaders", "load_images", "mnist_loaders"),
@@ -34,6 +33,7 @@ _HOMES = {
     "parts.posteriors": ("reparameterize",),
     "runs.run": ("run",),
     "samples": ("draw_samples",),
+    "stored": ("load_run", "save_run"),
     "training.loop": ("train",),
     "vae": ("VAE", "Decoder", "Encoder"),
 }

@@ -21,10 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from vae_torch.checkpoint import load_checkpoint, load_run, stored_model
+from vae_torch.checkpoint import load_checkpoint
 from vae_torch.config import Config, ConfigError
 from vae_torch.deploy import SUFFIXES, portable_files
 from vae_torch.release import CARD, SETTINGS, SUMS, WEIGHTS, safetensors_torch, sha256_of
+from vae_torch.stored import load_run, stored_model
 
 # Number of test images whose exact log p(x) a reader can check in seconds.
 FIRST = 500

@@ -248,9 +248,10 @@ def interrupted_runs(outputs: Path, settings: Config) -> tuple[Path | None, list
 
 def refuse_unfit_checkpoint(run_dir: Path, settings: Config) -> None:
     """A run resumes only with its own settings, and with weights that fit them."""
-    from vae_torch.checkpoint import Checkpoints, load_run
+    from vae_torch.checkpoint import Checkpoints
     from vae_torch.runs.identity import refuse_other_code
     from vae_torch.runs.stages import load_stage
+    from vae_torch.stored import load_run
 
     state = load_stage(Checkpoints(run_dir / "checkpoints", settings), settings)
     if state:

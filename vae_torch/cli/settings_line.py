@@ -92,8 +92,8 @@ def asked(
 
 def open_run(config: Any, checkpoint: str) -> "tuple[VAE, Config, torch.device]":
     """The model of a command's `run` on its `device`, the run's settings, and the device."""
-    from vae_torch.checkpoint import load_run
     from vae_torch.machine import resolve_device, set_products, tune_cpu
+    from vae_torch.stored import load_run
 
     tune_cpu(None)
     device = resolve_device(config.device)

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vae_torch.checkpoint import CheckpointError, listed, other_shapes, stored_model
+from vae_torch.checkpoint import CheckpointError
 from vae_torch.config import Config, ConfigError, flatten
+from vae_torch.stored import listed, other_shapes, stored_model
 from vae_torch.vae import VAE
 
 # The parts of a model, and the settings that make a part a different one.
