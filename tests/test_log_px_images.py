@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vae_torch import VAE, evaluate_model
+from vae_torch.cli.evaluate import _line
 from vae_torch.evaluate import evaluate_images
 from vae_torch.evaluation import card as card_module
 from vae_torch.evaluation import importance, proposals
@@ -85,3 +86,13 @@ def test_counts_that_do_not_fit_are_refused(model, wrong):
     (*_, (name, value)) = wrong.items()
     with pytest.raises(ValueError, match=f"{name}={value}: "):
         evaluate_model(model, torch.zeros(9, 12), **FEW, **wrong)
+
+
+def test_the_printed_card_has_columns():
+    entry = {"value": -1.5, "standard_error": 0.25, "num_samples": 1, "definition": "what it is"}
+    units = ("nats per image", "bits per dimension", "share of latents", "of pixels", "samples")
+    cards = [{**entry, "unit": unit, "num_images": 10_000} for unit in (*units, "of 40 dimensions")]
+    cards.append({**cards[0], "estimated_images": 500})
+    lines = [_line("a_figure", card, {}) for card in cards]
+    assert len({line.index("what it is") for line in lines}) == 1
+    assert "  500 / 10,000" in lines[-1]

@@ -5,6 +5,7 @@ Printed, written to evaluation.json, added to TensorBoard.
 
 import hashlib
 import json
+import re
 import textwrap
 import threading
 import time
@@ -51,7 +52,7 @@ _MEANINGS = {
     "effective_samples": "of {samples:,} per image",
     "interval_coverage": "z inside the encoder's 95%",
     "sample_auc": "samples told from test images",
-    "nearest_train_image": "distance of samples to it",
+    "nearest_train_image": "distance of samples, in pixels",
     "fitted_gap": "gap of images drawn at random",
     "approximation_gap": "its part due to Gaussian q(z|x)",
     "amortisation_gap": "its part due to the encoder",
@@ -261,10 +262,8 @@ def _line(name: str, entry: dict[str, Any], card: dict[str, Any]) -> str:
     value, error = entry["value"], entry["standard_error"]
     number = f"{value:.3f}" if isinstance(value, float) else str(value)
     spread = f"± {error:.3f}" if error is not None else ""
-    unit = {"nats per image": "nats", "share of images": "share", "bits per dimension": "bits"}.get(
-        entry["unit"], entry["unit"]
-    )
-    unit = unit.removesuffix(" dimensions")
+    unit = entry["unit"].removeprefix("of pixels").removesuffix(" dimensions")
+    unit = re.sub(r"^(nats|bits|share) .*", r"\1", unit)
     images = entry["num_images"]
     count = f"{images:,} image{'s' if images > 1 else ''}"
     if "estimated_images" in entry:
