@@ -28,6 +28,8 @@ from torch.autograd import forward_ad
 from vae_torch.images import pair_images
 from vae_torch.parts.registry import Table
 
+_IN_CACHE = 2**18  # numbers that a pass over many outputs looks at, at once
+
 likelihoods: "Table[type[nn.Module]]" = Table("likelihood", "likelihood_options")
 
 
@@ -275,8 +277,9 @@ def pairwise(likelihood: Any, x: Tensor, params: Tensor) -> Tensor:
     """
     if affine := getattr(likelihood, "affine", None):
         return affine(x.flatten(1), params.flatten(1))  # type: ignore[no-any-return]
-    rows = [likelihood.log_prob(one, params.unsqueeze(1)).squeeze(1) for one in x.split(1)]
-    return torch.stack(rows)
+    parts = params.unsqueeze(1).split(max(1, _IN_CACHE // params[0].numel()))
+    rows = [torch.cat([likelihood.log_prob(one, some) for some in parts]) for one in x.split(1)]
+    return torch.stack(rows).squeeze(-1)
 
 
 def _log_normalizer(logits: Tensor) -> Tensor:
