@@ -101,8 +101,9 @@ def test_options_of_ones_own_are_swept(tmp_path):
         ([PLUGIN, "prior=wyde"], "prior=wyde: must be one of"),
     ],
 )
-def test_mistakes_with_plugins_are_one_line(arguments, words, tmp_path):
-    done = run_script("train.py", *arguments, f"hydra.run.dir={tmp_path / 'run'}")
+def test_mistakes_with_plugins_are_one_line(arguments, words, made_up_root, tmp_path):
+    data = ("data=fashion_mnist", f"data.root={made_up_root}")
+    done = run_script("train.py", *arguments, *data, f"hydra.run.dir={tmp_path / 'run'}")
     assert done.returncode == 2
     assert words in done.stderr
     assert done.stderr.count("\n") == 1

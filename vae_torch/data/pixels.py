@@ -55,9 +55,11 @@ def tensor_of(array: np.ndarray, where: str = "images") -> Tensor:
         return torch.from_numpy(array)
 
 
-def in_parts(images: Tensor, rows: Tensor | None = None) -> Iterator[Tensor]:
-    """The images, or those at `rows`, in order, some at a time."""
-    step = max(1, _CHUNK // max(1, images[0].numel()))
+def in_parts(
+    images: Tensor, rows: Tensor | None = None, *, pixels: int = _CHUNK
+) -> Iterator[Tensor]:
+    """The images, or those at `rows`, in order, some at a time: as many as have `pixels`."""
+    step = max(1, pixels // max(1, images[0].numel()))
     if rows is None:
         yield from images.split(step)
     else:
