@@ -227,6 +227,8 @@ def test_killed_annealing_resumes(tmp_path, monkeypatch):
     assert annealed == [2, 1]  # without the two of the first part
     for first, second in zip(whole, again, strict=True):
         assert torch.equal(first, second)
+    fewer = annealed_log_px(vae, x[1:], store=Partial(tmp_path / "part", "a"), **settings)
+    assert torch.equal(fewer.log_px, annealed_log_px(vae, x[1:], **settings).log_px)
 
 
 def test_annealing_finds_the_mode_that_the_encoder_misses():

@@ -90,7 +90,7 @@ def test_counts_that_do_not_fit_are_refused(model, wrong):
 
 def test_the_printed_card_has_columns():
     entry = {"value": -1.5, "standard_error": 0.25, "num_samples": 1, "definition": "what it is"}
-    units = ("nats per image", "bits per dimension", "share of latents", "of pixels", "samples")
+    units = ("nats per image", "bits per dimension", "share of latents", "pixels", "samples")
     cards = [{**entry, "unit": unit, "num_images": 10_000} for unit in (*units, "of 40 dimensions")]
     cards.append({**cards[0], "estimated_images": 500})
     lines = [_line("a_figure", card, {}) for card in cards]

@@ -52,7 +52,7 @@ _MEANINGS = {
     "effective_samples": "of {samples:,} per image",
     "interval_coverage": "z inside the encoder's 95%",
     "sample_auc": "samples told from test images",
-    "nearest_train_image": "distance of samples, in pixels",
+    "nearest_train_image": "distance of samples to it",
     "fitted_gap": "gap of images drawn at random",
     "approximation_gap": "its part due to Gaussian q(z|x)",
     "amortisation_gap": "its part due to the encoder",
@@ -123,8 +123,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
     tell_duration(one_class, test_set.first(few)[0], estimated, config, chunk)
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     samples = (config.eval.num_samples, config.eval.fit_samples, config.eval.seed)
-    protocol = (sha256, hashes, samples, estimated, versions())
-    partial = Partial(run_dir / PARTIAL, repr(protocol))
+    partial = Partial(run_dir / PARTIAL, repr((sha256, hashes, samples, versions())))
     if partial.begun:
         print("resuming an interrupted evaluation")
     card, per_image = evaluate_images(
@@ -262,7 +261,7 @@ def _line(name: str, entry: dict[str, Any], card: dict[str, Any]) -> str:
     value, error = entry["value"], entry["standard_error"]
     number = f"{value:.3f}" if isinstance(value, float) else str(value)
     spread = f"± {error:.3f}" if error is not None else ""
-    unit = entry["unit"].removeprefix("of pixels").removesuffix(" dimensions")
+    unit = entry["unit"].removesuffix(" dimensions")
     unit = re.sub(r"^(nats|bits|share) .*", r"\1", unit)
     images = entry["num_images"]
     count = f"{images:,} image{'s' if images > 1 else ''}"

@@ -74,6 +74,7 @@ def in_parts(
     Parts that `store` holds under `name`, and under the class of a conditional model, are not
     computed again.
     """
+    name = f"{name}, {images} images"  # another number of them would be other images
     name = name if vae.y is None else f"{name}, class {vae.y.tolist()}"
     known = store.rows(name) if store else None
     at = wide(next(vae.parameters())[:0]).device

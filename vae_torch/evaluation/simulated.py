@@ -137,7 +137,7 @@ def _put_nearest(card: Figures, x: Tensor, drawn: Tensor, train_loader: Data) ->
         "Euclidean distance of samples to the nearest training image; if it is much less than that "
         "of test images, the model copies",
         1,
-        unit="of pixels",
+        unit="pixels",
         stored=False,
         more={"of_test_images": of_images.mean().item()},
     )
