@@ -10,8 +10,12 @@ from torch.distributions import MultivariateNormal
 from tests.terms import objective_terms
 from vae_torch import VAE
 from vae_torch.config import ConfigError, ObjectiveConfig
+from vae_torch.evaluate import evaluate_model
+from vae_torch.evaluation.bounds import elbo_of
+from vae_torch.evaluation.importance import fit_posterior
 from vae_torch.evaluation.proposals import fitted_log_px
 from vae_torch.parts.posteriors import Gaussian
+from vae_torch.parts.priors import Mixture
 from vae_torch.parts.two_layer import TwoLayerPosterior, TwoLayerPrior
 from vae_torch.quadrature import exact_log_px
 
@@ -127,3 +131,48 @@ def test_the_bound_is_the_mean_of_the_log_weights_and_its_kl_is_given_per_layer(
 def test_a_top_layer_that_leaves_no_second_one_is_refused():
     with pytest.raises(ConfigError, match=r"top=4 of latent_dim=4; top must be less"):
         VAE((12,), 4, 8, prior="two_layer", prior_options={"top": 4})
+
+
+def banana():
+    """A model that says nothing of x, whose q(z|x) is its curved prior: log p(x) is -12 log 2."""
+    vae, x = two_layers(4)
+    vae.decoder.out.weight.data.zero_()
+    vae.decoder.out.bias.data.zero_()
+    q, p = vae.posterior, vae.prior
+    q.see_features.weight.data.zero_()
+    q.see_features.bias.data.zero_()
+    nn.init.normal_(q.see_top.weight, std=2.0)
+    p.see_top, p.bottom = nn.Sequential(q.see_top, q.activation), q.bottom
+    p.top = Mixture(2, components=1).double()
+    for head, value in ((q.top.mean, p.top.means), (q.top.logvar, p.top.logvars)):
+        head.weight.data.zero_()
+        head.bias.data = value.data[0].clone()
+    return vae, x
+
+
+def test_proposals_of_noise_fit_a_curved_posterior():
+    vae, x = banana()
+    found = fitted_log_px(vae, x, num_samples=1000)
+    truth = torch.full((3,), -12 * math.log(2)).double()
+    torch.testing.assert_close(found.log_px, truth, atol=0.06, rtol=0)  # 4 errors
+    assert found.effective_samples.min() > 700  # Gaussians of z alone: 10 to 40
+
+
+def test_the_best_posterior_of_two_layers_is_no_worse_than_the_encoders():
+    vae, x = two_layers()
+    log_px = exact_log_px(vae, x).log_px
+    best = fit_posterior(vae, x, steps=200)
+    found, encoders = (elbo_of(vae, x, q, num_samples=4000) for q in (best, vae.encode(x)))
+    assert (found > encoders + 0.02).all()
+    assert (found < log_px).all()
+    z, log_q = best.sample(torch.randn(5, 3, 2).double())
+    torch.testing.assert_close(best.log_prob(z), log_q)
+
+
+def test_the_card_of_two_layers_splits_the_gap_among_posteriors_of_its_kind():
+    vae, x = two_layers(4)
+    card = evaluate_model(vae, [(x.repeat(4, 1),)], num_samples=20, fit_images=12, exact=False)
+    assert card["amortisation_gap"]["value"] > -0.02
+    assert "posterior of its kind" in card["amortisation_gap"]["definition"]
+    assert "mutual_information" not in card
+    assert card["verdict"]

@@ -54,7 +54,7 @@ _MEANINGS = {
     "sample_auc": "samples told from test images",
     "nearest_train_image": "distance of samples to it",
     "fitted_gap": "gap of images drawn at random",
-    "approximation_gap": "its part due to Gaussian q(z|x)",
+    "approximation_gap": "its part due to the kind of q(z|x)",
     "amortisation_gap": "its part due to the encoder",
 }
 

@@ -11,7 +11,7 @@ from vae_torch.evaluation.pareto import pareto_k
 from vae_torch.evaluation.partial import Partial, in_parts
 from vae_torch.machine import wide
 from vae_torch.parts.objectives import log_weights
-from vae_torch.parts.posteriors import DiagonalGaussian, Posterior, gaussian_near
+from vae_torch.parts.posteriors import DiagonalGaussian, Posterior, WithOtherNoise
 from vae_torch.seeds import Stream, seeded_generator
 from vae_torch.vae import VAE, in_eval_mode
 
@@ -114,22 +114,25 @@ def fit_posterior(
     num_samples: int = 16,
     seed: int = 0,
     progress: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """The best Gaussian posterior of each image, by gradient ascent on its ELBO from the encoder's.
+) -> Posterior:
+    """The best posterior of each image, by gradient ascent on its ELBO from the encoder's.
 
     Cremer, Li and Duvenaud, *Inference Suboptimality in Variational Autoencoders* (ICML 2018),
     table 1: q*.
 
+    The encoder's posterior is one of those that are searched. Where it is Gaussian they are all
+    diagonal Gaussians; otherwise they are the encoder's, with the noise from any diagonal Gaussian.
+
     Args:
         vae: The model; its weights do not change.
         x: (N, *shape) in [0, 1].
-        steps: Steps of Adam, on each image's own mean and log-variance.
+        steps: Steps of Adam, on each image's own mean and log-variance, of z or of the noise.
         num_samples: Samples of z per step.
         seed: Random seed of the noise.
         progress: Show a bar on a terminal.
 
     Returns:
-        Mean and log-variance, (N, latent_dim) each.
+        For a Gaussian posterior its mean and log-variance, (N, latent_dim) each.
 
     Raises:
         ValueError: `VAE.check` refuses x.
@@ -137,8 +140,16 @@ def fit_posterior(
     x = vae.check(x)
     noise = seeded_generator(x.device, seed, Stream.FIT)
     with torch.no_grad():
-        near = gaussian_near(vae.encode(x), seeded_generator(x.device, seed, Stream.FIT, 2))
-        mean, logvar = (part.clone() for part in near)
+        encoder = vae.encode(x)
+        gaussian = isinstance(encoder, DiagonalGaussian)
+        nothing = torch.zeros_like(encoder.mean)
+        start = encoder if gaussian else DiagonalGaussian(nothing, nothing)
+        mean, logvar = (part.clone() for part in start)
+
+    def q() -> Posterior:
+        own = DiagonalGaussian(mean, logvar)
+        return own if gaussian else WithOtherNoise(encoder, *own)
+
     mean.requires_grad_()
     logvar.requires_grad_()
     optimizer = torch.optim.Adam([mean, logvar], lr=0.02)
@@ -147,7 +158,8 @@ def fit_posterior(
     for step in counted:
         optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / steps)
         eps = torch.randn(shape, generator=noise, device=x.device, dtype=x.dtype)
-        loss = -log_weights(vae, x, DiagonalGaussian(mean, logvar), eps).mean(0).sum()
+        loss = -log_weights(vae, x, q(), eps).mean(0).sum()
         mean.grad, logvar.grad = torch.autograd.grad(loss, [mean, logvar])
         optimizer.step()
-    return mean.detach(), logvar.detach()
+    mean, logvar = mean.detach(), logvar.detach()
+    return q()

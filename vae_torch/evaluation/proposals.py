@@ -1,10 +1,12 @@
 """log p(x) by importance sampling from Gaussians fitted to each image's posterior. Nats per image.
 
 An encoder's q(z|x) is a poor proposal: it misses correlations, tails and whole modes. Gaussians
-with a full covariance, fitted for a short time, need a tenth of the samples.
+with a full covariance, fitted for a short time, need a tenth of the samples. Where q(z|x) is no
+Gaussian, one of the noise that it turns into z is fitted too: that fit begins at q(z|x) itself.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,7 +16,7 @@ from vae_torch.evaluation.pareto import pareto_k
 from vae_torch.evaluation.partial import Partial, in_parts
 from vae_torch.machine import wide
 from vae_torch.parts.likelihoods import pairwise
-from vae_torch.parts.posteriors import gaussian_near
+from vae_torch.parts.posteriors import DiagonalGaussian, gaussian_near, log_standard_normal
 from vae_torch.seeds import Stream, seeded_generator
 from vae_torch.vae import VAE, in_eval_mode
 
@@ -24,6 +26,7 @@ _POINTS, _NEIGHBOURS, _STARTS = 8192, 8, 4
 _HOPELESS = 15.0  # a start this many nats below the best one adds nothing to p(x)
 
 _STEPS, _DRAWS, _RATE = 100, 8, 0.1  # of the fit: Adam, in units of the encoder's deviations
+_STEPS_NOISE = 300  # of a fit of noise: such posteriors are those of harder models
 _FEW_ENTRIES = 2**24  # entries of the covariances at once
 
 # Shares of the samples. Those of the encoder and the prior limit the weights if a fit fails.
@@ -66,7 +69,8 @@ def fitted_log_px(
 
     r is a mixture of three kinds: Gaussians with full covariances, fitted from the encoder's and,
     where samples from the prior find another mode, from there too; q(z|x); and a Gaussian as wide
-    as the prior's samples. Each gives its share of the samples, and all are weighted by the whole
+    as the prior's samples. A posterior that has `noise_of` and is no Gaussian adds a fitted
+    Gaussian of its noise. Each gives its share of the samples, and all are weighted by the whole
     mixture: Owen and Zhou, *Safe and effective importance sampling* (2000).
 
     The noise of an image depends on (seed, its index) alone, so `chunk` changes the result only by
@@ -94,10 +98,10 @@ def fitted_log_px(
 
     def estimate(start: int, stop: int) -> Tensor:
         part, rows = x[start:stop], []
-        fits = _fit(vae, part, points, seed)
+        fits, of_noise = _fit(vae, part, points, seed), _fit_noise(vae, part, seed)
         for i in range(len(part)):
             noise = seeded_generator(x.device, seed, start + i, Stream.PROPOSAL)
-            own = fits.of(fits.owner == i)
+            own = [kind.of(kind.owner == i) for kind in (fits, of_noise) if kind is not None]
             rows.append(_estimate(vae, part[i : i + 1], own, points, num_samples, chunk, noise))
         return torch.stack(rows)
 
@@ -131,7 +135,7 @@ def _shared_points(vae: VAE, seed: int, chunk: int) -> _Points:
 
 
 class _Fits(NamedTuple):
-    """Gaussians N(mean, scale scaleᵀ); the p-th belongs to image `owner[p]`."""
+    """Gaussians N(mean, scale scaleᵀ) of z or of noise; the p-th belongs to image `owner[p]`."""
 
     owner: Tensor  # (P,)
     mean: Tensor  # (P, latent_dim)
@@ -174,51 +178,77 @@ def _starts(
 
 
 def _fit(vae: VAE, x: Tensor, points: _Points, seed: int) -> _Fits:
-    """Fit full-covariance Gaussians by gradient ascent on the ELBO, from every start.
-
-    The gradient is that of Roeder, Wu and Duvenaud, *Sticking the Landing* (2017): its noise
-    vanishes as the fit improves. All images share the noise, so none depends on the others.
-    """
+    """Fit Gaussians of z, from the encoder's mean and from samples of the prior."""
     with torch.no_grad():
         start_noise = seeded_generator(x.device, seed, Stream.PROPOSAL, 2)
         encoder_mean, logvar = gaussian_near(vae.encode(x), start_noise)
         encoder_scale = torch.exp(0.5 * logvar)
         owner, start = _starts(vae, x, encoder_mean, encoder_scale, points)
     unit = torch.minimum(encoder_scale, points.deviation).clamp(min=1e-2 * points.deviation)[owner]
-    images, dims = x[owner], start.shape[1]
+    images = x[owner]
+    fitted = _ascend(lambda z: _log_joint(vae, images, z), start, unit, _STEPS, seed)
+    return _Fits(owner, *fitted, encoder_mean[owner], encoder_scale[owner])
+
+
+def _fit_noise(vae: VAE, x: Tensor, seed: int) -> _Fits | None:
+    """Fit Gaussians of the noise that q(z|x) turns into z; None if z itself is as good."""
+    with torch.no_grad():
+        q = vae.encode(x)
+        if isinstance(q, DiagonalGaussian) or not hasattr(q, "noise_of"):
+            return None
+        zeros = torch.zeros_like(q.mean)
+
+    def log_density(noise: Tensor) -> Tensor:
+        z, log_q = q.sample(noise)
+        log_joint = _log_joint(vae, x, z) + log_standard_normal(noise)
+        return log_joint - log_q  # type: ignore[no-any-return]
+
+    everything, ones = torch.arange(len(x), device=x.device), torch.ones_like(zeros)
+    return _Fits(everything, *_ascend(log_density, zeros, ones, _STEPS_NOISE, seed), zeros, ones)
+
+
+def _ascend(
+    log_density: Callable[[Tensor], Tensor], start: Tensor, unit: Tensor, steps: int, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fit full-covariance Gaussians by gradient ascent on the ELBO: mean, scale and ELBO of each.
+
+    The gradient is that of Roeder, Wu and Duvenaud, *Sticking the Landing* (2017): its noise
+    vanishes as the fit improves. All images share the noise, so none depends on the others.
+
+    Args:
+        log_density: The posteriors up to a factor, (K, P, latent_dim) -> (K, P).
+        start: (P, latent_dim) first means.
+        unit: (P, latent_dim) first deviations, and the unit of a step.
+        steps: Number of them.
+        seed: Random seed of the noise.
+    """
+    dims = start.shape[1]
     shift, spread = (torch.zeros_like(start).requires_grad_() for _ in range(2))
     below = start.new_zeros((len(start), dims, dims)).requires_grad_()
     groups = [{"params": [shift, spread], "share": 1.0}, {"params": [below], "share": 0.3}]
     optimizer = torch.optim.Adam(groups, lr=_RATE, betas=(0.9, 0.99))
-    noise = seeded_generator(x.device, seed, Stream.PROPOSAL, 1)
+    noise = seeded_generator(start.device, seed, Stream.PROPOSAL, 1)
     last = start.new_zeros(len(start))
-    tail = _STEPS // 10
-    for step in range(_STEPS):
+    tail = steps // 10
+    for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = _RATE * group["share"] * (1 - step / _STEPS)
-        half = torch.randn((_DRAWS // 2, 1, dims), generator=noise, device=x.device).to(x)
+            group["lr"] = _RATE * group["share"] * (1 - step / steps)
+        half = torch.randn((_DRAWS // 2, 1, dims), generator=noise, device=start.device).to(start)
         eps = torch.cat([half, -half])
         scale = torch.diag_embed(spread.exp()) + below.tril(-1)
         offset = shift + (scale @ eps.permute(1, 2, 0).expand(len(start), -1, -1)).permute(2, 0, 1)
         log_q = _log_gaussian(offset, shift.detach(), scale.detach())
-        bound = (_log_joint(vae, images, start + unit * offset) - log_q).mean(0)
+        bound = (log_density(start + unit * offset) - log_q).mean(0)
         bound = bound + unit.log().sum(1)
         grads = torch.autograd.grad(-bound.sum(), [shift, spread, below])
         for part, grad in zip((shift, spread, below), grads, strict=True):
             part.grad = grad.nan_to_num()
         optimizer.step()
-        if step >= _STEPS - tail:
+        if step >= steps - tail:
             last += bound.detach() / tail
     with torch.no_grad():
         scale = torch.diag_embed(spread.exp()) + below.tril(-1)
-        return _Fits(
-            owner,
-            start + unit * shift,
-            unit.unsqueeze(2) * scale,
-            last,
-            encoder_mean[owner],
-            encoder_scale[owner],
-        )
+        return start + unit * shift, unit.unsqueeze(2) * scale, last
 
 
 def _log_gaussian(z: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
@@ -234,18 +264,21 @@ def _log_gaussian(z: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
 def _estimate(
     vae: VAE,
     x: Tensor,
-    fits: _Fits,
+    kinds: list[_Fits],
     points: _Points,
     num_samples: int,
     chunk: int,
     noise: torch.Generator,
 ) -> Tensor:
-    """The values of a `FittedEstimate` for one image: (4,)."""
-    mean = torch.cat([fits.mean, fits.encoder_mean[:1], points.mean.unsqueeze(0)])
-    others = torch.stack([fits.encoder_scale[0], points.deviation])
-    scale = torch.cat([_WIDER * fits.scale, torch.diag_embed(others)])
+    """The values of a `FittedEstimate` for one image, from fits of z and perhaps of noise: (4,)."""
+    encoder = kinds[-1]  # of the noise, N(0, I) is q(z|x)
+    means = [fits.mean for fits in kinds]
+    mean = torch.cat([*means, encoder.encoder_mean[:1], points.mean.unsqueeze(0)])
+    others = torch.stack([encoder.encoder_scale[0], points.deviation])
+    scale = torch.cat([*(_WIDER * fits.scale for fits in kinds), torch.diag_embed(others)])
+    elbo = torch.cat([fits.elbo for fits in kinds])
     # a fit's ELBO tells the weight of its mode within a nat or two
-    worth = 0.8 * (fits.elbo.nan_to_num(nan=-math.inf) / 2).softmax(0) + 0.2 / len(fits.elbo)
+    worth = 0.8 * (elbo.nan_to_num(nan=-math.inf) / 2).softmax(0) + 0.2 / len(elbo)
     shares = torch.cat([_FITTED * worth, worth.new_tensor([_ENCODER, _PRIOR])])
     half = math.ceil(num_samples / 2)
     # as many samples of each as its share says, up to one; the same in both halves
@@ -258,7 +291,12 @@ def _estimate(
     for j in range(len(mean)):
         own = which == j
         z[own] = mean[j] + eps[own] @ scale[j].T
-    log_r = torch.logsumexp(_log_gaussian(z.unsqueeze(1), mean, scale) + shares.log(), 1)
+    if len(kinds) == 1:
+        densities = _log_gaussian(z.unsqueeze(1), mean, scale)
+    else:
+        of_noise = slice(len(means[0]), len(mean) - 1)
+        z, densities = _in_terms_of_z(vae, x, z, which, mean, scale, of_noise)
+    log_r = torch.logsumexp(densities + shares.log(), 1)
     log_px = [pairwise(vae.likelihood, x, vae.decode(some))[0] for some in z.split(chunk)]
     log_w = wide(torch.cat(log_px) + vae.log_prior(z) - log_r)
     total = log_w.logsumexp(0)
@@ -266,3 +304,31 @@ def _estimate(
     found = total - math.log(2 * half)
     effective = torch.exp(2 * total - (2 * log_w).logsumexp(0))
     return torch.stack([found, found - halves, effective, pareto_k(log_w)])
+
+
+def _in_terms_of_z(
+    vae: VAE, x: Tensor, drawn: Tensor, which: Tensor, mean: Tensor, scale: Tensor, of_noise: slice
+) -> tuple[Tensor, Tensor]:
+    """Samples of Gaussians, some of them of noise, as z, and their densities as those of z.
+
+    Args:
+        vae: The model.
+        x: (1, *shape).
+        drawn: (K, latent_dim), of z or of noise.
+        which: (K,) the Gaussian of each sample.
+        mean: (G, latent_dim).
+        scale: (G, latent_dim, latent_dim).
+        of_noise: The Gaussians of noise.
+
+    Returns:
+        (K, latent_dim) and (K, G).
+    """
+    q, z = vae.encode(x), drawn.unsqueeze(1).clone()
+    noisy = (which >= of_noise.start) & (which < of_noise.stop)
+    z[noisy] = q.rsample(z[noisy])
+    densities = _log_gaussian(z, mean, scale)
+    noise = q.noise_of(z)
+    log_volume = log_standard_normal(noise) - q.log_prob(z)
+    warped = _log_gaussian(noise, mean[of_noise], scale[of_noise]) - log_volume
+    densities[:, of_noise] = warped.nan_to_num(nan=-math.inf)  # no finite noise gives this z
+    return z[:, 0], densities

@@ -21,7 +21,8 @@ def verdict(card: dict[str, Any], num_samples: int) -> list[str]:
     active = value.get("active_units")  # None on the card of one image
     dims = len(card["active_units"]["variance_per_dim"]) if active is not None else 0
     if "kl_per_dim" not in value:  # a learned prior: see the definition of active_units
-        active = 0 if active is not None and value["mutual_information"] < 0.1 else None
+        known = active is not None and "mutual_information" in value  # only of a Gaussian q(z|x)
+        active = 0 if known and value["mutual_information"] < 0.1 else None
     if active == 0:
         said.append(
             "The posterior has collapsed: no latent dimension says anything about the image. Try "
@@ -108,9 +109,9 @@ def verdict(card: dict[str, Any], num_samples: int) -> list[str]:
         parts = ("approximation_gap", "amortisation_gap")
         larger = max(parts, key=lambda name: float(value[name]))
         remedies = {
-            "approximation_gap": "a Gaussian fits the true posterior badly. Try more latent "
-            "dimensions or objective=iwae",
-            "amortisation_gap": "the encoder does not find the best Gaussian. Try a larger or "
+            "approximation_gap": "no q(z|x) of its kind fits the true posterior well. Try more "
+            "latent dimensions, posterior=flow or objective=iwae",
+            "amortisation_gap": "the encoder does not find the best q(z|x). Try a larger or "
             "longer trained encoder",
         }
         images = card["fitted_gap"]["num_images"]

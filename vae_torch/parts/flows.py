@@ -88,6 +88,10 @@ class FlowDistribution:
         z, log_volume = self._distribution.transform.inv.call_and_ladj(eps)
         return z, self._distribution.base.log_prob(eps) - log_volume
 
+    def noise_of(self, z: Tensor) -> Tensor:
+        """The noise that gives these latents, (..., B, latent_dim)."""
+        return self._distribution.transform(z)  # type: ignore[no-any-return]
+
     def log_prob(self, z: Tensor) -> Tensor:
         """(..., B, latent_dim) -> (..., B), nats."""
         return self._distribution.log_prob(z)  # type: ignore[no-any-return]

@@ -7,8 +7,9 @@ A posterior is a module that takes features and returns a distribution:
         def __init__(self, features: int, latent_dim: int, *, width: int = 32) -> None: ...
         def forward(self, h) -> Posterior: ...  # h (B, features)
 
-The distribution turns standard normal noise into latents and knows their log-density. Code that
-needs a Gaussian calls `gaussian_of`.
+The distribution turns standard normal noise into latents and knows their log-density. It may also
+have `noise_of`, the inverse of `rsample`: proposals of importance sampling then start from it
+instead of from a Gaussian. Code that needs a Gaussian calls `gaussian_of`.
 """
 
 import math
@@ -66,6 +67,40 @@ class DiagonalGaussian(NamedTuple):
     def detach(self) -> "DiagonalGaussian":
         """The same distribution, without gradients."""
         return DiagonalGaussian(self.mean.detach(), self.logvar.detach())
+
+
+class WithOtherNoise:
+    """A posterior whose noise comes from N(mean, exp(logvar)) instead of N(0, I).
+
+    Args:
+        q: The posterior.
+        mean: (B, latent_dim); zero, with logvar zero, gives q itself.
+        logvar: (B, latent_dim).
+    """
+
+    def __init__(self, q: Posterior, mean: Tensor, logvar: Tensor) -> None:
+        self.q, self.of_noise = q, DiagonalGaussian(mean, logvar)
+
+    @property
+    def mean(self) -> Tensor:
+        """Where the mean of the noise goes, (B, latent_dim)."""
+        return self.q.rsample(self.of_noise.mean)
+
+    def rsample(self, eps: Tensor) -> Tensor:
+        """Latents for this standard normal noise, (..., B, latent_dim)."""
+        return self.q.rsample(self.of_noise.rsample(eps))
+
+    def sample(self, eps: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents for this noise, and the log-density of each, (..., B)."""
+        noise, log_density = self.of_noise.sample(eps)
+        z, log_q = self.q.sample(noise)
+        return z, log_density + log_q - log_standard_normal(noise)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """(..., B, latent_dim) -> (..., B), nats; q must have `noise_of`."""
+        noise = self.q.noise_of(z)  # type: ignore[attr-defined]
+        change = self.of_noise.log_prob(noise) - log_standard_normal(noise)
+        return self.q.log_prob(z) + change
 
 
 @posteriors.register("gaussian")
@@ -158,6 +193,11 @@ def log_normal(z: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
     """Log-density of N(mean, exp(logvar)): (..., latent_dim) -> (...), nats."""
     square = (z - mean) ** 2 * torch.exp(-logvar)
     return -0.5 * (square + logvar + math.log(2 * math.pi)).sum(-1)
+
+
+def log_standard_normal(z: Tensor) -> Tensor:
+    """Log-density of N(0, I): (..., latent_dim) -> (...), nats."""
+    return -0.5 * (z**2 + math.log(2 * math.pi)).sum(-1)
 
 
 def kl_per_dim(mean: Tensor, logvar: Tensor) -> Tensor:

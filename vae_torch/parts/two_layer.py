@@ -37,6 +37,12 @@ class TwoLayerDistribution:
         z1, log_q1 = self.bottom(z2).sample(eps1)
         return torch.cat([z2, z1], -1), log_q2 + log_q1
 
+    def noise_of(self, z: Tensor) -> Tensor:
+        """The noise that gives these latents, (..., B, latent_dim)."""
+        z2, z1 = self._split(z)
+        layers = ((self.top, z2), (self.bottom(z2), z1))
+        return torch.cat([(z - q.mean) * torch.exp(-0.5 * q.logvar) for q, z in layers], -1)
+
     def log_prob(self, z: Tensor) -> Tensor:
         """(..., B, latent_dim) -> (..., B), nats."""
         return self.log_prob_per_layer(z).sum(-1)
