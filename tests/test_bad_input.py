@@ -176,9 +176,9 @@ COMPOSED = [
     ("model.latnt_dim=3", "model.latnt_dim: no such key; did you mean model.latent_dim"),
     ("+seed=3", "seed is there already; write seed=VALUE"),
     ("~seed", "seed is missing: give it a value"),
-    ("model=null", "model=null: name one of conv, mlp, residual"),
+    ("model=null", "model=null: name one of conv, mlp, residual, resnet"),
     ("model=[mlp,conv]", r"model=\[mlp,conv\]: name one of"),
-    ("model=vgg", "model=vgg: must be one of conv, mlp, residual"),
+    ("model=vgg", "model=vgg: must be one of conv, mlp, residual, resnet"),
     ("model=residul", "must be one of .*; did you mean residual"),
     ("experiment=../../x", r"experiment=\.\./\.\./x: must be one of burda"),
     ("model.latent_dim=2,3", "model.latent_dim=2,3: several values make a sweep; add -m"),
@@ -194,10 +194,7 @@ COMPOSED = [
         "objective=iwae objective.early_samples=5 objective.early_epochs=2",
         "num_samples=5: must be 1 or more, and below",
     ),
-    (
-        "objective=iwae objective.resample=true objective.early_samples=1 objective.early_epochs=3",
-        "early_samples=1: there is nothing to choose from",
-    ),
+    ("objective=iwae objective.resample=true objective.num_samples=1", "nothing to choose from"),
     ("objective=keras likelihood=gaussian", "is for likelihood=bernoulli"),
 ]
 

@@ -23,7 +23,7 @@ from vae_torch import VAE
 from vae_torch import explorer as module
 from vae_torch.explorer import MAX_BYTES, ExplorerError, explorer_page, run_notes
 from vae_torch.parts.likelihoods import Bernoulli, likelihoods
-from vae_torch.parts.networks import Output
+from vae_torch.parts.networks import ConvBlock, Output
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +35,24 @@ def images():
 def model(architecture="mlp", latent_dim=2, **options):
     """A model whose weights are large enough that places differ, of 16 units."""
     torch.manual_seed(0)
-    vae = VAE((784,), latent_dim, 16, architecture=architecture, **options)
+    width = 512 if architecture == "resnet" else 16
+    if architecture == "resnet":
+        options = {"model_options": {"channels": 4}, **options}
+    vae = VAE((784,), latent_dim, width, architecture=architecture, **options)
     with torch.no_grad():
         for name, weight in vae.named_parameters():
             if weight.ndim > 1:
                 weight.mul_(2.5)
             elif "bias" in name:
                 weight.normal_(0, 0.3)
+    return trained_blocks(vae)
+
+
+def trained_blocks(vae):
+    """Residual blocks that add something, as they do after training."""
+    for block in vae.modules():
+        if isinstance(block, ConvBlock):
+            nn.init.normal_(block.scale)
     return vae
 
 
@@ -222,6 +233,10 @@ def with_layer(*layers, latent_dim=3):
             ),
             ["ConvTranspose2d that is not square"],
         ),
+        (
+            with_layer(nn.Unflatten(1, (4, 2, 2)), nn.Conv2d(4, 4, 1, groups=2), nn.Flatten()),
+            ["Conv2d with a stride, groups"],
+        ),
         (with_likelihood(Logistic()), ["likelihood Logistic:", "sigmoid, continuous"]),
         (with_likelihood(Inverted()), ["Inverted", "would not draw what the model does"]),
         (VAE((600,), 2, 4), ["images of shape (600,)"]),
@@ -247,6 +262,7 @@ def test_what_the_page_cannot_draw_is_refused_in_one_line(vae, words):
         VAE((1, 28, 28), 1, 4, architecture="conv"),
         VAE((3, 21, 14), 2, 4, architecture="conv"),  # which halves to odd sides
         VAE((3, 9, 10), 2, 4, architecture="residual", likelihood="gaussian"),
+        trained_blocks(VAE((3, 21, 14), 2, architecture="resnet", model_options={"channels": 4})),
     ],
 )
 def test_layers_of_ones_own_that_the_page_knows_are_drawn(vae):
@@ -269,8 +285,12 @@ def test_images_that_are_not_square_keep_their_shape():
 OWN_LIKELIHOODS = list(likelihoods)  # of the package: none of another test's
 
 
-@pytest.mark.parametrize("architecture", ["mlp", "residual", "conv"])
-@pytest.mark.parametrize("scale", [1.0, 30.0])  # and far from the start: logits of thousands
+@pytest.mark.parametrize(
+    ("architecture", "scale"),
+    [(name, 1.0) for name in ("mlp", "residual", "conv", "resnet")]
+    # and far from the start: logits of thousands; in nine layers they would be of 1e15
+    + [(name, 30.0) for name in ("mlp", "residual", "conv")],
+)
 def test_every_model_of_the_command_line_is_drawn(architecture, scale):
     for activation in ("relu", "tanh", "silu", "gelu"):
         for likelihood in OWN_LIKELIHOODS:
@@ -533,14 +553,17 @@ def expected(vae, z):
     return vae.likelihood.mean(vae.decode(torch.tensor([z])))[0]
 
 
-ACTIVATIONS = {"mlp": "gelu", "residual": "tanh", "conv": "silu"}
-LIKELIHOODS = {"mlp": "bernoulli", "residual": "continuous_bernoulli", "conv": "gaussian"}
+ACTIVATIONS = {"mlp": "gelu", "residual": "tanh", "conv": "silu", "resnet": "silu"}
+LIKELIHOODS = {"residual": "continuous_bernoulli", "conv": "gaussian"}
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("architecture", ["mlp", "residual", "conv"])
+@pytest.mark.parametrize("architecture", ["mlp", "residual", "conv", "resnet"])
 def test_the_digit_under_the_pointer_is_torchs(opened, images, architecture):
-    options = {"activation": ACTIVATIONS[architecture], "likelihood": LIKELIHOODS[architecture]}
+    options = {
+        "activation": ACTIVATIONS[architecture],
+        "likelihood": LIKELIHOODS.get(architecture, "bernoulli"),
+    }
     vae = model(architecture, latent_dim=3, **options)
     browser = opened(explorer_page(vae, *images))
     seen = []

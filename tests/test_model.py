@@ -4,12 +4,16 @@ import pytest
 import torch
 
 from vae_torch import VAE, Decoder, Encoder, reparameterize
+from vae_torch.parts.networks import ConvBlock, networks
+from vae_torch.parts.posteriors import DiagonalGaussian, WithOtherNoise
 
 
-@pytest.mark.parametrize("architecture", ["mlp", "residual", "conv"])
+@pytest.mark.parametrize("architecture", ["mlp", "residual", "conv", "resnet"])
 @pytest.mark.parametrize("input_shape", [(784,), (1, 28, 28)])
 def test_shapes_of_every_architecture(architecture, input_shape):
-    vae = VAE(input_shape, latent_dim=3, intermediate_dim=8, architecture=architecture)
+    small = {"model_options": {"channels": 4}} if architecture == "resnet" else {}
+    width = {} if small else {"intermediate_dim": 8}
+    vae = VAE(input_shape, latent_dim=3, architecture=architecture, **width, **small)
     flat, square = torch.rand(5, 784), torch.rand(5, 1, 28, 28)
     for x in (flat, square):
         out = vae(x)
@@ -19,6 +23,28 @@ def test_shapes_of_every_architecture(architecture, input_shape):
     assert vae.decode(torch.zeros(3)).shape == input_shape
     assert vae.reconstruct(flat).shape == (5, *input_shape)
     assert vae.sample(6).shape == (6, *input_shape)
+
+
+@pytest.mark.parametrize(
+    ("shape", "smallest"),
+    [((1, 28, 28), (16, 3, 3)), ((3, 64, 64), (32, 4, 4)), ((1, 5, 9), (4, 2, 4))],
+)
+def test_a_resnet_halves_images_until_a_side_has_four_pixels(shape, smallest):
+    network = networks["resnet"](channels=4)
+    assert network.scales(shape)[-1] == smallest
+    features = network.encoder(shape)(torch.rand(2, *shape))
+    assert features.shape == (2, math.prod(smallest))
+    assert network.decoder(3, shape)(torch.rand(2, 3)).shape == (2, *shape)
+
+
+def test_the_blocks_of_a_resnet_add_nothing_at_first_and_learn_at_once():
+    block, x = ConvBlock(4, torch.nn.SiLU), torch.rand(2, 4, 5, 6)
+    assert torch.equal(block(x), x)
+    block(x).sum().backward()
+    assert block.scale.grad.abs().min() > 0
+    with torch.no_grad():
+        block.scale.fill_(2.0)
+    torch.testing.assert_close(block(x), x + 2 * block.body(x))
 
 
 def test_decode_of_many_equals_decode_of_each(small_vae):
@@ -41,6 +67,16 @@ def test_reparameterize_has_the_moments_of_the_posterior():
     z = reparameterize(mean.expand(200_000, 2), logvar.expand(200_000, 2), generator=generator)
     torch.testing.assert_close(z.mean(0), mean, atol=0.02, rtol=0)
     torch.testing.assert_close(z.var(0), logvar.exp(), atol=0.05, rtol=0)
+
+
+def test_a_gaussian_with_other_noise_is_the_gaussian_that_this_makes():
+    mean, logvar, shift, spread = torch.randn(4, 5, 3).double()
+    q = WithOtherNoise(DiagonalGaussian(mean, logvar), shift, spread)
+    scale = torch.exp(logvar / 2)
+    right = torch.distributions.Normal(mean + scale * shift, scale * torch.exp(spread / 2))
+    z, log_q = q.sample(torch.randn(2, 5, 3).double())
+    torch.testing.assert_close(log_q, right.log_prob(z).sum(-1))
+    torch.testing.assert_close(q.mean, right.mean)
 
 
 def test_reparameterize_passes_gradients():

@@ -156,13 +156,13 @@ NoiseSeed = Annotated[Seed, about("random seed of all noise")]
 class ModelConfig(Group):
     """The encoder and the decoder, which mirrors it."""
 
-    name: Annotated[Name, about("the network: mlp, residual, conv, or one of your own")]
+    name: Annotated[Name, about("the network: mlp, residual, conv, resnet, or one of your own")]
     latent_dim: Annotated[Size, about("dimensions of z")]
     intermediate_dim: Annotated[Size, about("units of a hidden layer")]
     depth: Annotated[
         int,
         Field(strict=True, ge=1, le=1000),
-        about("hidden layers of the mlp, blocks of the residual network"),
+        about("hidden layers of the mlp, blocks of residual and resnet"),
     ] = 1
     activation: Annotated[
         Literal["relu", "tanh", "silu", "gelu"], about("activation between the layers")
@@ -171,9 +171,9 @@ class ModelConfig(Group):
         Switch, about("start the output bias at the mean training image (mlp, residual; bernoulli)")
     ] = False
     conditional: Annotated[Switch, about("encoder and decoder see the label: p(x|y)")] = False
-    options: Annotated[Options, about("options of a network of your own")] = field(
-        default_factory=dict
-    )
+    options: Annotated[
+        Options, about("options of the network: channels of resnet, or those of your own")
+    ] = field(default_factory=dict)
 
 
 @dataclass
@@ -718,12 +718,11 @@ def check_objective(objective: ObjectiveConfig) -> None:
             f"objective.early_samples={objective.early_samples} with objective.num_samples="
             f"{objective.num_samples}: must be 1 or more, and below objective.num_samples"
         )
-    one_draw = 1 in (objective.num_samples, objective.early_samples)
-    if objective.resample and (objective.name != "iwae" or one_draw):
+    if objective.resample and (objective.name != "iwae" or objective.num_samples == 1):
         raise ConfigError(
             f"objective.resample=true with objective.name={objective.name}, objective.num_samples="
-            f"{objective.num_samples}, objective.early_samples={objective.early_samples}: there is "
-            "nothing to choose from; use objective=iwae with several samples"
+            f"{objective.num_samples}: there is nothing to choose from; use objective=iwae with "
+            "several samples"
         )
     if objective.name in ("iwae", "keras") and (objective.beta, objective.free_bits) != (1, 0):
         raise ConfigError(
@@ -817,7 +816,8 @@ def check_combinations(config: Config) -> None:
         raise ConfigError(
             f"model.depth={config.model.depth} with model=conv: its depth is fixed; leave it at 1"
         )
-    if config.model.mean_bias and (config.model.name == "conv" or config.likelihood != "bernoulli"):
+    without = config.model.name in ("conv", "resnet")
+    if config.model.mean_bias and (without or config.likelihood != "bernoulli"):
         raise ConfigError(
             f"model.mean_bias=true with model={config.model.name}, likelihood={config.likelihood}: "
             "it needs an output bias per pixel and Bernoulli logits; use model=mlp or "

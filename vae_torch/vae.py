@@ -66,8 +66,8 @@ class Encoder(nn.Module):
         input_shape: Shape of one image.
         latent_dim: Dimensions of z.
         intermediate_dim: Units of a hidden layer.
-        architecture: `mlp`, `residual` or `conv`.
-        depth: Hidden layers (mlp) or blocks (residual).
+        architecture: `mlp`, `residual`, `conv` or `resnet`.
+        depth: Hidden layers (mlp) or blocks (residual, resnet).
         activation: `relu`, `tanh`, `silu` or `gelu`.
     """
 
@@ -135,8 +135,9 @@ class VAE(nn.Module):
             width. Networks that need height and width take a flat image as square and grey.
         latent_dim: Dimensions of z.
         intermediate_dim: Units of a hidden layer.
-        architecture: `mlp`, `residual`, `conv`, or a network of your own: see `parts.networks`.
-        depth: Hidden layers (mlp) or blocks (residual) on each side.
+        architecture: `mlp`, `residual`, `conv`, `resnet`, or a network of your own: see
+            `parts.networks`.
+        depth: Hidden layers (mlp) or blocks (residual, resnet) on each side.
         activation: `relu`, `tanh`, `silu` or `gelu`.
         posterior: `gaussian`, `flow`, one of your own, or a module: see `parts.posteriors`.
         likelihood: `bernoulli`, `continuous_bernoulli`, `gaussian`, `discretized_logistic`, one of
@@ -149,7 +150,7 @@ class VAE(nn.Module):
             its input has one more channel per class, or one more number where images are flat.
         decoder: Likewise: (B, latent_dim) -> (B, *shape), or as many numbers per pixel as the
             likelihood needs. With classes its input is (B, latent_dim + classes).
-        model_options: Options of an architecture of your own.
+        model_options: Options of the architecture: `channels` of `resnet`, or those of your own.
         posterior_options: Options of the posterior.
         likelihood_options: Options of the likelihood.
         prior_options: Options of the prior.

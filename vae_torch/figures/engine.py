@@ -1,7 +1,9 @@
 """What explorer.html runs: a decoder as a list of operations, or a grid of decoded images."""
 
 import base64
+import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vae_torch.parts.likelihoods import Bernoulli, ContinuousBernoulli, Gaussian
+from vae_torch.parts.networks import ConvBlock
 from vae_torch.vae import VAE
 
 _GRID_SIDES = {1: (33, 65, 129, 257), 2: (17, 25, 33, 49, 65)}  # by latents; tried in this order
@@ -22,8 +25,9 @@ _ACTIVATION_OPS: dict[type[nn.Module], str] = {
     nn.GELU: "gelu",
     nn.Sigmoid: "sigmoid",
 }
-_LAYERS = "Linear, LayerNorm, ConvTranspose2d, Unflatten, residual blocks and " + ", ".join(
-    sorted(kind.__name__ for kind in _ACTIVATION_OPS)
+_LAYERS = (
+    "Linear, LayerNorm, ConvTranspose2d, Conv2d with stride 1, Unflatten, residual blocks and "
+    + ", ".join(sorted(kind.__name__ for kind in _ACTIVATION_OPS))
 )
 # How the page turns decoder outputs into pixels, by a likelihood's `drawn_as`.
 _MEANS = {"sigmoid": Bernoulli, "continuous": ContinuousBernoulli, "clamp": Gaussian}
@@ -181,6 +185,8 @@ def _ops(
         if module.groups != 1 or set(module.dilation) != {1}:
             raise refused(" with groups or dilation")
         return _transposed(module, shape, stored)
+    if isinstance(module, nn.Conv2d):
+        return _ops(_as_transposed(module, refused), shape, weights)
     if isinstance(module, nn.Unflatten):
         return [], tuple(module.unflattened_size)
     if type(module) in _ACTIVATION_OPS:
@@ -189,6 +195,8 @@ def _ops(
         return [{"op": _ACTIVATION_OPS[type(module)]}], shape
     body = getattr(module, "body", None)  # of a residual block: x + body(x)
     if isinstance(body, nn.Sequential):
+        if isinstance(module, ConvBlock):
+            body = nn.Sequential(*body[:-1], _scaled(body[-1], module.scale))
         ops, shape = _ops(body, shape, weights)
         return [{"op": "residual", "body": ops}], shape
     raise refused("")
@@ -196,6 +204,40 @@ def _ops(
 
 def _or_zeros(bias: Tensor | None, size: int) -> Tensor:
     return torch.zeros(size) if bias is None else bias
+
+
+@torch.no_grad()
+def _as_transposed(
+    module: nn.Conv2d, refused: Callable[[str], ExplorerError]
+) -> nn.ConvTranspose2d:
+    """The transposed convolution that computes the same, for one with stride 1 and a square kernel.
+
+    Raises:
+        ExplorerError: Another convolution.
+    """
+    kernel, padding = module.kernel_size[0], module.padding[0]
+    square = len(set(module.kernel_size)) == len(set(module.padding)) == 1
+    plain = module.padding_mode == "zeros" and module.groups == 1 and set(module.dilation) == {1}
+    if not square or not plain or set(module.stride) != {1} or isinstance(padding, str):
+        raise refused(" with a stride, groups, dilation or other padding than zeros")
+    same = nn.ConvTranspose2d(
+        module.in_channels, module.out_channels, kernel, padding=kernel - 1 - padding
+    )
+    same.weight.copy_(module.weight.transpose(0, 1).flip(2, 3))
+    assert same.bias is not None
+    same.bias.copy_(_or_zeros(module.bias, module.out_channels))
+    return same
+
+
+@torch.no_grad()
+def _scaled(module: nn.Module, scale: Tensor) -> nn.Module:
+    """A convolution with its outputs times a factor per channel, (channels, 1, 1)."""
+    assert isinstance(module, nn.Conv2d)
+    scaled = copy.deepcopy(module)
+    scaled.weight.mul_(scale.unsqueeze(1))
+    if scaled.bias is not None:
+        scaled.bias.mul_(scale.flatten())
+    return scaled
 
 
 def _transposed(

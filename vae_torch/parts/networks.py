@@ -15,10 +15,12 @@ numbers per pixel. Where `glorot` is true, the model initialises the weights as 
 otherwise they stay as the class made them.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from vae_torch.parts.registry import Table
@@ -170,6 +172,88 @@ class Conv:
             nn.ConvTranspose2d(32, channels, 4, stride=2, padding=1, output_padding=last),
         )
         return Output(nn.Identity(), layers)
+
+
+@networks.register("resnet")
+class ResNet:
+    """Convolutions that halve the image until a side has four pixels or fewer, and residual blocks.
+
+    The blocks follow every halving but the first, where they would take most of the time. The
+    decoder mirrors the encoder.
+
+    Args:
+        depth: Blocks after a halving, on each side.
+        activation: The nonlinearity.
+        channels: Channels after the first halving; each further one doubles them.
+    """
+
+    glorot = True
+
+    def __init__(
+        self, *, depth: int = 1, activation: Activation = "relu", channels: int = 32
+    ) -> None:
+        self.depth, self.channels = depth, channels
+        self.activation = ACTIVATIONS[activation]
+
+    def encoder(self, shape: tuple[int, ...]) -> nn.Module:
+        """(B, channels, height, width) -> (B, features)."""
+        scales = self.scales(shape)
+        layers: list[nn.Module] = []
+        for large, small in itertools.pairwise(scales):
+            layers += [nn.Conv2d(large[0], small[0], 4, stride=2, padding=1)]
+            layers += [*self.blocks(small, scales), self.activation()]
+        return Features(nn.Sequential(*layers, nn.Flatten()), math.prod(scales[-1]))
+
+    def decoder(self, latent_dim: int, shape: tuple[int, ...]) -> nn.Module:
+        """(B, latent_dim) -> (B, channels, height, width)."""
+        scales = self.scales(shape)
+        layers: list[nn.Module] = [nn.Linear(latent_dim, math.prod(scales[-1]))]
+        layers += [nn.Unflatten(1, scales[-1])]
+        for small, large in itertools.pairwise(reversed(scales)):
+            lost = (large[1] % 2, large[2] % 2)  # one pixel more where halving a side lost one
+            layers += [*self.blocks(small, scales), self.activation()]
+            layers += [
+                nn.ConvTranspose2d(small[0], large[0], 4, stride=2, padding=1, output_padding=lost)
+            ]
+        return Output(nn.Identity(), nn.Sequential(*layers))
+
+    def scales(self, shape: tuple[int, ...]) -> list[tuple[int, int, int]]:
+        """(channels, height, width) of the image and after each halving."""
+        found = [_image(shape)]
+        while len(found) == 1 or min(found[-1][1:]) > 4:
+            _, height, width = found[-1]
+            found.append((self.channels * 2 ** (len(found) - 1), height // 2, width // 2))
+        return found
+
+    def blocks(
+        self, scale: tuple[int, int, int], scales: Sequence[tuple[int, int, int]]
+    ) -> list[nn.Module]:
+        """The blocks at one scale."""
+        depth = 0 if scale == scales[1] else self.depth
+        return [ConvBlock(scale[0], self.activation) for _ in range(depth)]
+
+
+class ConvBlock(nn.Module):
+    """x + s * conv(act(conv(act(x)))), with a scale s per channel that starts at 0.
+
+    He et al., *Identity Mappings in Deep Residual Networks* (2016); the scale instead of a
+    normalisation: De and Smith, *Batch Normalization Biases Residual Blocks Towards the Identity
+    Function in Deep Networks* (NeurIPS 2020), section 4.
+    """
+
+    def __init__(self, channels: int, activation: type[nn.Module]) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(channels, 1, 1))
+        self.body = nn.Sequential(
+            activation(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            activation(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, height, width) -> the same."""
+        return x + self.scale * self.body(x)  # type: ignore[no-any-return]
 
 
 def _image(shape: Sequence[int]) -> tuple[int, int, int]:

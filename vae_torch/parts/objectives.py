@@ -362,6 +362,8 @@ class IWAE:
 
     def __call__(self, vae: VAE, batch: Batch, noise: Noise, beta: Tensor | float) -> Loss:
         """(B,)."""
+        if len(noise.eps) == 1:  # nothing to choose from, so one pass is enough
+            noise = Noise(noise.eps)
         parts = bound(vae, batch, noise.eps, gradients=noise.choice is None)
         return -self._bound(vae, batch.x, parts, noise, beta), parts.metrics()
 
