@@ -368,6 +368,13 @@ def test_a_release_is_verified(made_up_root, evaluated, tmp_path):
     assert [name for name, row in rows_of(bad).items() if row[-1] == "NO"] == ["kl"]
 
 
+def test_a_release_is_not_evaluated_but_verified(release):
+    refused = run_script("evaluate.py", f"run={release}")
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+    assert f"reproduce.py verify {release.name} pretrained={release.parent}" in refused.stderr
+
+
 def test_what_cannot_be_verified_is_one_line(made_up_root, evaluated, release, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(release, other / "bare")

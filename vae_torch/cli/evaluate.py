@@ -80,11 +80,18 @@ def evaluate_run(config: EvaluateConfig) -> None:
     from vae_torch.evaluation.partial import Partial
     from vae_torch.figures import log_px_map
     from vae_torch.files import replaced, write_atomically
+    from vae_torch.release import is_release
     from vae_torch.runs.identity import versions
     from vae_torch.runs.records import add_evaluation
 
-    vae, run_config, device = open_run(config, config.eval.checkpoint)
     run_dir = Path(config.run)
+    if is_release(run_dir):
+        raise ConfigError(
+            f"run={config.run}: is a release, and its evaluation card is sealed; measure it again "
+            f"with reproduce.py verify {run_dir.name} pretrained={run_dir.parent}, or evaluate the "
+            "run that it was made from"
+        )
+    vae, run_config, device = open_run(config, config.eval.checkpoint)
     # fits into a core's cache, or keeps a GPU busy
     chunk = config.eval.chunk or (65536 if device.type == "cuda" else 1024)
     vae = vae.to(memory_format=torch.channels_last)  # makes convolutions a third faster
@@ -220,6 +227,7 @@ def refuse_smaller(config: EvaluateConfig, images: int, integrates: bool) -> str
 def tell_duration(vae: Any, x: Any, images: int, config: EvaluateConfig, chunk: int) -> None:
     """Print the time that the longest part will take, estimated from a few images x (B, *shape)."""
     from vae_torch.evaluate import importance_log_px
+    from vae_torch.parts.posteriors import DiagonalGaussian
 
     samples = config.eval.num_samples
     took = 0.0
@@ -229,9 +237,11 @@ def tell_duration(vae: Any, x: Any, images: int, config: EvaluateConfig, chunk: 
         took = time.perf_counter() - began
     left = timedelta(seconds=round(took * images / len(x)))
     few = " (eval.log_px_images=500 is quicker)" if left > _LONG and images > 500 else ""
+    fits_noise = not isinstance(vae.encode(x[:1]), DiagonalGaussian)
+    long = "several times as" if fits_noise else "about as"
     print(
         f"log p(x) of {images:,} images, {samples:,} samples each: about {left} (h:mm:ss), and "
-        f"about as long again from fitted proposals{few}",
+        f"{long} long again from fitted proposals{few}",
         flush=True,
     )
 
