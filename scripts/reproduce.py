@@ -2,11 +2,13 @@
 
 python scripts/reproduce.py [only=[strong] seeds=[0] threads=1]
 python scripts/reproduce.py verify [default]   the releases in pretrained/ have the figures they say
+python scripts/reproduce.py picture            nats against minutes of training, of the rows' runs
 """
 
 import hashlib
 import json
 import math
+import re
 import statistics
 import subprocess
 import sys
@@ -35,6 +37,11 @@ class Row:
     reference: str  # the figure to compare with
     source: str
     overrides: list[str] = field(default_factory=list)
+    # standard deviation of that comparison: by the pixels that were drawn, and by seed; null: it
+    # is not of equals
+    error: float | None = None
+    images: str = ""  # training images, ours / theirs
+    pixels: str = ""  # test pixels, ours / theirs
 
 
 @dataclass
@@ -54,6 +61,11 @@ class ReproduceConfig:
     overrides: Annotated[list[str], about("more settings for every run, for a trial")]
     rows: Annotated[dict[str, Row], about("the rows of the table")]
     pretrained: Annotated[str, about("verify: the folder of the releases")] = "pretrained"
+    picture: Annotated[str, about("picture: the file, .svg or .png")] = "nats.svg"
+    pictured: Annotated[list[str], about("picture: its rows")] = field(default_factory=list)
+    published: Annotated[dict[str, float], about("picture: its lines, nats by name")] = field(
+        default_factory=dict
+    )
 
 
 def main() -> None:
@@ -64,7 +76,8 @@ def main() -> None:
         "Rerun the results table: every row, every seed, evaluated. All of it takes some 30 hours\n"
         "of two cores; rows that are there are not run again. Rewrites the table in\n"
         "docs/results/index.md.\n\n"
-        "reproduce.py verify [NAME ...]: measure the releases in pretrained/ again, in minutes.",
+        "reproduce.py verify [NAME ...]: measure the releases in pretrained/ again, in minutes.\n"
+        "reproduce.py picture: draw nats against minutes of training.",
         ReproduceConfig,
     )
     options = line.parse_args()
@@ -72,9 +85,12 @@ def main() -> None:
     options.settings = [word for word in options.settings if "=" in word]
     config = settings_of(options, ReproduceConfig)
     if words:
-        if words[0] != "verify":
-            refuse(f"{words[0]}: must be verify, or a setting, key=value")
-        verify(config, words[1:])
+        if words[0] == "verify":
+            verify(config, words[1:])
+        elif words == ["picture"]:
+            draw(config)
+        else:
+            refuse(f"{words[0]}: must be verify or picture, or a setting, key=value")
         return
     try:
         refuse_bad_numbers(config)
@@ -275,9 +291,10 @@ def call(command: list[str]) -> None:
 def table_of(config: ReproduceConfig) -> str:
     """The Markdown table of all rows that have runs, old and new."""
     lines = [
-        "| row | figure (nats; lower is better) | ours: mean ± sd | seeds | reference | source "
+        "| row | figure (nats; lower is better) | ours: mean ± sd | seeds | fitted proposals "
+        "| published | ours | source | training images, ours / theirs | test pixels, ours / theirs "
         "| command | minutes, wall clock |",
-        "|---|---|---|---|---|---|---|---|",
+        "|" + 12 * "---|",
     ]
     for name, row in config.rows.items():
         folders = sorted(folder_of(config, row, 0).parent.glob("seed=*"))
@@ -291,25 +308,71 @@ def table_of(config: ReproduceConfig) -> str:
         samples = min(samples_of(run) for run in runs)
         fitted = ""
         if row.metric == "log_px_encoder":
-            better = statistics.mean(value_of(run, "log_px") for run in runs)
-            fitted = f"; {better:.2f} from fitted proposals"
+            fitted = f"{statistics.mean(value_of(run, 'log_px') for run in runs):.2f}"
         words = {
             "elbo": "-ELBO",
-            "log_px_encoder": f"-log p(x), {samples} samples from the encoder",
+            "log_px_encoder": f"-log p(x), {samples:,} samples from the encoder",
             "log_px_exact": "exact -log p(x)",
         }
         cells = (
             f"`{name}`",
-            words.get(row.metric, row.metric) + fitted,
+            words.get(row.metric, row.metric),
             f"**{statistics.mean(values):.{digits}f}**{spread}",
             str(len(runs)),
+            fitted,
             row.reference,
+            compared(values, row),
             row.source,
+            row.images,
+            row.pixels,
             f"`{command_of(row)}`",
             f"{statistics.mean(minutes):.0f}",
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def compared(values: list[float], row: Row) -> str:
+    """`beats`, `reaches` or `misses`, by twice the error of the difference; empty if unknown."""
+    if row.error is None:
+        return ""
+    ahead = float(row.reference) - statistics.mean(values)
+    if abs(ahead) <= 2 * row.error:
+        return "reaches"
+    return "beats" if ahead > 0 else "misses"
+
+
+def draw(config: ReproduceConfig) -> None:
+    """Draw -bound on the test images over minutes, -log p(x) at the end, published figures."""
+    from vae_torch.figures.plots import DIGIT_COLOURS, new_axes
+    from vae_torch.runs.folders import read_metrics
+
+    figure, axes = new_axes(7.5, 4.5)
+    devices = set()
+    for name, colour in zip(config.pictured, DIGIT_COLOURS, strict=False):
+        if name not in config.rows:
+            refuse(f"pictured={name}: must be some of {', '.join(config.rows)}")
+        runs = sorted(folder_of(config, config.rows[name], 0).parent.glob("seed=*"))
+        runs = [run for run in runs if (run / "evaluation.json").exists()]
+        if not runs:
+            refuse(f"out={config.out}: holds no evaluated run of row {name}; reproduce it first")
+        for number, run in enumerate(runs):
+            epochs = read_metrics(run)
+            minutes = [sum(e["seconds"] for e in epochs[: i + 1]) / 60 for i in range(len(epochs))]
+            bound = "test/iw_elbo" if "test/iw_elbo" in epochs[0] else "test/elbo"
+            axes.plot(minutes, [-e[bound] for e in epochs], color=colour, lw=1)
+            label = None if number else f"{name}, {len(runs)} seeds: bound; -log p(x) at the end"
+            axes.plot(minutes[-1], value_of(run, "log_px"), "o", color=colour, label=label)
+            devices.add(re.sub(r"cuda\S* \((.*)\)", r"\1", summary_of(run)["device"]))
+    for source, nats in config.published.items():
+        axes.axhline(nats, color="grey", lw=0.6, ls="--")
+        place = {"transform": axes.get_yaxis_transform(), "va": "bottom"}
+        axes.text(0.5, nats, source, fontsize=7, **place)
+    axes.set(ylim=(79, 90), xlabel=f"minutes of training: {', '.join(sorted(devices))}")
+    axes.set_ylabel("nats per image, lower is better")
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(config.picture)
+    print(config.picture)
 
 
 def value_of(run_dir: Path, metric: str) -> float:
