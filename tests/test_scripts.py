@@ -14,6 +14,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+from scripts import reproduce
 from tests.command_lines import run_script, start_script
 from tests.conftest import REPOSITORY
 from tests.rough import ROUGH, UNDRAWN
@@ -168,6 +169,38 @@ def test_a_trial_leaves_the_results_table_alone(made_up_root, tmp_path):
     refused = run_script("reproduce.py", "only=[nothing]")
     assert refused.returncode == 2
     assert "only=nothing" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("ours", "error", "word"),
+    [([86.0, 86.2], 0.18, "beats"), ([86.5], 0.18, "reaches"), ([87.2], 0.18, "misses"),
+     ([80.0], None, "")],
+)  # fmt: skip
+def test_a_row_is_compared_by_twice_the_error_of_the_comparison(ours, error, word):
+    row = reproduce.Row("burda_vae", "log_px_encoder", "86.76", "a paper", error=error)
+    assert reproduce.compared(ours, row) == word
+
+
+def test_the_picture_of_nats_against_minutes_needs_evaluated_runs(tmp_path):
+    run, picture = tmp_path / "results" / "strong" / "seed=0", tmp_path / "nats.svg"
+    run.mkdir(parents=True)
+    asked = ("picture", f"out={tmp_path / 'results'}", f"picture={picture}", "pictured=[strong]")
+    for words, line in (
+        (asked, "holds no evaluated run of row strong"),
+        ((*asked[:-1], "pictured=[nothing]"), "pictured=nothing: must be some of keras_notebook"),
+        (("drawing",), "drawing: must be verify or picture"),
+    ):
+        refused = run_script("reproduce.py", *words)
+        assert refused.returncode == 2
+        assert line in refused.stderr
+        assert refused.stderr.count("\n") == 1
+    epochs = [{"epoch": n, "seconds": 60.0, "test/elbo": n - 90.0} for n in (1, 2)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(epoch) + "\n" for epoch in epochs))
+    (run / "summary.json").write_text(json.dumps({"device": "cuda (A Card)"}))
+    (run / "evaluation.json").write_text(json.dumps({"log_px": {"value": -85.0}}))
+    drawn = run_script("reproduce.py", *asked)
+    assert drawn.returncode == 0, drawn.stderr
+    assert "<svg" in picture.read_text("utf-8")
 
 
 @pytest.mark.parametrize("name", ["train", "evaluate"])
