@@ -292,9 +292,9 @@ def table_of(config: ReproduceConfig) -> str:
     """The Markdown table of all rows that have runs, old and new."""
     lines = [
         "| row | figure (nats; lower is better) | ours: mean ± sd | seeds | fitted proposals "
-        "| published | ours | source | training images, ours / theirs | test pixels, ours / theirs "
-        "| command | minutes, wall clock |",
-        "|" + 12 * "---|",
+        "| published | compared | source | training images, ours / theirs "
+        "| test pixels, ours / theirs | minutes, wall clock |",
+        "|" + 11 * "---|",
     ]
     for name, row in config.rows.items():
         folders = sorted(folder_of(config, row, 0).parent.glob("seed=*"))
@@ -325,7 +325,6 @@ def table_of(config: ReproduceConfig) -> str:
             row.source,
             row.images,
             row.pixels,
-            f"`{command_of(row)}`",
             f"{statistics.mean(minutes):.0f}",
         )
         lines.append("| " + " | ".join(cells) + " |")
