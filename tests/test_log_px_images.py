@@ -61,6 +61,7 @@ def test_some_images_tell_the_exact_mean_of_all(model):
         chosen = per_image[name].isfinite()
         assert chosen.sum() == entry["estimated_images"] == 20
         assert entry["num_images"] == 80
+        assert entry["error_over"] == "images, and the choice of 20 of them"
         off = (per_image[name] - truth)[chosen].abs().max().item()  # of the estimates themselves
         assert abs(entry["value"] - truth.mean().item()) < 4 * entry["error_of_the_choice"] + off
     assert torch.equal(per_image["gap"].isfinite(), per_image["log_px"].isfinite())
@@ -73,6 +74,7 @@ def test_all_images_need_no_estimate_of_the_rest(model):
     card = evaluate_model(model, x, log_px_images=50, exact=False, **FEW)
     assert card["log_px"] == evaluate_model(model, x, exact=False, **FEW)["log_px"]
     assert "estimated_images" not in card["log_px"]
+    assert card["log_px"]["error_over"] == "images"
 
 
 def test_one_image_has_no_error(model):

@@ -89,9 +89,9 @@ def evaluate_model(
         progress: Show bars on a terminal.
 
     Returns:
-        Each figure by name, as `{"value", "standard_error", "unit", "definition", "num_samples",
-        "num_images", "seed"}`, and under `verdict` a list of sentences. An integral that does not
-        settle is left out, and the verdict says so.
+        Each figure by name, as `{"value", "standard_error", "error_over", "unit", "definition",
+        "num_samples", "num_images", "seed"}`, and under `verdict` a list of sentences. An integral
+        that does not settle is left out, and the verdict says so.
 
     Raises:
         ValueError: num_samples, fit_samples, fit_images, log_px_images, ais or chunk is below 1;

@@ -54,12 +54,14 @@ class Figures:
         all is that of the bound, plus the mean difference on some.
         """
         images = self.images if num_images is None else num_images
+        over = "images"
         if isinstance(value, Tensor):
             value = wide(value)
             images, standard_error = len(value), standard_error_of(value)
             if stored:
                 self.keep(name, value, of)
             if of is not None and from_all is not None:
+                over = f"images, and the choice of {len(of):,} of them"
                 value, standard_error, more = self._from_some(value, of, from_all, more or {})
                 images = self.images
             else:
@@ -67,6 +69,8 @@ class Figures:
         self.figures[name] = {
             "value": value,
             "standard_error": standard_error,
+            # random seeds, the draw of binarised pixels and the bias of an estimate are not in it
+            "error_over": None if standard_error is None else over,
             "unit": unit,
             "definition": definition.replace("p(x)", self.px),
             "num_samples": samples,
