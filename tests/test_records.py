@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.command_lines import run_script
 from tests.rough import UNDRAWN
 from vae_torch import VAE
+from vae_torch.figures.plots import new_axes
 from vae_torch.runs.records import Records, add_evaluation
 
 
@@ -55,6 +56,11 @@ def test_curves_come_before_pictures_and_these_before_the_curves_of_single_laten
         "samples",
         "latent",
     ]
+
+
+def test_a_map_of_log_px_is_kept_though_somebody_removed_the_figures(tmp_path):
+    add_evaluation(tmp_path, {"verdict": []}, 1, new_axes(2, 2)[0])
+    assert (tmp_path / "figures" / "log_px.png").exists()
 
 
 def test_the_command_of_a_sweeps_job_runs_that_job_alone(made_up_root, tmp_path):

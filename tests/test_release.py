@@ -388,7 +388,7 @@ def test_what_cannot_be_verified_is_one_line(made_up_root, evaluated, release, t
         (["verify", "foreign"], other, "its run had other images or labels than data root"),
         (["verify", "nothing"], other, "nothing: no such folder"),
         (["verify"], tmp_path / "none", "holds no release"),
-        (["check"], other, "check: must be verify, or a setting"),
+        (["check"], other, "check: must be verify or picture, or a setting"),
     ):
         where = (f"pretrained={folder}", f"data_root={made_up_root}")
         refused = run_script("reproduce.py", *asked, *where)

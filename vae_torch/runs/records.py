@@ -410,6 +410,7 @@ def add_evaluation(
         records = [_text("evaluation", "\n".join(rows) + f"\n\n{verdict}")]
         if log_px_map is not None:
             png = to_png(log_px_map)
+            (run_dir / "figures").mkdir(exist_ok=True)  # somebody may have removed it
             write_atomically(run_dir / "figures" / "log_px.png", png)
             about = "Exact log p(x) of test images at their posterior means, and some posteriors."
             records.append(_image(f"{_VISUALS}/{len(_PICTURES) + 1}_log_px", png, about))
