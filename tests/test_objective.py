@@ -203,6 +203,23 @@ def test_one_draw_by_its_weight_has_the_gradient_of_all_in_expectation(estimator
     torch.testing.assert_close(expected, everything)
 
 
+def test_an_early_epoch_of_one_sample_has_the_gradient_of_its_log_weight():
+    """Nothing is chosen from one sample: objective.early_samples=1 with objective.resample=true."""
+    torch.manual_seed(0)
+    vae = VAE((6,), 2, 5, prior="mixture", prior_components=3).double()
+    x, eps = torch.rand(4, 6).double(), torch.randn(1, 4, 2).double()
+    objective = ObjectiveConfig(name="iwae", num_samples=5, resample=True)
+    found = gradient_of(vae, x, eps, objective, 0.4, torch.rand(4).double())
+    mean, logvar = vae.encode(x)
+    scale = torch.exp(logvar / 2)
+    z = mean + scale * eps[0]
+    log_q = torch.distributions.Normal(mean, scale).log_prob(z).sum(-1)
+    log_px = torch.distributions.Bernoulli(logits=vae.decode(z), validate_args=False).log_prob(x)
+    log_w = log_px.sum(-1) + 0.4 * (vae.log_prior(z) - log_q)
+    expected = torch.autograd.grad(-log_w.mean(), list(vae.parameters()))
+    torch.testing.assert_close(found, torch.cat([part.flatten() for part in expected]))
+
+
 def test_images_are_averaged_once(small_vae):
     """A batch's loss is the mean of its images' losses, whatever the batch size."""
     x, eps = torch.rand(10, 784), torch.randn(1, 10, 2)
