@@ -107,11 +107,11 @@ def main() -> None:
                 run_and_evaluate(config, config.rows[name], seed)
             except subprocess.CalledProcessError as error:
                 refuse(f"row {name}, seed {seed}: {' '.join(error.cmd[1:])} failed")
-    table = table_of(config)
     readme = Path(config.readme)
     text = readme.read_text("utf-8") if readme.exists() else ""
     before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    old, end, after = rest.partition(END)
+    table = table_of(config, "" if is_trial(config) else old)
     if end and not is_trial(config):
         write_atomically(readme, f"{before}{begin}\n{table}\n{end}{after}".encode())
     print(table)
@@ -288,8 +288,8 @@ def call(command: list[str]) -> None:
         raise subprocess.CalledProcessError(status, command)
 
 
-def table_of(config: ReproduceConfig) -> str:
-    """The Markdown table of all rows that have runs, old and new."""
+def table_of(config: ReproduceConfig, old: str = "") -> str:
+    """The Markdown table of all rows; those without runs here stay as they are in the old table."""
     lines = [
         "| row | figure (nats; lower is better) | ours: mean ± sd | seeds | fitted proposals "
         "| published | compared | source | training images, ours / theirs "
@@ -300,6 +300,7 @@ def table_of(config: ReproduceConfig) -> str:
         folders = sorted(folder_of(config, row, 0).parent.glob("seed=*"))
         runs = [folder for folder in folders if is_current(config, folder)]
         if not runs:
+            lines += [line for line in old.splitlines() if line.startswith(f"| `{name}` |")]
             continue
         values = [value_of(run, row.metric) for run in runs]
         minutes = [summary_of(run)["seconds"] / 60 for run in runs]
@@ -325,10 +326,16 @@ def table_of(config: ReproduceConfig) -> str:
             row.source,
             row.images,
             row.pixels,
-            f"{statistics.mean(minutes):.0f}",
+            f"{statistics.mean(minutes):.0f}{card_of(runs[0])}",
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def card_of(run_dir: Path) -> str:
+    """`, on NVIDIA H100`, for a run on a GPU."""
+    found = re.fullmatch(r"cuda\S* \((.*)\)", summary_of(run_dir)["device"])
+    return f", on {found[1]}" if found else ""
 
 
 def compared(values: list[float], row: Row) -> str:
@@ -360,7 +367,8 @@ def draw(config: ReproduceConfig) -> None:
             minutes = [sum(e["seconds"] for e in epochs[: i + 1]) / 60 for i in range(len(epochs))]
             bound = "test/iw_elbo" if "test/iw_elbo" in epochs[0] else "test/elbo"
             axes.plot(minutes, [-e[bound] for e in epochs], color=colour, lw=1)
-            label = None if number else f"{name}, {len(runs)} seeds: bound; -log p(x) at the end"
+            seeds = f"{len(runs)} seed{'s' * (len(runs) > 1)}"
+            label = None if number else f"{name}, {seeds}: bound; -log p(x) at the end"
             axes.plot(minutes[-1], value_of(run, "log_px"), "o", color=colour, label=label)
             devices.add(re.sub(r"cuda\S* \((.*)\)", r"\1", summary_of(run)["device"]))
     for source, nats in config.published.items():
@@ -370,7 +378,10 @@ def draw(config: ReproduceConfig) -> None:
     axes.set(ylim=(79, 90), xlabel=f"minutes of training: {', '.join(sorted(devices))}")
     axes.set_ylabel("nats per image, lower is better")
     axes.legend(frameon=False, fontsize=8)
-    figure.savefig(config.picture)
+    try:
+        figure.savefig(config.picture)
+    except (OSError, ValueError) as error:  # no such folder; no such kind of picture
+        refuse(f"picture={config.picture}: {error}")
     print(config.picture)
 
 

@@ -1,4 +1,6 @@
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -96,6 +98,13 @@ def test_a_calibrated_gaussian_has_the_batchs_residual_for_its_variance():
     still = likelihood.log_prob(torch.zeros(2, 9), torch.ones(2, 9))
     expected = Normal(torch.ones(2, 9), variance.sqrt()).log_prob(torch.zeros(2, 9)).sum(-1)
     torch.testing.assert_close(still, expected)
+
+
+@pytest.mark.parametrize("name", ["flow", "two_layer"])
+def test_every_built_in_part_is_found_without_importing_its_module(name):
+    made = f"from vae_torch import VAE; VAE((6,), 4, 8, posterior={name!r}, prior={name!r})"
+    done = subprocess.run([sys.executable, "-c", made], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("latent_dim", [1, 2, 5])

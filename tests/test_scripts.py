@@ -181,6 +181,15 @@ def test_a_row_is_compared_by_twice_the_error_of_the_comparison(ours, error, wor
     assert reproduce.compared(ours, row) == word
 
 
+def test_a_row_without_runs_stays_as_it_is_in_the_table(tmp_path):
+    rows = {name: reproduce.Row(None, "elbo", "1", "a paper") for name in ("a", "b")}
+    numbers = {"seeds": [0], "num_samples": 1, "threads": None, "limit_test": None, "only": None}
+    places = {"out": str(tmp_path), "readme": "", "data_root": "", "overrides": []}
+    config = reproduce.ReproduceConfig(**numbers, **places, rows=rows)
+    old = "| row |\n|---|\n| `a` | -ELBO | **1.0** |\n| `c` | not a row any more |\n"
+    assert reproduce.table_of(config, old).splitlines()[2:] == ["| `a` | -ELBO | **1.0** |"]
+
+
 def test_the_picture_of_nats_against_minutes_needs_evaluated_runs(tmp_path):
     run, picture = tmp_path / "results" / "strong" / "seed=0", tmp_path / "nats.svg"
     run.mkdir(parents=True)
@@ -200,7 +209,12 @@ def test_the_picture_of_nats_against_minutes_needs_evaluated_runs(tmp_path):
     (run / "evaluation.json").write_text(json.dumps({"log_px": {"value": -85.0}}))
     drawn = run_script("reproduce.py", *asked)
     assert drawn.returncode == 0, drawn.stderr
-    assert "<svg" in picture.read_text("utf-8")
+    words = picture.read_text("utf-8")
+    assert "strong, 1 seed: bound" in words
+    assert "minutes of training: A Card" in words
+    nowhere = run_script("reproduce.py", *asked[:2], "picture=no/such.svg", asked[3])
+    assert nowhere.returncode == 2
+    assert "picture=no/such.svg: " in nowhere.stderr
 
 
 @pytest.mark.parametrize("name", ["train", "evaluate"])

@@ -173,7 +173,7 @@ def _model_card(
     figures = "It has not been evaluated: `scripts/evaluate.py` measures it.\n"
     if card:
         rows = "".join(
-            f"| `{name}` | {_figure(entry)} | {entry['num_images']:,} | "
+            f"| `{name}` | {_figure(entry)} | {_images(entry)} | "
             + entry["definition"].replace("|", r"\|")
             + " |\n"
             for name, entry in card.items()
@@ -228,6 +228,12 @@ def _figure(entry: dict[str, Any]) -> str:
         return f"{value} {entry['unit']}"
     digits = max(0, 1 - math.floor(math.log10(error)))
     return f"{value:.{digits}f} ± {error:.{digits}f} {entry['unit']}"
+
+
+def _images(entry: dict[str, Any]) -> str:
+    """`10,000`, or `200 of 10,000` where only some were estimated."""
+    some = f"{entry['estimated_images']:,} of " if "estimated_images" in entry else ""
+    return f"{some}{entry['num_images']:,}"
 
 
 def _json(values: dict[str, Any]) -> bytes:

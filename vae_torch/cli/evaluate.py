@@ -227,7 +227,7 @@ def refuse_smaller(config: EvaluateConfig, images: int, integrates: bool) -> str
 def tell_duration(vae: Any, x: Any, images: int, config: EvaluateConfig, chunk: int) -> None:
     """Print the time that the longest part will take, estimated from a few images x (B, *shape)."""
     from vae_torch.evaluate import importance_log_px
-    from vae_torch.parts.posteriors import DiagonalGaussian
+    from vae_torch.evaluation.proposals import fits_noise_of
 
     samples = config.eval.num_samples
     took = 0.0
@@ -237,7 +237,7 @@ def tell_duration(vae: Any, x: Any, images: int, config: EvaluateConfig, chunk: 
         took = time.perf_counter() - began
     left = timedelta(seconds=round(took * images / len(x)))
     few = " (eval.log_px_images=500 is quicker)" if left > _LONG and images > 500 else ""
-    fits_noise = not isinstance(vae.encode(x[:1]), DiagonalGaussian)
+    fits_noise = fits_noise_of(vae.encode(x[:1]))
     long = "several times as" if fits_noise else "about as"
     print(
         f"log p(x) of {images:,} images, {samples:,} samples each: about {left} (h:mm:ss), and "

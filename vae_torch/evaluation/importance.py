@@ -132,7 +132,8 @@ def fit_posterior(
         progress: Show a bar on a terminal.
 
     Returns:
-        For a Gaussian posterior its mean and log-variance, (N, latent_dim) each.
+        For a Gaussian posterior its mean and log-variance, (N, latent_dim) each: `mean, logvar =
+        fit_posterior(vae, x)`. For others a `Posterior`, which `evaluation.bounds.elbo_of` takes.
 
     Raises:
         ValueError: `VAE.check` refuses x.

@@ -16,7 +16,12 @@ from vae_torch.evaluation.pareto import pareto_k
 from vae_torch.evaluation.partial import Partial, in_parts
 from vae_torch.machine import wide
 from vae_torch.parts.likelihoods import pairwise
-from vae_torch.parts.posteriors import DiagonalGaussian, gaussian_near, log_standard_normal
+from vae_torch.parts.posteriors import (
+    DiagonalGaussian,
+    Posterior,
+    gaussian_near,
+    log_standard_normal,
+)
 from vae_torch.seeds import Stream, seeded_generator
 from vae_torch.vae import VAE, in_eval_mode
 
@@ -190,11 +195,16 @@ def _fit(vae: VAE, x: Tensor, points: _Points, seed: int) -> _Fits:
     return _Fits(owner, *fitted, encoder_mean[owner], encoder_scale[owner])
 
 
+def fits_noise_of(q: Posterior) -> bool:
+    """Whether a Gaussian of its noise is fitted too: it is no Gaussian and has `noise_of`."""
+    return hasattr(q, "noise_of") and not isinstance(q, DiagonalGaussian)
+
+
 def _fit_noise(vae: VAE, x: Tensor, seed: int) -> _Fits | None:
-    """Fit Gaussians of the noise that q(z|x) turns into z; None if z itself is as good."""
+    """Fit Gaussians of the noise that q(z|x) turns into z, if that is another family."""
     with torch.no_grad():
         q = vae.encode(x)
-        if isinstance(q, DiagonalGaussian) or not hasattr(q, "noise_of"):
+        if not fits_noise_of(q):
             return None
         zeros = torch.zeros_like(q.mean)
 

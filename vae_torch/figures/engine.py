@@ -53,7 +53,8 @@ def packed_decoder(vae: VAE, *, max_bytes: int) -> dict[str, Any]:
     if 2 * len(packed) * 4 / 3 > max_bytes:
         raise ExplorerError(
             f"the decoder has {len(packed):,} weights, which alone make a page larger than "
-            f"{max_bytes / 1e6:.0f} MB; explore a model with a smaller model.intermediate_dim"
+            f"{max_bytes / 1e6:.0f} MB; explore a model with a smaller model.intermediate_dim, or "
+            "model.options.channels with model=resnet"
         )
     _refuse_other_pixels(vae, ops, mean, packed)
     return {"ops": ops, "weights": half_base64(packed), "mean": mean}
@@ -218,7 +219,9 @@ def _as_transposed(
     kernel, padding = module.kernel_size[0], module.padding[0]
     square = len(set(module.kernel_size)) == len(set(module.padding)) == 1
     plain = module.padding_mode == "zeros" and module.groups == 1 and set(module.dilation) == {1}
-    if not square or not plain or set(module.stride) != {1} or isinstance(padding, str):
+    if not square or isinstance(padding, str) or padding >= kernel:
+        raise refused(" that is not square, or padded by as much as its kernel")
+    if not plain or set(module.stride) != {1}:
         raise refused(" with a stride, groups, dilation or other padding than zeros")
     same = nn.ConvTranspose2d(
         module.in_channels, module.out_channels, kernel, padding=kernel - 1 - padding

@@ -29,6 +29,9 @@ Part = TypeVar("Part", bound=Callable[..., Any])
 PLUGINS = "vae_torch.plugins"  # the entry points' group
 _loaded: dict[str, str] = {}  # plug-in -> the module that it is
 
+# Parts of this package that are imported when a name is asked for that no other part has.
+_REST = ("vae_torch.parts.flows", "vae_torch.parts.tcvae", "vae_torch.parts.two_layer")
+
 
 class Table(Mapping[str, Callable[..., Any]], Generic[Part]):
     """One kind of part: `table["name"]` is the class.
@@ -67,6 +70,9 @@ class Table(Mapping[str, Callable[..., Any]], Generic[Part]):
         Raises:
             ConfigError: Unknown name.
         """
+        if name not in self._parts:
+            for module in _REST:
+                importlib.import_module(module)
         if name not in self._parts:
             raise ConfigError(
                 f"{self.key}={name}: must be one of {', '.join(self)}, or a part of your own: name "
