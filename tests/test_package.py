@@ -5,6 +5,8 @@ import sys
 import tomllib
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from tests.conftest import REPOSITORY
 from vae_torch import save_run
@@ -72,6 +74,28 @@ def test_public_names_are_there():
 
     for name in vae_torch.__all__:
         assert getattr(vae_torch, name).__doc__, name
+
+
+@pytest.mark.parametrize(
+    ("name", "version"),
+    [
+        ("filelock", "3.13.1"),  # waits for its own lock, so no run starts
+        ("tensorboard", "2.20.0"),  # cannot be viewed beside a new setuptools
+        ("matplotlib", "3.10.6"),  # warns beside a new pyparsing
+        ("tqdm", "4.66.0"),  # warns on Python 3.12
+        ("scikit-learn", "1.5.2"),  # warns beside a new SciPy
+        ("python", "3.14.0"),  # Hydra 1.3 does not start on it
+        ("python", "3.10.14"),
+    ],
+)
+def test_what_was_seen_to_fail_is_not_installed(name, version):
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))["project"]
+    every = [project["dependencies"], *project["optional-dependencies"].values()]
+    asked = [Requirement(line) for group in every for line in group]
+    allowed = [each.specifier for each in asked if each.name == name]
+    allowed += [SpecifierSet(project["requires-python"])] if name == "python" else []
+    assert allowed
+    assert not any(version in specifier for specifier in allowed)
 
 
 def test_every_package_is_installed():
