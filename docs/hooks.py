@@ -138,7 +138,9 @@ def parts_of(kind: Any) -> Iterator[Any]:
 def default_values(name: str) -> dict[str, Any]:
     """The values of a script's settings, or of a default run's, by dotted key."""
     if not name.endswith(".yaml"):
-        return schema.flatten(compose().to_dict())
+        composed, written = schema.flatten(compose().to_dict()), default_values("train.yaml")
+        # as it is written: `auto`, not what it stands for
+        return {key: written.get(key, value) for key, value in composed.items()}
     return schema.flatten(yaml.safe_load((ROOT / "conf" / name).read_text("utf-8")))
 
 
