@@ -48,7 +48,7 @@ test-matrix:     ## the suite for Python 3.11 to 3.13, with the lowest and the n
 	@failed=; for each in $(MATRIX); do \
 	  python=$${each%-*}; case $$each in *-lowest) how=lowest-direct;; *) how=highest;; esac; \
 	  here=.matrix/$$each; echo "== Python $$python, $${each#*-} dependencies"; \
-	  uv venv --quiet --clear --python $$python $$here && \
+	  uv venv --quiet --clear --seed --python $$python $$here && \
 	  uv pip install --quiet --python $$here/bin/python --resolution $$how --editable ".[dev]" && \
 	  $$here/bin/python -m pytest -q -n auto $(ARGS) || failed="$$failed $$each"; \
 	done; test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
