@@ -326,16 +326,15 @@ def table_of(config: ReproduceConfig, old: str = "") -> str:
             row.source,
             row.images,
             row.pixels,
-            f"{statistics.mean(minutes):.0f}{card_of(runs[0])}",
+            f"{statistics.mean(minutes):.0f}, {device_of(runs[0])}",
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def card_of(run_dir: Path) -> str:
-    """`, on NVIDIA H100`, for a run on a GPU."""
-    found = re.fullmatch(r"cuda\S* \((.*)\)", summary_of(run_dir)["device"])
-    return f", on {found[1]}" if found else ""
+def device_of(run_dir: Path) -> str:
+    """`NVIDIA H100` for a run on that GPU, otherwise `cpu (2 threads)`."""
+    return re.sub(r"cuda\S* \((.*)\)", r"\1", summary_of(run_dir)["device"])
 
 
 def compared(values: list[float], row: Row) -> str:
@@ -370,7 +369,7 @@ def draw(config: ReproduceConfig) -> None:
             seeds = f"{len(runs)} seed{'s' * (len(runs) > 1)}"
             label = None if number else f"{name}, {seeds}: bound; -log p(x) at the end"
             axes.plot(minutes[-1], value_of(run, "log_px"), "o", color=colour, label=label)
-            devices.add(re.sub(r"cuda\S* \((.*)\)", r"\1", summary_of(run)["device"]))
+            devices.add(device_of(run))
     for source, nats in config.published.items():
         axes.axhline(nats, color="grey", lw=0.6, ls="--")
         place = {"transform": axes.get_yaxis_transform(), "va": "bottom"}
