@@ -54,31 +54,31 @@ class Ended(NamedTuple):
 
 
 class Started:
-    """A command line that runs, or ran: what `subprocess.Popen` is to a process of one's own."""
+    """A command line that runs, or has ended: the counterpart of `subprocess.Popen`."""
 
     def __init__(self, server, pid, out, error):
         self.pid, self.stdout, self.stderr = pid, out, error
-        self.status, self.seconds = None, None  # once it has ended; the processor's seconds
+        self.status, self.seconds = None, None  # known once it has ended: CPU seconds
         self._server = server
 
     def wait_for(self, beginning):
-        """Read its output until a line begins so."""
+        """Read its output until a line with this beginning."""
         for line in self.stdout:
             if line.startswith(beginning):
                 return line
         raise AssertionError(f"no {beginning!r}: {self.end()}")
 
     def send_signal(self, number):
-        """Unless it has ended."""
+        """Send it a signal, unless it has ended."""
         if not self.has_ended():
             os.kill(self.pid, number)
 
     def has_ended(self):
-        """Without waiting for it."""
+        """Its exit status if it has ended, without waiting."""
         return self._ask(wait=False)
 
     def end(self):
-        """Wait for its end; the output that was not read yet."""
+        """Wait until it ends; return the output that was not read yet."""
         out = self.stdout.read()
         self._ask(wait=True)
         self.stderr.seek(0)
@@ -93,7 +93,7 @@ class Started:
         return self
 
     def __exit__(self, *_):
-        """Nothing is left of it."""
+        """Remove everything of it."""
         self.send_signal(signal.SIGKILL)
         self._ask(wait=True)
         self.stdout.close()
@@ -101,7 +101,7 @@ class Started:
 
 
 class CommandLines:
-    """The other side of the socket."""
+    """The client of the server process."""
 
     def __init__(self) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -153,14 +153,14 @@ class CommandLines:
             return started.end()
 
     def close(self) -> None:
-        """No more requests."""
+        """End the server."""
         self._socket.close()
         self._process.wait()
 
 
 @functools.cache
 def command_lines() -> CommandLines:
-    """The one of this process."""
+    """The client of this process, started on first use."""
     lines = CommandLines()
     atexit.register(lines.close)
     return lines
@@ -196,7 +196,7 @@ def _serve(requests):
 
 
 def _ended(pid, wait):
-    """Exit status and the processor's seconds of a child that ended."""
+    """Exit status and CPU seconds of a child that ended."""
     found, status, used = os.wait4(pid, 0 if wait else os.WNOHANG)
     if not found:
         return None, None
@@ -204,7 +204,7 @@ def _ended(pid, wait):
 
 
 def _become(request, out, error):
-    """The child: as if an interpreter of its own had been started for the script."""
+    """Run a script in the forked child, as in a fresh interpreter."""
     status = 1
     try:
         with Path(os.devnull).open("rb") as nothing:
@@ -213,7 +213,7 @@ def _become(request, out, error):
         os.dup2(error, 2)
         os.close(out)
         os.close(error)
-        # those of the parent remember what kind of file they were
+        # the parent's streams remember whether they were a terminal
         sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
         sys.stderr = open(  # noqa: SIM115
             2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False
@@ -229,7 +229,7 @@ def _become(request, out, error):
                 os.environ[name] = value
         os.chdir(request["cwd"])
         status = _run(request)
-        # as the interpreter does at its end: what runs side by side is waited for, or told to end
+        # as the interpreter does when it exits: wait for threads, or tell them to end
         threading._shutdown()
         atexit._run_exitfuncs()
     finally:
@@ -266,12 +266,12 @@ def _run(request):
 def _do_what_is_slow_the_first_time():
     for name in SLOW:
         importlib.import_module(name)
-    importlib.import_module("hydra.core.plugins").Plugins.instance()  # looks for all there are
+    importlib.import_module("hydra.core.plugins").Plugins.instance()  # imports all of its plugins
     importlib.import_module("vae_torch.cli.compose").compose()  # Hydra's parsers learn
     importlib.import_module("vae_torch.runs.identity").code_hash()
     warnings.simplefilter("error", UserWarning)
     gc.collect()
-    gc.freeze()  # what no child will free is not looked at again in each of them
+    gc.freeze()  # the garbage collector of each child skips the objects that exist now
 
 
 if __name__ == "__main__":

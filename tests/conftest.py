@@ -17,7 +17,7 @@ from vae_torch.data import idx_bytes
 
 REPOSITORY = Path(__file__).parent.parent
 
-# Neither the clock nor the day decides whether a test passes.
+# Hypothesis has no time limit and the same examples every day.
 hypothesis.settings.register_profile(
     "steady",
     deadline=None,
@@ -97,19 +97,19 @@ def small_vae() -> VAE:
 
 @pytest.fixture
 def rough(monkeypatch):
-    """Evaluation cards that are hardly fitted, where their estimates do not matter."""
+    """Evaluation cards with few fitting steps, for tests that ignore their estimates."""
     cheap.hardly_fitted(monkeypatch.setattr)
 
 
 @pytest.fixture
 def few_points(monkeypatch):
-    """Proposals are looked for among a few points of the prior, where posteriors have one mode."""
+    """Few samples of the prior to start fits from, for posteriors with one mode."""
     cheap.few_points(monkeypatch.setattr)
 
 
 @pytest.fixture
 def processor_stays(monkeypatch):
-    """Commands that run in this process leave its settings of the processor alone."""
+    """Commands that run in this process do not change its CPU settings."""
     for name in ("tune_cpu", "set_products"):
         monkeypatch.setattr(machine, name, lambda *_: None)
 
@@ -141,7 +141,7 @@ def defaults():
 
 @pytest.fixture
 def changed(defaults):
-    """The default run's config with other values, without composing anew.
+    """The default run's config with other values, without composing it again.
 
     changed("model.latent_dim=3") is composed("model.latent_dim=3"), for keys that choose no file.
     """

@@ -1,4 +1,4 @@
-"""Ends this very process at a moment that is named, for tests/test_reliability.py.
+"""Ends this process at a named moment, for tests/test_reliability.py.
 
 Nothing in the product knows of it: it takes the place of what the product calls.
 """
@@ -59,7 +59,7 @@ def die():
 
 
 def die_in(seconds):
-    """Another process does it, at whatever this one is then."""
+    """End this process from another one, wherever it is then."""
     run = os.getpid()
     if not os.fork():
         time.sleep(seconds)
@@ -122,7 +122,7 @@ def in_a_record(reached):
 def in_a_write(stage, name, reached):
     assert stage in STAGES
     opened, replaced = Path.open, Path.replace
-    doomed = []  # scratch files whose rename is the end
+    doomed = []  # scratch files: a rename completes them
 
     def open_(path, mode="r", *more, **settings):
         file = opened(path, mode, *more, **settings)
@@ -145,7 +145,7 @@ def in_a_write(stage, name, reached):
 
 
 class DoomedFile:
-    """Ends the process in its middle, or when it is closed."""
+    """Ends the process in the middle of a write, or at the close."""
 
     def __init__(self, file, stage):
         self.file, self.stage = file, stage
@@ -170,7 +170,7 @@ class DoomedFile:
 
 
 def tensorboard_begins(seconds):
-    """Let TensorBoard's file have a name that many seconds later: they are read in that order."""
+    """Name TensorBoard's file that many seconds later: files are read in this order."""
     from tensorboard.summary.writer import event_file_writer
 
     clock = event_file_writer.time

@@ -1,4 +1,4 @@
-"""The parts of the how-to pages on parts of one's own, as a plug-in for the tests."""
+"""The parts that the how-to pages write, as a plug-in for the tests."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""A cheap evaluation card, for tests that do not look at how good its estimates are."""
+"""A cheap evaluation card, for tests that ignore the quality of its estimates."""
 
 import functools
 import importlib
@@ -17,16 +17,16 @@ def hardly_fitted(put=setattr):
 
 
 def few_points(put=setattr):
-    """Of the prior, to look for modes in: for a model whose posteriors have one."""
+    """Few samples of the prior to find modes among: for posteriors with one mode."""
     put(importlib.import_module("vae_torch.evaluation.proposals"), "_POINTS", 256)
 
 
 def undrawn(put=setattr):
-    """No pictures of the model at the end of a run, where nobody looks at them."""
+    """Draw no pictures of the model at the end of a run."""
     put(importlib.import_module("vae_torch.runs.records").Records, "figures", lambda *_: None)
 
 
-# As `before` of a command line.
+# Passed as `before` to a command line.
 ROUGH, FEW_POINTS, UNDRAWN = (
     [f"{__name__}:{function.__name__}"] for function in (hardly_fitted, few_points, undrawn)
 )

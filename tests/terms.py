@@ -1,4 +1,4 @@
-"""What an objective makes of one batch, as the tests look at it."""
+"""The terms of an objective for one batch, one attribute each."""
 
 from typing import NamedTuple
 

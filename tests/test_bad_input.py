@@ -35,7 +35,7 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def place(made_up_root, tmp_path_factory):
-    """A folder with a finished run, `good`, and runs and data sets that were spoilt."""
+    """A folder with a finished run, `good`, and damaged runs and data sets."""
     place = tmp_path_factory.mktemp("place")
     order = ("data=fashion_mnist", f"data.root={made_up_root}", *SMALL)
     ended = command_lines().run("train.py", *order, f"hydra.run.dir={place / 'good'}")
@@ -168,7 +168,7 @@ REFUSED = [
     ("summarize.py good --metrics loss", "--metrics"),
 ]
 
-# By what Hydra composes: the same, told before any file is looked at.
+# Refused when Hydra composes the settings, before any file is read: the same.
 COMPOSED = [
     ("model=conv model.depth=2", "model.depth=2 with model=conv: .* leave it at 1"),
     ("+train.epoch=2", "train.epoch: no such key; did you mean train.epochs"),
@@ -198,7 +198,7 @@ COMPOSED = [
     ("objective=keras likelihood=gaussian", "is for likelihood=bernoulli"),
 ]
 
-# The same, of evaluate.py.
+# The same for evaluate.py.
 OF_A_CARD = [
     ("eval.chunk=0", "eval.chunk=0"),
     ("eval.ais=0", "eval.ais=0: must be a whole number, 1 or more, or null"),
@@ -209,7 +209,7 @@ OF_A_CARD = [
     ("device=tpu", "device=tpu: must be auto, cpu"),
 ]
 
-# By a value of settings that are composed, or by two that do not go together.
+# Refused for a value, or for two settings that contradict each other.
 VALUES = [
     ("model.latent_dim=1000000000", "at most 100000"),
     ("model.intermediate_dim=-1", "model.intermediate_dim=-1"),
@@ -268,7 +268,7 @@ def ends(place, made_up_root, line):
         if "resume=" not in line and "hydra.run.dir" not in line:
             defaults += ["hydra.run.dir=new/run", "hydra.sweep.dir=new/sweep"]
 
-    def there():  # the lock of a data folder stays, as a file that is taken away locks nobody out
+    def there():  # the lock file of a data folder stays: deleting it would let two processes lock
         return {path for path in place.rglob("*") if path.suffix != ".lock"}
 
     before = there()
@@ -303,7 +303,7 @@ def test_a_wrong_value_of_a_card_is_reported_in_one_line(line, words):
     assert re.search(words, ended.value.reason)
 
 
-# By files of images, whose folder's name precedes what is said of them.
+# Refused for image files. The message begins with the name of their folder.
 IMAGES = [
     ({"root": "flat"}, r"flat/.*\(600, 784\)"),
     ({"root": "wide"}, r"wide/.*train-images.* of int64; images must be 28x28 bytes"),

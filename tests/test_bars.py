@@ -1,4 +1,4 @@
-"""What a progress bar says: the epoch that its label names, not the whole run."""
+"""A progress bar shows the epoch that its label names, not the whole run."""
 
 import re
 
@@ -12,7 +12,7 @@ def test_the_bar_is_of_the_epoch_that_it_names(monkeypatch):
     bar.begin_epoch(1, 0)
     bar.show(2, 123.456)
     assert re.match(r"epoch 2/4:  25%.* 2/8 .*train loss 123\.46", str(bar._bar))
-    bar.begin_epoch(2, 4)  # resumed in its middle
+    bar.begin_epoch(2, 4)  # resumed in the middle of an epoch
     bar.show(6, 1.0)
     assert re.match(r"epoch 3/4:  75%.* 6/8 ", str(bar._bar))
     bar.close()

@@ -1,4 +1,4 @@
-"""What watches a run, by its name or as a function."""
+"""Callbacks, by name or as a function."""
 
 import json
 import socket
@@ -64,7 +64,7 @@ def test_an_absent_library_is_one_line(settings, tmp_path, monkeypatch, name):
 
 
 def log_records(content):
-    """What LevelDB's log format holds, behind a header of seven bytes."""
+    """The records of a LevelDB log, each behind a header of seven bytes."""
     at, record = 7, b""
     while at < len(content):
         if 2**15 - at % 2**15 < 7:  # the end of a block is left empty
@@ -73,7 +73,7 @@ def log_records(content):
         _, size, kind = struct.unpack_from("<IHB", content, at)
         record += content[at + 7 : at + 7 + size]
         at += 7 + size
-        if kind in (1, 4):  # whole, or the last part
+        if kind in (1, 4):  # the whole file, or its last part
             yield record
             record = b""
 
@@ -86,7 +86,7 @@ def test_wandb_has_every_epoch_offline(settings, tmp_path, monkeypatch):
     for key, value in (("MODE", "offline"), ("SILENT", "true"), ("DATA_DIR", str(tmp_path))):
         monkeypatch.setenv(f"WANDB_{key}", value)
     run(settings("train.callbacks=[wandb]"), tmp_path / "run")
-    library.teardown()  # as at a program's end: its own process has written all
+    library.teardown()  # as when a program exits: MLflow's process has written everything
     (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
     logged, configured = [], {}
     for record in map(Record.FromString, log_records(file.read_bytes())):

@@ -85,7 +85,7 @@ def test_every_write_has_a_scratch_file_of_its_own(tmp_path, monkeypatch):
     path, seen = tmp_path / "file", []
     replace = type(path).replace
 
-    def between(scratch, target):  # another writer comes and goes before this one renames
+    def between(scratch, target):  # another process writes the same file before this one renames
         seen.append(scratch.name)
         if len(seen) == 1:
             write_atomically(path, b"quicker")
@@ -154,7 +154,7 @@ def test_resume_with_other_settings_is_refused(run_dir, composed):
 
 
 def epochs(n):
-    """The state after n epochs: scalars and a list per epoch, none of them short in decimals."""
+    """The state after n epochs: scalars and a list per epoch, all with many decimals."""
     kl = [[i / 3, -i / 7] for i in range(n)]
     history = {"epoch": [*range(1, n + 1)], "test/elbo": [-i / 9 for i in range(n)], "kl": kl}
     return {"epoch": n, "history": history, "model": {}}
@@ -166,7 +166,7 @@ def test_a_history_comes_back_and_no_checkpoint_grows_with_it(tmp_path, config):
         written.save_epoch(epochs(n), best=n == 3, final=n == 8)
         sizes.append((tmp_path / "last.pt").stat().st_size)
     assert len(set(sizes)) == 1
-    with (tmp_path / "history.jsonl").open("a") as file:  # a later epoch's, cut by a crash
+    with (tmp_path / "history.jsonl").open("a") as file:  # of a later epoch, cut off by a crash
         file.write('{"epoch": 9, "te')
     again = Checkpoints(tmp_path, config)
     assert again.load("cpu")["history"] == epochs(8)["history"]
@@ -184,7 +184,7 @@ def test_a_run_begun_anew_begins_its_history_anew(tmp_path, config):
 
 
 def test_a_checkpoint_that_holds_its_history_is_read(tmp_path, config):
-    """As those of earlier versions do."""
+    """Checkpoints of earlier versions have such entries."""
     save_checkpoint({"config": config.to_dict(), **epochs(3)}, tmp_path / "last.pt")
     checkpoints = Checkpoints(tmp_path, config)
     assert checkpoints.load("cpu")["history"] == epochs(3)["history"]
@@ -205,10 +205,8 @@ def test_a_history_that_is_not_the_checkpoints_is_refused(tmp_path, config):
         Checkpoints(tmp_path, config).load("cpu")
 
 
-def test_the_best_checkpoint_is_written_before_the_one_that_is_gone_on_from(
-    tmp_path, config, monkeypatch
-):
-    """Or else a run killed between the two would go on without its best."""
+def test_the_best_checkpoint_is_written_before_the_last_one(tmp_path, config, monkeypatch):
+    """Otherwise a run killed between the two would resume without its best epoch."""
     written = []
     monkeypatch.setattr(checkpoint, "write_atomically", lambda path, _: written.append(path.name))
     Checkpoints(tmp_path, config).save_epoch(epochs(1), best=True, final=True)

@@ -50,7 +50,7 @@ def batch():
 
 
 def seen(values, y):
-    """A label beside the values, as a network is to get it."""
+    """Append the label to the values, as a network gets it."""
     return torch.cat([values, one_hot(y, CLASSES).expand(*values.shape[:-1], -1).double()], -1)
 
 
@@ -174,7 +174,7 @@ def test_every_part_sees_labels_unedited(parts, tmp_path):
 
 @pytest.fixture(scope="module")
 def trained():
-    """A bar whose place is the label, after ten epochs."""
+    """A model of bars whose place is the label, after ten epochs."""
     torch.manual_seed(0)
     images, labels = made_up_digits(500, 0)
     x, y = torch.tensor(images).flatten(1) / 255, torch.tensor(labels).long()

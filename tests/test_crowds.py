@@ -1,4 +1,4 @@
-"""Many at once: runs on a cold data folder, readers of a run that is being written, a full disk."""
+"""Concurrency: runs that share an empty data folder, readers of an active run, a full disk."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ from tests.conftest import REPOSITORY
 from vae_torch import load_run
 from vae_torch.runs.folders import read_metrics
 
-# scripts/train.py whose mirror is a folder that counts its visitors
+# scripts/train.py, with a folder that counts requests as MNIST's mirror
 COLD = """
 import runpy, sys, time
 from pathlib import Path
@@ -55,7 +55,7 @@ def test_runs_started_at_once_fetch_once_and_are_all_right(made_up_root, tmp_pat
         json.loads((tmp_path / str(n) / "summary.json").read_text())["final"]["test/elbo"]
         for n in range(runs)
     ]
-    assert finals == finals[:4] * (runs // 4)  # equal where the seed is
+    assert finals == finals[:4] * (runs // 4)  # equal for equal seeds
     assert len(set(finals)) == 4
 
 
@@ -108,7 +108,7 @@ def test_a_disk_that_fills_leaves_the_last_checkpoint(made_up_root, tiny_disk):
     with start_script("train.py", *endless(made_up_root, tiny_disk / "run")) as process:
         process.wait_for("epoch   3/")
         with (tiny_disk / "filler").open("wb", buffering=0) as filler:
-            # a rename of the run may free what was full a moment ago
+            # the rename of a run may free space on the full disk
             while not process.has_ended():
                 with suppress(OSError):
                     while filler.write(bytes(4096)):

@@ -1,4 +1,4 @@
-"""What only a machine with CUDA can show; elsewhere these are skipped."""
+"""Tests that need CUDA; elsewhere they are skipped."""
 
 import json
 import math
@@ -50,7 +50,7 @@ def as_the_scripts(monkeypatch):
 
 
 def new_vae(**kind) -> VAE:
-    torch.manual_seed(0)  # of the weights, which are made on the CPU
+    torch.manual_seed(0)  # the seed of the weights, which are drawn on the CPU
     return VAE((784,), 2, 32, **kind).to("cuda")
 
 
@@ -90,7 +90,7 @@ def test_log_px_is_that_of_the_cpu(made_up_root):
         importance_log_px(new_vae().to(device), x.to(device), num_samples=20_000)
         for device in ("cuda", "cpu")
     )
-    assert torch.allclose(on_cuda.log_px.cpu(), on_cpu.log_px, atol=0.2)  # other noise
+    assert torch.allclose(on_cuda.log_px.cpu(), on_cpu.log_px, atol=0.2)  # of different noise
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_a_stopped_run_resumes_with_the_same_bits(made_up_root, tmp_path, config
 @pytest.mark.filterwarnings("always")
 @pytest.mark.parametrize(("objective", "kind"), KINDS)
 def test_no_step_waits_for_the_device(made_up_root, objective, kind):
-    """The waits of an epoch are as many with 40 steps as with 20."""
+    """An epoch of 40 steps synchronises as often as one of 20."""
 
     def waits(batch_size: int) -> int:
         torch.cuda.set_sync_debug_mode("warn")
@@ -137,11 +137,11 @@ def test_no_step_waits_for_the_device(made_up_root, objective, kind):
             torch.cuda.set_sync_debug_mode("default")
         return sum("synchroniz" in str(warning.message) for warning in caught)
 
-    waits(30)  # what happens once
+    waits(30)  # warmed up: leave out what happens once
     assert waits(30) == waits(15) > 0
 
 
-@pytest.mark.filterwarnings("ignore:TensorFloat32")  # fp32 is what the test is about
+@pytest.mark.filterwarnings("ignore:TensorFloat32")  # the test is about fp32
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # torch's own first capture
 @pytest.mark.skipif(not can_compile(), reason="torch is too old to compile a step")
 @pytest.mark.parametrize(("objective", "kind"), KINDS)
@@ -199,7 +199,7 @@ def test_a_captured_step_clips_as_the_eager_one(made_up_root, settings, caplog):
             drawn = draw_noise(minimise, 1, len(x), 2, noise)
             step(Batch(x), drawn, torch.tensor(1.0, device="cuda"), settings.lr / (1 + number))
         found.append(vae.state_dict())
-    assert caplog.text == ""  # it was captured: no value was asked of the device
+    assert caplog.text == ""  # captured: the step copied no value from the device
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
@@ -252,7 +252,7 @@ def test_fp16_follows_fp32_and_resumes_to_the_bit(made_up_root, tmp_path, config
 
 
 class ReadsItsValues(nn.Module):
-    """A layer that no graph can hold: it asks the device for a number."""
+    """A layer that cannot be captured: it copies a number from the device."""
 
     def forward(self, x):
         return x * (1.0 if float(x.detach().sum()) < math.inf else 0.0)
@@ -290,7 +290,7 @@ def test_a_run_resumes_on_the_other_kind_of_device(made_up_root, tmp_path, confi
                 stop=stop,
             )
             elbos[folder] = history["test/elbo"][-1]
-    # the two kinds of device draw other noise, and four small epochs are far from settled
+    # CPU and GPU draw different noise, and four small epochs are far from convergence
     assert elbos["cut"] == pytest.approx(elbos["whole"], rel=0.05)
 
 
@@ -314,5 +314,5 @@ def test_the_scripts_run_on_it(made_up_root, tmp_path):
     page = run_script("explore.py", f"run={run}", "device=cuda")
     assert page.returncode == 0, page.stderr
     for name, tolerance in (("log_px_exact", 1e-3), ("log_px", 0.2), ("elbo", 1.0)):
-        values = [card[name]["value"] for card in cards]  # the last two of other noise
+        values = [card[name]["value"] for card in cards]  # the last two with different noise
         assert values[0] == pytest.approx(values[1], abs=tolerance), name

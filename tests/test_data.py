@@ -70,7 +70,7 @@ def test_order_depends_on_seed_and_epoch_alone(made_up_root, binarize):
             made_up_root, name="fashion_mnist", seed=seed, binarize=binarize, batch_size=100
         )
         train.batch_sampler.set_epoch(number)
-        torch.manual_seed(torch.seed())  # the global generator has no say
+        torch.manual_seed(torch.seed())  # the global generator has no influence
         return torch.cat([x for x, _ in train])
 
     assert torch.equal(epoch(1, 4), epoch(1, 4))
@@ -178,7 +178,7 @@ def test_damaged_idx_files_are_named(tmp_path, content, message, packed):
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cut=st.integers(0, len(IDX_2x2) - 1), byte=st.integers(0, 255), packed=st.booleans())
 def test_one_changed_byte_never_goes_unseen(tmp_path, cut, byte, packed):
-    """With a known SHA-256, whatever loads is exactly what was written."""
+    """With a known SHA-256, a file either loads exactly as written or not at all."""
     import hashlib
 
     content = bytearray(gzip.compress(IDX_2x2, mtime=0) if packed else IDX_2x2)

@@ -96,7 +96,7 @@ def test_augmentation_depends_on_seed_epoch_and_step_alone(augment, binarize):
 
     whole = epoch_of(loader(), 3)
     other = loader()
-    epoch_of(other, 0)  # what came before has no say
+    epoch_of(other, 0)  # earlier epochs have no influence
     assert not differs(whole, epoch_of(other, 3))
     assert differs(whole, epoch_of(loader(seed=2), 3))
     assert differs(whole, epoch_of(loader(), 4))
@@ -208,7 +208,7 @@ def test_limits_and_batches_of_chosen_rows(made_up_root, composed):
     assert set(test.dataset.labels.tolist()) == {3, 5}
 
 
-# a source of one's own
+# a data source of the user's own
 
 
 def test_a_source_of_ones_own_needs_one_function(composed, monkeypatch):

@@ -55,7 +55,7 @@ def test_sub_folders_are_classes_by_name(tmp_path):
         for k in range(3):
             save(tmp_path / name / "deeper" / f"{k}.png", np.full((4, 4), 10 * i + k, np.uint8))
     found = folder(tmp_path)
-    assert found.classes == ["2", "9", "10"]  # numbers by value
+    assert found.classes == ["2", "9", "10"]  # numbers sort by value
     for image, label in zip(found.train.images, found.train.labels, strict=True):
         assert found.classes[label] == ["10", "9", "2"][image.max() // 10]
     train, test = folder_loaders(tmp_path, classes=[9], hold_out=1)
@@ -222,7 +222,7 @@ def test_damaged_files_are_all_reported_and_leave_nothing_behind(tmp_path):
     for name in ("003.png", "004.png"):
         (tmp_path / name).unlink()
     with pytest.raises(DataError, match=r"1 of 4 images cannot be read: 001\.png"):
-        folder(tmp_path)  # its head is whole
+        folder(tmp_path)  # its header is intact
     assert not (tmp_path / ".vae_torch").exists()
 
 
@@ -257,7 +257,7 @@ def test_text_files_and_hidden_files_are_left_out_and_reported(tmp_path, caplog)
 def test_a_symlink_loop_is_not_followed_and_a_dead_link_is_reported(tmp_path):
     flat_folder(tmp_path / "data" / "a", 2)
     (tmp_path / "data" / "a" / "up").symlink_to(tmp_path / "data")
-    (tmp_path / "data" / "b").symlink_to(tmp_path / "data" / "a")  # no loop: images of a class b
+    (tmp_path / "data" / "b").symlink_to(tmp_path / "data" / "a")  # no loop: images of class b
     found = folder(tmp_path / "data")
     assert found.classes == ["a", "b"]
     assert found.train.labels.tolist() == [0, 0, 1, 1]

@@ -267,7 +267,7 @@ def test_cifar_is_read_in_colour_and_only_once(tmp_path, monkeypatch):
         np.testing.assert_array_equal(found.test.images, x[8:].transpose(0, 3, 1, 2))
         assert found.train.labels.tolist() + found.test.labels.tolist() == y
         assert found.classes == [f"class {i}" for i in range(10)]
-    assert len(counted) == 12 + 2  # and the first image of each start tells the form
+    assert len(counted) == 12 + 2  # and each start reads the first image for the shape
     grey = load("torchvision", tmp_path, dataset="CIFAR10", size=16, channels=1)
     assert grey.train.images.shape == (8, 1, 16, 16)
 

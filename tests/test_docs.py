@@ -1,4 +1,4 @@
-"""What holds for README, docs/ and the other pages that people read."""
+"""Checks of README, docs/ and the other pages."""
 
 import ast
 import functools
@@ -83,9 +83,10 @@ def test_pages_use_the_words_of_the_field(page):
     assert not [word for word in PRIVATE_WORDS if re.search(word, text)]
 
 
-@pytest.mark.parametrize("folder", ["vae_torch", "scripts", "conf", "docs"])
+@pytest.mark.parametrize("folder", ["vae_torch", "scripts", "conf", "docs", "tests"])
 def test_code_and_messages_use_the_words_of_the_field(folder):
     files = [p for s in ("py", "yaml", "html") for p in (REPOSITORY / folder).rglob(f"*.{s}")]
+    files = [file for file in files if file != Path(__file__)]  # it has the list
     assert files
     texts = {relative(file): " ".join(file.read_text("utf-8").split()) for file in files}
     found = {name: [w for w in PRIVATE_WORDS if re.search(w, t)] for name, t in texts.items()}
@@ -174,7 +175,7 @@ PARSED = {"evaluate": "EvaluateConfig", "explore": "ExploreConfig", "encode": "E
     "page", [p for p in [*GUIDES, REPOSITORY / "CONTRIBUTING.md"] if commands(p)], ids=relative
 )
 def test_command_lines_are_ones_that_work(page):
-    """What a page tells one to type exists, and its settings are ones that the scripts take."""
+    """The commands of a page exist, and the scripts accept their settings."""
     for command in commands(page):
         check_command(shlex.split(command, comments=True))
 
@@ -260,7 +261,7 @@ BUDGET = (
 
 @pytest.fixture(scope="module")
 def place(undrawn, tmp_path_factory, made_up_root):
-    """A folder with what the pages' code takes for there: data, pictures, runs, encoded images."""
+    """A folder with what the code on the pages needs: data, pictures, runs, encoded images."""
     del undrawn
     from vae_torch import compose, export_run, run
     from vae_torch.cli.encode import main as encode
@@ -287,7 +288,7 @@ def place(undrawn, tmp_path_factory, made_up_root):
 
 
 def runs_by_itself(page: Path) -> bool:
-    """The pages on parts of one's own run in tests/my_parts.py."""
+    """The pages on writing parts are run in tests/my_parts.py."""
     callable_alone = page.name in ("add-callback.md", "add-optimizer.md")
     return bool(fenced(page, "python")) and (callable_alone or not page.name.startswith("add-"))
 
@@ -307,7 +308,7 @@ def test_python_blocks_run(page, place, monkeypatch):
 
 
 def named_in(page: str, heading: str = "") -> set[str]:
-    """What stands as code in the first column of the tables of a page, or of one of its parts."""
+    """The code in the first column of the tables of a page, or of one section."""
     text = (DOCS / "reference" / page).read_text("utf-8")
     part = text.partition(f"## {heading}\n")[2].partition("\n## ")[0] if heading else text
     cells = re.findall(r"^\| (.*?) \|", part, re.MULTILINE)

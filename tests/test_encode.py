@@ -69,7 +69,7 @@ def test_log_px_and_elbo_are_those_of_probabilistic_pca():
     found = encode_images(vae, x, num_samples=50)
     right = exact.log_prob(x).double()
     torch.testing.assert_close(found.log_px, right, rtol=0, atol=1e-3)  # the posterior is exact
-    torch.testing.assert_close(found.elbo, right, rtol=0, atol=1.5)  # 50 draws, an exact KL
+    torch.testing.assert_close(found.elbo, right, rtol=0, atol=1.5)  # 50 samples of z, an exact KL
     assert (found.elbo - right).mean().abs() < 0.1
     torch.testing.assert_close(found.mean, vae.encode(x).mean)
     torch.testing.assert_close(found.logvar, vae.encode(x).logvar.expand(40, 2))
@@ -90,10 +90,10 @@ def test_anomalies_are_found_as_well_as_the_density_that_made_the_images_can():
     normal = exact.sample((300,)).clamp(0, 1)
     strange = (exact.sample((100,)) + 0.12 * torch.randn(100, 12)).clamp(0, 1)
     x, anomaly = torch.cat([normal, strange]), torch.arange(400) >= 300
-    with torch.no_grad():  # a posterior that is off: importance sampling must make good for it
+    with torch.no_grad():  # a wrong posterior: importance sampling must correct for it
         vae.posterior.logvar += 0.7
     found = encode_images(vae, x, num_samples=500)
-    best = roc_auc_score(anomaly, -exact.log_prob(x))  # no test is better: Neyman and Pearson
+    best = roc_auc_score(anomaly, -exact.log_prob(x))  # no test is better (Neyman-Pearson)
     assert 0.8 < best < 0.99
     assert auroc(-found.log_px, anomaly) == pytest.approx(best, abs=0.002)
     assert roc_auc_score(anomaly, -found.elbo) == pytest.approx(best, abs=0.01)
@@ -167,7 +167,7 @@ def test_no_image_and_other_images_are_refused(small_vae):
         encode_images(small_vae, [torch.rand(2, 3, 8, 8)])
 
 
-# The command.
+# scripts/encode.py.
 
 
 def colour_folder(folder, per_class=12):
@@ -184,7 +184,7 @@ def colour_folder(folder, per_class=12):
 
 @pytest.fixture(scope="module")
 def colour_run(tmp_path_factory):
-    """A finished run on colour images, its images, and what training said."""
+    """A finished run on colour images, its images, and the output of training."""
     root = tmp_path_factory.mktemp("encode")
     images = colour_folder(root / "images")
     done = run_script(
@@ -231,7 +231,7 @@ def test_a_folder_becomes_an_npz(colour_run, tmp_path):
     np.testing.assert_allclose(held["reconstruction"], vae.reconstruct(x), atol=1e-5)
     log_px = importance_log_px(vae, x, num_samples=5).log_px
     np.testing.assert_allclose(held["log_px"], log_px, rtol=1e-6)
-    assert [path.name for path in tmp_path.iterdir()] == ["latents.npz"]  # no scratch
+    assert [path.name for path in tmp_path.iterdir()] == ["latents.npz"]  # no scratch files
 
 
 def test_a_table_has_a_line_for_each_image(colour_run, tmp_path):

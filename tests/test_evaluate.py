@@ -95,7 +95,7 @@ def test_integral_equals_the_closed_form(latent_dim, orthogonal):
 
 @pytest.mark.parametrize("variance", [1e-2, 1e-4, 1e-6])
 def test_integral_finds_posteriors_however_narrow(variance):
-    """A thousandth wide in a plane of sixteen: a grid that fine would have 10^8 points."""
+    """A mode 1/1000 wide in a plane 16 wide: an even grid that fine would have 10^8 points."""
     vae, x = linear_gaussian(2, variance=variance, images=10)
     result = exact_log_px(vae, x, tolerance=1e-3)
     torch.testing.assert_close(result.log_px, vae.true_log_px, atol=2e-3, rtol=0)
@@ -136,7 +136,7 @@ def test_integral_reports_how_far_it_moved():
     vae, x = linear_gaussian(2, variance=1e-2)
     rough, fine = (exact_log_px(vae, x, tolerance=tolerance) for tolerance in (1.0, 1e-3))
     assert 0 < fine.residual < 1e-3 < rough.residual < 1
-    for result in (rough, fine):  # it is no less than the error
+    for result in (rough, fine):  # the residual bounds the error
         assert (result.log_px.mean() - vae.true_log_px.mean()).abs() < result.residual
 
 
@@ -277,10 +277,10 @@ def test_gaps_of_a_bad_encoder_equal_their_closed_form():
     loader = DataLoader(TensorDataset(x, torch.zeros(len(x))), batch_size=8)
     card = evaluate_model(vae, loader, num_samples=2, fit_images=len(x))
     assert card["approximation_gap"]["value"] == pytest.approx(0, abs=0.01)
-    # a draw's log-weight varies by 1.9 nats, and 40 images have a thousand each: 4 errors
+    # log-weights have a deviation of 1.9 nats; 40 images, a thousand samples each: 4 errors
     assert card["amortisation_gap"]["value"] == pytest.approx(expected, abs=0.04)
     assert card["fitted_gap"]["value"] == pytest.approx(expected, abs=0.04)
-    error = card["gap"]["standard_error"]  # of one draw an image
+    error = card["gap"]["standard_error"]  # of one sample an image
     assert card["gap"]["value"] == pytest.approx(expected, abs=4 * error)
 
 
@@ -309,12 +309,12 @@ def test_figures_that_are_subtracted_are_of_the_same_images(latent_dim, monkeypa
     expected = latent_dim * 0.4**2 / posterior_variance / 2
     assert value["fitted_gap"] == pytest.approx(expected, abs=0.1)
     for name, values in per_image.items():
-        if name not in value:  # of the diagnostics
+        if name not in value:  # the gap's diagnostics
             continue
         assert values.shape == (40,)
         assert values.nanmean().item() == pytest.approx(value[name], rel=1e-9)
     if latent_dim == 2:
-        hardly_fitted(monkeypatch.setattr)  # the gap is the integral's, the fitted images a seed's
+        hardly_fitted(monkeypatch.setattr)  # the gap is of the integral; a seed chooses the fits
     again = evaluate_images(vae, loader, num_samples=50, fit_images=7).per_image
     assert torch.equal(again["gap"], per_image["gap"])
     other = evaluate_images(vae, loader, num_samples=50, fit_images=7, seed=1).per_image
@@ -484,7 +484,7 @@ def run_of_the_script(made_up_root, tmp_path_factory):
 
 @pytest.fixture
 def script(processor_stays, rough):
-    """The command in this process."""
+    """Run the command in this process."""
     del processor_stays, rough
     return importlib.import_module("vae_torch.cli.evaluate")
 
@@ -515,7 +515,7 @@ def test_a_larger_card_is_kept(run_of_the_script, script, capsys):
     assert "in place of a card of checkpoint last: 8 images" in capsys.readouterr().out
     script.evaluate_run(asked(run_of_the_script, limit=6, overwrite=True))
     assert json.loads(path.read_text())["elbo"]["num_images"] == 6
-    # the checkpoint is another one by now: its card describes nothing that is there
+    # the checkpoint has changed: no card describes it
     card = json.loads(path.read_text())
     card["checkpoint"]["sha256"] = "0" * 64
     path.write_text(json.dumps(card))
@@ -652,7 +652,7 @@ def test_card_adds_up_and_says_what_it_is(trained):
     assert card["log_px_exact"]["standard_error"] == pytest.approx(error, rel=1e-6)
     assert card["train_elbo"]["num_images"] == 200
     assert any("the integral" in sentence for sentence in card["verdict"])
-    assert "a score" in card["verdict"][-1]  # of grey pixels
+    assert "a score" in card["verdict"][-1]  # for grey pixels
 
 
 def test_images_weigh_the_same_in_batches_of_any_size(trained):
@@ -751,7 +751,7 @@ class TwoBumps(nn.Module):
 @pytest.mark.parametrize("encoder", [(None, -40.0), (None, 20.0), (100.0, 0.0), (1e6, 0.0)])
 @pytest.mark.parametrize(("latent_dim", "deviation"), [(1, 0.05), (1, 0.001), (2, 0.014)])
 def test_the_error_of_the_integral_is_bounded_by_its_residual(latent_dim, deviation, encoder):
-    """Two narrow modes at random places, of which the encoder knows one or none."""
+    """Two narrow modes at random places; the encoder knows one of them or none."""
     place, logvar = encoder
     for seed in range(3):
         centers = torch.rand(2, latent_dim, generator=torch.Generator().manual_seed(seed))
@@ -806,10 +806,10 @@ def vamp_with_components_of(logvar):
 
 
 def test_components_of_the_prior_may_be_wide():
-    """p(z) is flat then where p(x|z) lives, so log p(x) falls by the logarithm of its area."""
+    """p(z) is flat where p(x|z) is large, so log p(x) falls by the logarithm of its area."""
     x = torch.rand(1, PIXELS)
     usual, wide = (vamp_with_components_of(v) for v in (12.0, 20.0))
-    for vae in (usual, wide):  # log p(x|z) = -½ |z|² / 2 + a constant, about: a bump at 0
+    for vae in (usual, wide):  # about log p(x|z) = -½ |z|² / 2 + a constant: a peak at 0
         vae.likelihood = likelihoods["gaussian"]()
         vae.decoder.trunk = nn.Identity()
         vae.decoder.out = nn.Linear(2, PIXELS)
@@ -853,7 +853,7 @@ def test_an_integral_over_nan_is_refused():
         with pytest.raises(QuadratureError, match=words):
             exact_log_px(vae, x)
     vae, x = linear_gaussian(2)
-    vae.posterior.mean.bias.data[0] = 1e200  # is no place to look at, and hides none
+    vae.posterior.mean.bias.data[0] = 1e200  # is not searched, and hides no other place
     torch.testing.assert_close(exact_log_px(vae, x).log_px, vae.true_log_px, atol=1e-3, rtol=0)
 
 
@@ -954,7 +954,7 @@ def test_a_killed_evaluation_resumes(run_of_the_script, script, monkeypatch, cap
     """A kill leaves what was last written; the rest is computed, and the card is the same."""
     from vae_torch.evaluation import partial
 
-    config = asked(run_of_the_script, limit=45, exact=False, chunk=80, overwrite=True)  # 10 a part
+    config = asked(run_of_the_script, limit=45, exact=False, chunk=80, overwrite=True)  # 10 at once
     script.evaluate_run(config)
     card = (run_of_the_script / "evaluation.json").read_text()
     values = dict(np.load(run_of_the_script / "evaluation.npz"))

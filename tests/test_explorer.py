@@ -1,4 +1,4 @@
-"""The page of a run's latent space: what is in it, and what it does in a real browser."""
+"""The explorer page: its contents, and its behaviour in a real browser."""
 
 import base64
 import io
@@ -33,7 +33,7 @@ def images():
 
 
 def model(architecture="mlp", latent_dim=2, **options):
-    """A model whose weights are large enough that places differ, of 16 units."""
+    """A model of 16 units whose weights are large enough for pictures to differ."""
     torch.manual_seed(0)
     width = 512 if architecture == "resnet" else 16
     if architecture == "resnet":
@@ -61,7 +61,7 @@ def data_of(page):
     return json.loads(found[1])
 
 
-# What is in it.
+# What the page contains.
 
 
 def test_the_page_asks_for_nothing_from_outside_and_is_small(images):
@@ -155,21 +155,21 @@ def test_one_image_is_not_called_a_collapse(images):
 
 
 class Halves(nn.Module):
-    """No layers of the page's kind."""
+    """A decoder of layers that the page does not know."""
 
     def forward(self, z):
         return z[..., :1].expand(*z.shape[:-1], 784)
 
 
 class Doubled(Output):
-    """Looks like the page's decoder and computes something else."""
+    """A subclass of a known decoder that computes something else."""
 
     def forward(self, z):
         return 2 * super().forward(z)
 
 
 class Unskipped(nn.Module):
-    """Looks like a residual block and is none."""
+    """Has the layers of a residual block, but does not add its input."""
 
     def __init__(self):
         super().__init__()
@@ -282,13 +282,13 @@ def test_images_that_are_not_square_keep_their_shape():
         assert (second - x[1].reshape(20, 30)).abs().max() < 0.005
 
 
-OWN_LIKELIHOODS = list(likelihoods)  # of the package: none of another test's
+OWN_LIKELIHOODS = list(likelihoods)  # the package's own parts, none of another test
 
 
 @pytest.mark.parametrize(
     ("architecture", "scale"),
     [(name, 1.0) for name in ("mlp", "residual", "conv", "resnet")]
-    # and far from the start: logits of thousands; in nine layers they would be of 1e15
+    # and far from the first weights: logits of thousands, in nine layers 1e15
     + [(name, 30.0) for name in ("mlp", "residual", "conv")],
 )
 def test_every_model_of_the_command_line_is_drawn(architecture, scale):
@@ -326,7 +326,7 @@ def test_classes_have_the_names_of_the_data(images):
 
 
 class Waves(nn.Module):
-    """Layers that the page does not know: it makes smooth pictures of sines."""
+    """A decoder of sines, which the page does not know: smooth pictures."""
 
     def __init__(self, latent_dim, pixels, pace=0.5):
         super().__init__()
@@ -438,7 +438,7 @@ def test_a_run_becomes_a_page(made_up_root, tmp_path):
     done = run_script("explore.py", f"run={run_dir}", f"data_root={made_up_root}")
     assert done.stdout.splitlines() == [str(path), f"open it in a browser: {path.as_uri()}"]
 
-    nowhere = tmp_path / "file" / "data"  # cannot be made: nothing is fetched either
+    nowhere = tmp_path / "file" / "data"  # impossible folder: nothing is downloaded either
     nowhere.parent.write_text("")
     done = run_script("explore.py", f"run={run_dir}", f"data_root={nowhere}")
     assert done.returncode == 0, done.stderr
@@ -447,7 +447,7 @@ def test_a_run_becomes_a_page(made_up_root, tmp_path):
     assert "were not available when the page was made" in data["notes"][-1]
 
 
-# What it does.
+# What the page does.
 
 
 PATIENCE = 300  # seconds until a page counts as stuck, however busy the machine
@@ -478,7 +478,7 @@ def browser():
 
 @pytest.fixture
 def opened(browser, tmp_path):
-    """Open a page, and hold at the end that the browser had nothing to complain about."""
+    """Open a page, and check at the end that the browser reported no error."""
 
     def open_page(page):
         path = tmp_path / "page.html"
@@ -497,7 +497,7 @@ def js(browser, code, *arguments):
 
 
 def grey(browser, canvas):
-    """What a canvas shows, flat and in [0, 1]."""
+    """The pixels of a canvas, flat and in [0, 1]."""
     url = js(browser, f"{canvas}.toDataURL()")
     with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as image:
         return torch.tensor(np.asarray(image.convert("L"))).flatten() / 255
@@ -543,7 +543,7 @@ def click_image(browser, i, *, shift=False):
 
 
 def hold_clock(browser):
-    """Frames come as they do, but the time they are told is `clock`: a path plays when we say."""
+    """Frames come at their own pace but are told the time `clock`, so the test controls a path."""
     js(browser, "(window.clock = 0, window.real = requestAnimationFrame)")
     js(browser, "(window.requestAnimationFrame = (f) => real(() => f(clock)))")
 
@@ -572,7 +572,7 @@ def test_the_digit_under_the_pointer_is_torchs(opened, images, architecture):
             chain.move_to_element_with_offset(by_id(browser, "plane"), *place)
         z, image = js(browser, "[explorer.z, explorer.image]")
         seen.append(torch.tensor(image))
-        assert (seen[-1] - expected(vae, z)).abs().mean() < 0.002  # 0.02 is what must hold
+        assert (seen[-1] - expected(vae, z)).abs().mean() < 0.002  # the promise is 0.02
         assert (grey(browser, "decoded") - seen[-1]).abs().max() < 0.01
     assert (seen[0] - seen[1]).abs().mean() > 0.02  # the pointer moves it
 
@@ -688,7 +688,7 @@ def test_buttons_filter_by_class(opened, images):
     assert buttons[3].get_attribute("aria-pressed") == "false"
     assert js(browser, "explorer.shown") == (labels != 3).sum()
     assert not torch.equal(grey(browser, "points"), before)
-    buttons[3].send_keys(" ")  # the keyboard too
+    buttons[3].send_keys(" ")  # by keyboard too
     assert js(browser, "explorer.shown") == len(labels)
     assert torch.equal(grey(browser, "points"), before)
     by_id(browser, "none").click()
@@ -768,7 +768,7 @@ def test_two_clicks_with_shift_play_a_path(opened, images):
     assert (torch.tensor(image) - expected(vae, z)).abs().mean() < 0.002
     js(browser, "(place.value = 0.98, place.dispatchEvent(new Event('input')))")
     by_id(browser, "play").click()
-    js(browser, "new Promise((done) => real(() => real(done)))")  # the first frame tells the start
+    js(browser, "new Promise((done) => real(() => real(done)))")  # the first frame shows the start
     js(browser, "(clock += 100)")
     wait_until(browser, "!explorer.playing && explorer.place === 1")
 
@@ -797,7 +797,7 @@ def test_a_finger_decodes_and_draws_a_path(opened, images):
         browser.execute_async_script(two)
         return js(browser, "explorer.z")
 
-    # of a drag the last place counts, and it chooses nothing
+    # a drag ends at its last place and selects no image
     first = decoded_after((-60, 0), (40, 0), (80, 50))
     second = decoded_after((60, 0), (-60, 0))
     assert first[0] - second[0] == pytest.approx(140 / js(browser, "explorer.scale[0]"), rel=0.02)
@@ -855,7 +855,7 @@ def test_pages_that_lack_something_say_so(opened, images):
 
 
 def colours(browser, canvas):
-    """What a canvas shows, (4, H, W) with its opacity."""
+    """The pixels of a canvas, (4, H, W) with its opacity."""
     url = js(browser, f"{canvas}.toDataURL()")
     with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as image:
         return torch.tensor(np.asarray(image.convert("RGBA"))).movedim(-1, 0) / 255

@@ -1,4 +1,4 @@
-"""Extreme inputs give finite, right values: against closed forms in Python's own floats."""
+"""Extreme inputs give finite, right values, compared with closed forms in Python floats."""
 
 import math
 
@@ -20,7 +20,7 @@ def test_extreme_variances(logvar, dtype):
     logvars = torch.full_like(mean, logvar).requires_grad_()
     kl = kl_standard_normal(mean, logvars)
     expected = sum(0.5 * (m * m + math.exp(logvar) - 1 - logvar) for m in (0.5, -3.0))
-    # the digits of the type, and of the 1 and the 60 that are added
+    # rounding of the type, and of adding 1 and 60
     tolerance = {"rel": 1e-6 if dtype == torch.float32 else 1e-14, "abs": 1e-14}
     assert kl.item() == pytest.approx(expected, **tolerance)
     spread = Normal(mean.double(), torch.full_like(mean, logvar).double().mul(0.5).exp())
@@ -34,7 +34,7 @@ def test_extreme_variances(logvar, dtype):
     z = reparameterize(mean, logvars, eps=eps).detach()
     assert z[0, 0].item() == pytest.approx(0.5 + 1.5 * math.exp(logvar / 2), rel=1e-6)
     density = log_normal(z.double(), mean.double(), logvars.detach().double())
-    if dtype == torch.float64 and logvar > -60:  # below, mean + tiny has lost the tiny's digits
+    if dtype == torch.float64 and logvar > -60:  # below that, mean + tiny rounds the tiny part away
         torch.testing.assert_close(density, spread.log_prob(z).sum(-1), rtol=1e-9, atol=1e-9)
     assert density.isfinite().all()
 
@@ -45,7 +45,7 @@ def test_extreme_variances(logvar, dtype):
 def test_extreme_logits_on_black_white_and_grey_images(pixel, logit, dtype):
     x = torch.full((1, 784), pixel, dtype=dtype)
     logits = torch.full_like(x, logit).requires_grad_()
-    # log σ(l) = -log(1 + e^-l), by hand where that would overflow or round to 0
+    # log σ(l) = -log(1 + e^-l), written out where that would overflow or round to 0
     softplus = max(logit, 0.0) + math.log1p(math.exp(-abs(logit)))
     expected = 784 * (pixel * logit - softplus)
     # nats that 784 pixels lose to rounding

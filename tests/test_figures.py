@@ -78,7 +78,7 @@ def test_png_holds_the_picture(tmp_path, small_vae):
 
 
 def pictures_of(figure, row, columns):
-    """What one row of 28 x 28 pictures shows, two pixels apart."""
+    """The pictures of one row, 28 x 28 each, two pixels apart."""
     table = np.asarray(figure.axes[0].get_images()[0].get_array())
     assert table.shape[1] == 2 + 30 * columns
     return np.stack([table[2 + 30 * row :, 2 + 30 * i :][:28, :28] for i in range(columns)])
@@ -220,7 +220,7 @@ def test_kl_bars_have_the_heights_of_the_divergence():
 
 
 def test_kl_bars_show_their_activity_where_it_is_not_the_order_of_their_height():
-    """A constant mean costs nats and says nothing."""
+    """A constant mean has a KL above 0 but no information."""
     vae = active_in([0], latent_dim=3)
     with torch.no_grad():
         vae.posterior.mean.bias[2] = 4.0  # 8 nats
@@ -299,7 +299,7 @@ def test_scatter_of_a_collapsed_model_looks_like_one():
 
 
 def test_no_class_name_hides_another():
-    x, labels = torch.rand(100, 784), torch.arange(100) % 10  # one heap: equal medians but for luck
+    x, labels = torch.rand(100, 784), torch.arange(100) % 10  # one cluster: about equal medians
     axes = latent_scatter(active_in([1, 0], 2), x, labels).axes[0]
     places = torch.tensor([text.xy for text in axes.texts])
     wide = max(high - low for low, high in (axes.get_xlim(), axes.get_ylim()))
@@ -314,11 +314,11 @@ def test_numbers_tell_more_classes_than_there_are_colours():
     assert axes.get_legend() is None
     one = latent_scatter(active_in([0], 1), x, labels).axes[0]
     assert one.get_ylabel() == "class"
-    assert not one.texts  # the axis has them
+    assert not one.texts  # the axis covers them
 
 
 def test_the_first_picture_on_a_machine_tells_nothing_of_fonts(tmp_path):
-    """Whoever listens at INFO, as a run's log does; and the level is as it was."""
+    """Loggers at INFO, such as a run's log, hear nothing; the level is restored."""
     script = """if True:
         import logging, torch
         logging.basicConfig(level=logging.INFO)
@@ -333,7 +333,7 @@ def test_the_first_picture_on_a_machine_tells_nothing_of_fonts(tmp_path):
         [sys.executable, "-W", "error", "-c", script], cwd=REPOSITORY, check=True,
         env=os.environ | {"MPLCONFIGDIR": str(tmp_path)}, capture_output=True, text=True,
     )  # fmt: skip
-    assert list(tmp_path.glob("fontlist*"))  # it was made
+    assert list(tmp_path.glob("fontlist*"))  # the picture was drawn
     assert done.stderr == "INFO:matplotlib.font_manager:of later\n"
 
 
@@ -360,7 +360,7 @@ def test_growth_is_an_animation_of_equal_frames(tmp_path, latent_dim):
         save_gif([], tmp_path / "none.gif")
 
 
-@pytest.mark.parametrize("shape", [(600,), (20, 30), (1, 20, 30)])  # as the images are given
+@pytest.mark.parametrize("shape", [(600,), (20, 30), (1, 20, 30)])  # in the order of the images
 def test_pictures_have_the_shape_that_the_model_knows(shape):
     vae, x = VAE((20, 30), 2, 4), torch.rand(12, *shape)
     labels = torch.arange(12)
@@ -400,7 +400,7 @@ def test_colour_grids_have_every_channel_of_every_pixel_in_its_place(tmp_path):
         assert image.getpixel((3 * 2, 3 * 3)) == tuple((images[0, :, 2, 1] * 255).round().int())
 
 
-@pytest.mark.parametrize("flat", [False, True])  # as the images are given
+@pytest.mark.parametrize("flat", [False, True])  # in the order of the images
 def test_pictures_of_a_colour_model_are_in_colour(tmp_path, flat):
     vae, x = (
         VAE((3, 16, 24), 2, 4, likelihood="gaussian", architecture="conv"),

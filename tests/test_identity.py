@@ -1,4 +1,4 @@
-"""What the hash of the code sees: all that decides a run's numbers, and nothing else."""
+"""The hash of the code depends on everything that decides a run's numbers, and on nothing else."""
 
 import ast
 import re
@@ -49,7 +49,7 @@ def test_what_is_left_is_the_same_program(module):
 
     lines = bare(source).splitlines()
     indents = [len(line) - len(line.lstrip()) for line in [*lines, ""]]
-    for n, line in enumerate(lines):  # what had nothing but a docstring is no program without it
+    for n, line in enumerate(lines):  # a body that is only a docstring needs it to be valid code
         if line.endswith(":") and indents[n + 1] <= indents[n]:
             lines[n] += " pass"
     again = without_docstrings(ast.parse("\n".join(lines)))

@@ -62,7 +62,7 @@ class StartedError(Exception):
 
 
 def weights_at_the_start(config, run_dir, monkeypatch):
-    """What the training loop is given."""
+    """The arguments of the training loop."""
     found = {}
 
     def start(vae, *_, **__):
@@ -102,7 +102,7 @@ def test_its_record_names_the_source_and_its_seal(settings, source, tmp_path):
     assert state_of(tmp_path / "run")["started_from"] == origin
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["started_from"] == origin
     optimizer = state_of(tmp_path / "run")["optimizer"]["state"]
-    assert {float(values["step"]) for values in optimizer.values()} == {2.0}  # not 4: it is fresh
+    assert {float(values["step"]) for values in optimizer.values()} == {2.0}  # not 4: it is new
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_a_source_that_is_none_is_one_line(settings, source, tmp_path):
 
 
 def what_training_made(run_dir):
-    """The bits of a run, apart from times and from what says how it came about."""
+    """The contents of a run without times and without its history."""
     made = {}
     for name in ("last", "best"):
         state = state_of(run_dir, name)
@@ -224,7 +224,7 @@ def what_training_made(run_dir):
         rows = [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
         made[name] = [{k: v for k, v in row.items() if "second" not in k} for row in rows]
     folder = run_dir / "figures"
-    drawn = [p for p in sorted(folder.rglob("*.png")) if p.name != "log_px.png"]  # evaluate.py's
+    drawn = [p for p in sorted(folder.rglob("*.png")) if p.name != "log_px.png"]  # by evaluate.py
     made["figures"] = {str(p): p.read_bytes() for p in drawn}
     made["figures"] = {p.removeprefix(str(folder)): b for p, b in made["figures"].items()}
     return made
@@ -240,7 +240,7 @@ def order(made_up_root, run_dir, *more):
 
 @pytest.fixture(scope="module")
 def whole(made_up_root, tmp_path_factory):
-    """Of four epochs in one piece."""
+    """A run of four epochs, uninterrupted."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     done = train_script(*order(made_up_root, folder, "train.epochs=4", "train.ema=0.9"))
     assert done.returncode == 0, done.stderr
@@ -249,7 +249,7 @@ def whole(made_up_root, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def short(made_up_root, tmp_path_factory):
-    """The same, of two."""
+    """A run of two epochs, uninterrupted."""
     folder = tmp_path_factory.mktemp("short") / "run"
     done = train_script(*order(made_up_root, folder, "train.epochs=2", "train.ema=0.9"))
     assert done.returncode == 0, done.stderr
@@ -259,7 +259,7 @@ def short(made_up_root, tmp_path_factory):
 LONGER = ("train.epochs=4",)
 
 
-# In the first stage, at the border of the two, and in the second.
+# In the first stage, between the two stages, and in the second.
 @pytest.mark.parametrize(
     ("first", "second"),
     [
@@ -352,7 +352,7 @@ def test_the_command_line_continues_a_finished_run_only_for_more_epochs(short, t
         assert refused.stderr.count("\n") == 1
     killed = train_script(again, "train.epochs=4", killed=("after", 1, "last.pt"))
     assert killed.returncode == -9
-    assert train_script(again).returncode == 0  # it knows how far by now
+    assert train_script(again).returncode == 0  # by now the schedule knows its length
     assert json.loads((run_dir / "summary.json").read_text())["epochs"] == 4
 
 
@@ -387,7 +387,7 @@ def test_schedules_are_torchs():
     assert place("step", 4, 10, step_epochs=3, step_factor=0.2)[::4] == pytest.approx(steps)
     # torch counts a cycle's phases from the first step to the last one: one step less
     cycle = torchs(lambda o: of_torch.OneCycleLR(o, 0.5, 10_000), 10_000)
-    most = 0.5 * math.pi / 2 / 3000  # change of a step, in the shorter phase
+    most = 0.5 * math.pi / 2 / 3000  # change by one step, in the shorter phase
     assert place("one_cycle", 1000, 10) == pytest.approx(cycle, abs=2 * most)
     warm = torchs(lambda o: of_torch.LinearLR(o, 1 / 7, total_iters=6), 12)
     assert place("constant", 4, 3, warmup_steps=7) == pytest.approx(warm)
@@ -463,7 +463,7 @@ def test_a_step_clips_and_averages_as_the_papers_say(options):
                 m.mul_(beta1).add_((1 - beta1) * g)  # Kingma and Ba (2015), algorithm 1
                 v.mul_(beta2).add_((1 - beta2) * g**2)
                 p.sub_(0.01 * m / (1 - beta1**t) / ((v / (1 - beta2**t)).sqrt() + 1e-8))
-    assert min(norms) < CLIP < max(norms)  # clips some steps only
+    assert min(norms) < CLIP < max(norms)  # a limit that clips some steps only
     for ours, expected in zip(vae.parameters(), theirs.parameters(), strict=True):
         assert torch.allclose(ours, expected, rtol=1e-5, atol=1e-8)
 
@@ -487,7 +487,7 @@ def test_a_clipped_run_with_a_schedule_resumes_with_the_same_bits(made_up_root, 
     assert resumed.returncode == 0, resumed.stderr
     assert what_training_made(tmp_path / "cut") == what_training_made(tmp_path / "whole")
     rows = [json.loads(r) for r in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
-    if "optimizer.step_epochs=1" in schedule:  # the first epoch always gains
+    if "optimizer.step_epochs=1" in schedule:  # the first epoch is always an improvement
         lr = rows[0]["train/lr"]
         assert [row["train/lr"] for row in rows] == pytest.approx([lr, lr, lr / 10])
 
@@ -535,7 +535,7 @@ def test_patience_counts_the_epochs_since_the_last_gain():
     scores = [-9.0, -5.0, -4.9, -4.85, None, -4.8, -6.0]
     assert epochs_without_gain(scores) == 1
     assert epochs_without_gain(scores, 0.12) == 3  # -4.85 is better than -5.0 by 0.15
-    assert epochs_without_gain(scores, 0.3) == 5  # a slow rise is no gain
+    assert epochs_without_gain(scores, 0.3) == 5  # a slow rise does not count
     assert epochs_without_gain([]) == 0
     assert has_stalled(scores, 5, 0.3)
     assert not has_stalled(scores, 6, 0.3)

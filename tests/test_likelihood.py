@@ -17,7 +17,7 @@ from vae_torch.parts.likelihoods import (
     likelihoods,
 )
 
-# Likelihoods of one number a pixel; tests/test_parts.py looks at the others.
+# Likelihoods with one parameter a pixel; the others are in tests/test_parts.py.
 ONE_OUTPUT = ("bernoulli", "continuous_bernoulli", "gaussian")
 
 
@@ -29,7 +29,7 @@ def test_bernoulli_equals_torch_distributions():
 
 
 def test_bernoulli_gradient_equals_autograd_through_torch_distributions():
-    """Ours is written by hand; its reference is differentiated operation by operation."""
+    """Our gradient is written by hand; the reference is autograd's, operation by operation."""
     x = torch.rand(4, 9).double().requires_grad_()
     logits = (30 * torch.randn(5, 4, 9).double()).requires_grad_()
     weights = torch.randn(5, 4).double()
@@ -43,7 +43,7 @@ def test_continuous_bernoulli_equals_torch_distributions():
     x, logits = torch.rand(4, 9).double(), 4 * torch.randn(5, 4, 9).double()
     reference = ContinuousBernoulli(logits=logits)
     ours = likelihoods["continuous_bernoulli"]()
-    # torch approximates within 1e-3 of probability 0.5; there the integral below is the judge
+    # torch approximates within 1e-3 of probability 0.5; compare with the integral there
     torch.testing.assert_close(
         ours.log_prob(x, logits), reference.log_prob(x).sum(-1), rtol=1e-5, atol=1e-5
     )
@@ -127,7 +127,7 @@ def test_bernoulli_second_derivatives_pass_torchs_own_check():
 
 
 def test_a_gradient_penalty_equals_that_of_torchs_cross_entropy():
-    """After a sum the incoming gradient carries no graph, and yet all must be differentiated."""
+    """After a sum the incoming gradient has no graph; second derivatives must still be right."""
     x, z = torch.rand(6, 16).double(), torch.randn(6, 3).double()
     weights = [torch.randn(s).double().requires_grad_() for s in ((8, 3), (16, 8))]
 
@@ -140,7 +140,7 @@ def test_a_gradient_penalty_equals_that_of_torchs_cross_entropy():
 
 
 def test_the_hessian_at_a_logit_of_zero_is_minus_a_quarter():
-    """Also of a product with many images, whose sum is made of |l| where nobody differentiates."""
+    """Also for many images, where a faster sum of |l| is used when no gradient is needed."""
     likelihood = likelihoods["bernoulli"]()
     for call in (likelihood.log_prob, likelihood.affine):
         logits = torch.zeros(1, 4).double().requires_grad_()

@@ -39,7 +39,7 @@ class Bumps(nn.Module):
 
 
 def two_modes(latent_dim):
-    """The encoder knows of the copy only, where the prior has 8 nats less; with the closed form."""
+    """The encoder knows only the copy, where the prior is 8 nats lower; and the closed form."""
     torch.manual_seed(0)
     vae = VAE((1,), latent_dim, 4).double()
     vae.decoder = Bumps(latent_dim)
@@ -47,7 +47,7 @@ def two_modes(latent_dim):
         layer.weight.data.zero_()
         layer.bias.data.fill_(value)
     variance = 0.3**2
-    mode = -0.5 * latent_dim * math.log(1 + 1 / variance)  # of N(0, I) times a bump at 0
+    mode = -0.5 * latent_dim * math.log(1 + 1 / variance)  # of N(0, I) times a peak at 0
     copy = mode - 16 / (2 * (1 + variance))
     vae.posterior.mean.bias.data[0] = 4 / (1 + variance)
     return vae, torch.ones(3, 1).double(), math.log(math.exp(mode) + math.exp(copy)) - math.log(2)
@@ -92,7 +92,7 @@ def test_fitted_proposals_find_the_mode_that_the_encoder_misses(latent_dim):
     torch.testing.assert_close(result.log_px, torch.full((3,), truth).double(), atol=0.05, rtol=0)
     missed = importance_log_px(vae, x, num_samples=1000)
     assert (missed.log_px < truth - 5).all()  # 8 nats short
-    assert (missed.effective_samples > 300).all()  # and no weight shows it
+    assert (missed.effective_samples > 300).all()  # and the weights do not show it
 
 
 @pytest.mark.parametrize("logvar", [-40.0, 12.0])
@@ -245,7 +245,7 @@ def test_bounds_from_both_sides_hold_the_integral():
     truth = exact_log_px(vae, both.x).log_px
     for bound, sign in ((both.lower, 1), (both.upper, -1)):
         off = sign * (bound - truth)
-        assert off.mean() < 3 * off.std() / math.sqrt(60)  # on its side
+        assert off.mean() < 3 * off.std() / math.sqrt(60)  # two on the left
         assert abs(off.mean()) < 0.03
 
 

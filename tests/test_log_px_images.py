@@ -42,7 +42,7 @@ def test_the_mean_of_all_is_estimated_without_bias_and_with_its_error():
         assert images == pytest.approx(values[some].var().item() / 400)
     found, spread = torch.tensor(found), torch.tensor(errors).square().mean().sqrt().item()
     assert abs(found.mean().item() - values.mean().item()) < 4 * spread / math.sqrt(1000)
-    assert found.std().item() == pytest.approx(spread, rel=0.1)  # four of its errors
+    assert found.std().item() == pytest.approx(spread, rel=0.1)  # four standard errors
     assert spread < 0.05 * values.std() / math.sqrt(40)  # a plain mean's error is far larger
 
 

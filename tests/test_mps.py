@@ -1,4 +1,4 @@
-"""An Apple GPU, which no test has: how it is chosen, and that it is spared what it cannot do.
+"""Apple GPUs, simulated: how one is chosen, and that no unsupported operation reaches it.
 
 The device is simulated: its tensors hold a tensor of the CPU each, so that every value is real. It
 refuses float64, and to compute with tensors of the CPU.
@@ -19,7 +19,7 @@ from vae_torch.evaluation import card, proposals
 from vae_torch.figures import spherical_interpolation
 from vae_torch.machine import resolve_device, wide
 
-APPLE = torch.device("meta")  # of all kinds that torch knows, the one that needs no hardware
+APPLE = torch.device("meta")  # torch's only other device that needs no hardware
 aten = torch.ops.aten
 TAKES_BOTH = (
     aten.copy_.default, aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default,
@@ -51,7 +51,7 @@ class There(torch.Tensor):
 
 
 class Apple(TorchDispatchMode):
-    """Within, tensors can be made on the simulated device."""
+    """A context in which tensors can be made on the simulated device."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return computed(func, args, kwargs or {})
@@ -101,7 +101,7 @@ def apple(monkeypatch):
     monkeypatch.setattr(machine, "_WITHOUT_FLOAT64", (APPLE.type,))
     monkeypatch.setattr(torch, "Generator", AppleGenerator)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
-    for name in ("tensor", "as_tensor"):  # which torch makes outside of any mode
+    for name in ("tensor", "as_tensor"):  # torch creates it outside of any dispatch mode
         monkeypatch.setattr(torch, name, on_the_cpu_first(getattr(torch, name)))
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     with Apple():

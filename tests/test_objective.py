@@ -171,7 +171,7 @@ def test_dreg_and_iwae_gradients_agree_in_expectation(prior, beta):
     error = (standard.var(0) / 12 + dreg.var(0) / 12).sqrt()
     distance = (standard.mean(0) - dreg.mean(0)).abs()
     assert (distance <= 5 * error + 1e-9).all()
-    if prior == "standard":  # the point of DReG: the encoder's gradient has less noise
+    if prior == "standard":  # the purpose of DReG: less noise in the encoder's gradient
         encoder = sum(p.numel() for p in vae.encoder.parameters())
         assert dreg[:, :encoder].var(0).sum() < standard[:, :encoder].var(0).sum()
 
@@ -179,7 +179,7 @@ def test_dreg_and_iwae_gradients_agree_in_expectation(prior, beta):
 @pytest.mark.parametrize("estimator", ["standard", "dreg"])
 @pytest.mark.parametrize("beta", [1.0, 0.4])
 def test_one_draw_by_its_weight_has_the_gradient_of_all_in_expectation(estimator, beta):
-    """The expectation is a sum: every draw's gradient, times the chance to choose it."""
+    """The expectation is a sum: each sample's gradient times its probability to be chosen."""
     torch.manual_seed(0)
     vae = VAE((6,), 2, 5, prior="mixture", prior_components=3).double()
     x, eps = torch.rand(1, 6).double(), torch.randn(4, 1, 2).double()
@@ -192,7 +192,7 @@ def test_one_draw_by_its_weight_has_the_gradient_of_all_in_expectation(estimator
     latents = vae.log_prior(z) - q.log_prob(z).sum(-1)
     log_w = vae.likelihood.log_prob(x, vae.decode(z)) + beta * latents
     weights = log_w.softmax(0)[:, 0].tolist()
-    assert max(weights) < 0.9  # or else the others would not be seen
+    assert max(weights) < 0.9  # otherwise the others would be invisible
     expected, below = torch.zeros_like(everything), 0.0
     for weight in weights:
         choice = torch.tensor([below + weight / 2]).double()

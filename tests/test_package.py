@@ -1,4 +1,4 @@
-"""What holds for the package as a whole: what it imports, what it installs."""
+"""The package as a whole: what it imports, what it installs."""
 
 import subprocess
 import sys

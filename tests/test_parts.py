@@ -33,7 +33,7 @@ def test_a_discretized_logistic_is_the_mass_between_the_edges():
     theirs = stats.logistic(0.5 + params[..., 0].numpy(), np.exp(params[..., 1].numpy() - 2))
     high = np.where(values == 1, np.inf, values + 0.5 / 255)
     low = np.where(values == 0, -np.inf, values - 0.5 / 255)
-    # the difference on the side where the two are small
+    # the difference of the smaller tails
     mass = np.where(
         values > theirs.mean(), theirs.sf(low) - theirs.sf(high), theirs.cdf(high) - theirs.cdf(low)
     )
@@ -278,7 +278,7 @@ def test_modules_are_taken_as_parts():
     decoder = torch.nn.Sequential(torch.nn.Linear(3, 60), torch.nn.Unflatten(1, (3, 4, 5)))
     first = encoder[1].weight.clone()
     vae = VAE((3, 4, 5), 3, encoder=encoder, decoder=decoder, likelihood=Gaussian())
-    assert torch.equal(vae.encoder[1].weight, first)  # kept as it was
+    assert torch.equal(vae.encoder[1].weight, first)  # unchanged
     assert vae(torch.rand(2, 3, 4, 5)).logits.shape == (2, 3, 4, 5)
     prior = Independent(Normal(torch.zeros(3), torch.ones(3)), 1)
     torch.testing.assert_close(vae.log_prior(torch.ones(2, 3)), prior.log_prob(torch.ones(2, 3)))

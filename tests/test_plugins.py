@@ -126,7 +126,7 @@ def test_a_plugin_lies_in_the_working_directory(tmp_path, monkeypatch):
 def test_two_parts_of_one_name_are_refused():
     table = Table("colour", "colour_options")
     table.register("red")(nn.Identity)
-    table.register("red")(nn.Identity)  # the same again, of a module that is imported anew
+    table.register("red")(nn.Identity)  # the same class again, from a second import of its module
     with pytest.raises(ConfigError, match=r"colour=red: .*Linear takes a name that .*Identity has"):
         table.register("red")(nn.Linear)
 
@@ -173,7 +173,7 @@ def test_a_network_with_dropout_resumes_to_the_bit(tmp_path, step):
     asked = iter(range(1, 1000))
     with pytest.raises(StoppedError):
         trained("cut", stop=lambda: next(asked) == step)
-    torch.rand(100)  # what another program draws in between
+    torch.rand(100)  # random numbers that another program takes in between
     (losses, weights), (expected, others) = trained("cut"), trained("whole")
     assert losses == expected
     assert all(torch.equal(weights[name], others[name]) for name in others)
@@ -302,7 +302,7 @@ def test_parts_of_ones_own_resume_to_the_bit_after_a_kill(own_run, tmp_path):
     assert what_training_made(tmp_path / "run") == what_training_made(own_run[0])
 
 
-# What chooses a part of each kind, and what is swept.
+# Settings that choose a part of each kind, and those that are swept.
 LIVES = {
     "network": (["model=mine"], "model.options.width=4,8"),
     "posterior": (["model.intermediate_dim=8"], "posterior=gaussian,round"),
@@ -324,7 +324,7 @@ STRIPES = ("data=stripes", "data.batch_size=50", "train.figure_every=0", "train.
 
 @pytest.fixture
 def folder_of_ones_own(tmp_path):
-    """With the how-to pages' parts in it, and nothing of the package."""
+    """A folder with the how-to pages' parts and nothing of the package."""
     shutil.copy(REPOSITORY / "tests" / "my_parts.py", tmp_path)
     return tmp_path
 

@@ -1,4 +1,4 @@
-"""What systems other than Linux lack, taken away here: a simulation, no run on those systems.
+"""A simulation of what systems other than Linux lack. Nothing was run on those systems.
 
 `sitecustomize.py` in a folder of its own reaches every Python that a command starts, the workers of
 a sweep too.
@@ -45,7 +45,7 @@ warnings.filterwarnings("error", category=EncodingWarning, module=r"vae_torch|__
 """
 
 
-# A run and its card in one process: a Python here takes long to start.
+# A run and its card in one process, because the simulated Python starts slowly.
 BOTH = """
 import runpy, sys
 from pathlib import Path
@@ -63,7 +63,7 @@ for name in ("train.py", "evaluate.py"):
 
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory):
-    """Run a file where all of this is absent, in a locale that is not UTF-8."""
+    """Run a file without these functions, in a locale that is not UTF-8."""
     folder = tmp_path_factory.mktemp("elsewhere")
     (folder / "both.py").write_text(BOTH)
     (folder / "sitecustomize.py").write_text(ELSEWHERE, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""`precision=fp32` stays fp32 whichever library makes the products."""
+"""`precision=fp32` stays fp32 whichever library multiplies the matrices."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_fast_multiplications_that_are_not_fp32_are_not_used(monkeypatch):
     set_products("fp32", CPU)
     assert not torch.backends.cudnn.allow_tf32
     assert torch.backends.cudnn.deterministic
-    assert seen == ["medium"]  # the quick ones are what was looked at
+    assert seen == ["medium"]  # the fast kernels were the ones tested
     assert torch.get_float32_matmul_precision() == "highest"
     set_products("medium", CPU)
     assert torch.get_float32_matmul_precision() == "medium"
@@ -49,7 +49,7 @@ def test_fast_multiplications_that_are_not_fp32_are_not_used(monkeypatch):
     monkeypatch.setattr(machine, "_products_are_fp32", lambda: True)
     set_products("bf16", CPU)
     assert torch.get_float32_matmul_precision() == "medium"
-    set_products("fp32", CUDA)  # there the quick ones are TF32
+    set_products("fp32", CUDA)  # the fast kernels there are TF32
     assert torch.get_float32_matmul_precision() == "highest"
 
 

@@ -1,4 +1,4 @@
-"""What a run's TensorBoard files show."""
+"""The TensorBoard files of a run."""
 
 import json
 import shlex
@@ -38,7 +38,7 @@ def metrics_of(run_dir):
 def test_curves_come_before_pictures_and_these_before_the_curves_of_single_latents(
     config, small_vae, tmp_path
 ):
-    """By the alphabet, in which TensorBoard's first page shows its groups."""
+    """TensorBoard's first page shows its groups in alphabetical order."""
     records = Records(tmp_path, config, config_text="")
     records.log({"epoch": 1, "train/elbo": 1.0, "test/elbo": 1.0, "test/kl_per_dim": [0.5, 0.5]})
     records.figures(1, small_vae, torch.rand(20, 784), torch.arange(20) % 10)
@@ -46,7 +46,7 @@ def test_curves_come_before_pictures_and_these_before_the_curves_of_single_laten
     entry = {"value": 1.0, "standard_error": 0.1, "unit": "nats", "definition": "a bound"}
     add_evaluation(tmp_path, {"elbo": entry, "verdict": []}, 1)
     tags = events_of(tmp_path).Tags()
-    # of pictures and scalars, which the page shows; not of texts
+    # pictures and scalars, which the page shows; no texts
     groups = {tag.split("/")[0] for kind in ("scalars", "tensors") for tag in tags[kind]}
     order = sorted(groups - {"command", "config", "evaluation", "custom_scalars__config__"})
     assert order == ["test", "train", "trained", "visuals", "z_test_kl"]
@@ -124,7 +124,7 @@ def test_pictures_of_few_images_one_class_many_classes_and_a_collapsed_model(
     assert drawn == expected | ({"manifold"} if latent_dim == 2 else set())
     for name in drawn:
         with Image.open(tmp_path / "figures" / f"{name}.png") as image:
-            assert len(image.convert("L").getcolors()) > 1  # no NaN and no blank sheet
+            assert len(image.convert("L").getcolors()) > 1  # neither NaN nor a blank picture
 
 
 def pictures_in(run_dir):
@@ -194,13 +194,13 @@ def test_vectors_have_the_figures_that_need_no_images_and_one_line_says_so(
     assert not (folder / "sprite.png").exists()
 
 
-# TensorBoard's thread opens its file anew at every write
+# TensorBoard's thread reopens its file for every write
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_records_that_were_moved_away_are_not_made_again(config, small_vae, tmp_path):
     run_dir = tmp_path / "run"
     records = Records(run_dir, config, config_text="")
     x, labels = torch.rand(12, 784), torch.arange(12) % 10
-    records.log({"epoch": 1, "test/elbo": 1.0})  # waits for the thread that writes TensorBoard's
+    records.log({"epoch": 1, "test/elbo": 1.0})  # waits for TensorBoard's writer thread
     run_dir.rename(tmp_path / "elsewhere")
     for write in (
         lambda: records.log({"epoch": 2, "test/elbo": 1.0}),

@@ -1,4 +1,4 @@
-"""Samples, releases, and models that no command line has made."""
+"""Samples, releases, and models made without a command line."""
 
 import hashlib
 import io
@@ -57,7 +57,7 @@ def release(source, tmp_path_factory):
 
 
 def seal_again(folder, *more):
-    """As somebody would who wants it to be believed."""
+    """Renew the hashes, as somebody would who has changed a file on purpose."""
     lines = (
         f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n"
         for name in ("model.safetensors", "config.json", *more)
@@ -291,7 +291,7 @@ def test_what_no_other_program_can_do_is_refused(monkeypatch):
 
     class Loud(torch.nn.Linear):
         def forward(self, z):
-            return super().forward(z) * (2.0 if len(z) == 2 else 1.0)  # of two rows, as traced
+            return super().forward(z) * (2.0 if len(z) == 2 else 1.0)  # two rows, as traced
 
     vae = VAE((8,), 2, 4, encoder=torch.nn.Linear(8, 4), decoder=Loud(2, 8))
     with pytest.raises(ConfigError, match="the decoder differs from PyTorch by"):

@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, starved of disk or started twice: by doing the damage."""
+"""Runs that are really killed, stopped, without disk space, or started twice."""
 
 import html
 import itertools
@@ -41,7 +41,7 @@ def settings_of(made_up_root, run_dir, *more):
 
 
 def what_stays(run_dir):
-    """All of a run that must not depend on how often it was interrupted."""
+    """The contents of a run that must not depend on interruptions."""
     stays = {}
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     stays["metrics"] = [without_times(json.loads(line)) for line in lines]
@@ -68,8 +68,8 @@ def what_stays(run_dir):
         for path in folder.rglob("*")
         if path.is_file()
     }
-    # the reader of TensorBoard's own server: scalars and pictures are tensors to it; what has no
-    # step, as the command, is written anew by a run that goes on
+    # TensorBoard's server reads scalars and pictures as tensors. What has no
+    # step, such as the command, is written again by a resumed run
     events = plugin_event_accumulator.EventAccumulator(str(run_dir / "tensorboard"), {"tensors": 0})
     events.Reload()
     stays["tensorboard"] = {
@@ -109,9 +109,9 @@ def test_a_signal_ends_a_run_that_can_be_resumed(made_up_root, tmp_path, number)
         assert part in refused.stderr
     assert (cut / ".hydra" / "config.yaml").read_text() == settings
 
-    (cut / "metrics.jsonl").write_bytes(b"{}\xff")  # its checkpoint knows better
+    (cut / "metrics.jsonl").write_bytes(b"{}\xff")  # its checkpoint has the truth
     later = ("tests.moments:tensorboard_begins", 1)
-    resume = run_script("train.py", f"train.resume={cut}", before=later)  # knows the overrides
+    resume = run_script("train.py", f"train.resume={cut}", before=later)  # records the overrides
     assert resume.returncode == 0, resume.stderr
     assert run_script("train.py", *settings_of(made_up_root, whole, *more)).returncode == 0
     assert what_stays(cut) == what_stays(whole)
@@ -229,7 +229,7 @@ def test_a_run_that_is_refused_leaves_the_notes_of_the_one_that_runs(made_up_roo
 def test_points_are_on_disk_before_the_checkpoint_that_counts_on_them(
     config, tmp_path, monkeypatch
 ):
-    """However slow the thread that writes them: a run may be killed right after."""
+    """Even if the thread that writes them is slow: a run may be killed right after."""
     write = RecordWriter.write
     monkeypatch.setattr(RecordWriter, "write", lambda *a: (time.sleep(0.05), write(*a)))
     records = Records(tmp_path, config, config_text="")
@@ -250,7 +250,7 @@ def test_a_continued_runs_metrics_are_those_of_its_checkpoint(config, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:html5lib's sanitizer:DeprecationWarning")
 def test_texts_in_tensorboard_show_what_they_are(config, tmp_path, monkeypatch):
-    from tensorboard.plugin_util import markdown_to_safe_html  # what its pages show texts with
+    from tensorboard.plugin_util import markdown_to_safe_html  # the plugin that shows texts
 
     evil = "a: '```'\n\nb: <script>alert(1)</script>\n\n# c\n- '[x](javascript:alert(1)) `'"
     monkeypatch.setattr(sys, "orig_argv", ["python", "train.py", "a=`<b>x</b>`\n\n*y*"])
@@ -333,8 +333,8 @@ def test_a_full_disk_is_reported_in_one_line(made_up_root, tmp_path):
     assert not list(run_dir.glob("checkpoints/.*.part"))
 
 
-# Settings, and where a run of them is killed: every moment in a process that goes on where the one
-# before was killed. The first of them leaves no checkpoint, the last are after the last epoch.
+# Settings, and the moments at which their run is killed. Each process resumes where the one
+# before it was killed. The first leaves no checkpoint, the last are after the last epoch.
 CAMPAIGN = {
     "elbo, warm-up, averaged weights, dynamic": (
         ["data.binarize=dynamic", "train.ema=0.9", "objective.beta_warmup_epochs=6"],
@@ -345,7 +345,7 @@ CAMPAIGN = {
             ("half", 2, "last.pt"),
             ("before", 2, "last.pt"),
             ("after", 1, "samples.png"),
-            ("half", 3, "metrics.jsonl"),  # its first write puts the old lines in order
+            ("half", 3, "metrics.jsonl"),  # its first write removes surplus lines
             ("half", 1, "growth.gif"),
             ("before", 1, "growth.gif"),
         ],
@@ -452,7 +452,7 @@ def test_a_resumed_run_removes_what_a_killed_one_left(made_up_root, tmp_path):
     for moment in (("half", 1, "last.pt"), ("before", 1, "last.pt")):
         ended = command_lines().run("train.py", *order, killed=moment)
         assert ended.status == -signal.SIGKILL, (moment, ended)
-        assert len(list((tmp_path / "run").rglob(".*.part"))) == 1  # of this one alone
+        assert len(list((tmp_path / "run").rglob(".*.part"))) == 1  # of this process alone
     ended = command_lines().run("train.py", *order)
     assert ended.status == 0, ended.error
     assert not list((tmp_path / "run").rglob(".*.part"))
@@ -531,8 +531,8 @@ def test_ten_thousand_epochs_and_500_figures_stay_flat(made_up_root, tmp_path):
 
     began, peak = time.monotonic(), 0.0
     with start_script("train.py", *settings_of(made_up_root, run_dir, *more)) as process:
-        for line in process.stdout:  # to the last one, which it says with all its work done
-            # not `wait4`: that counts the peak of this process too, of which it was forked
+        for line in process.stdout:  # until the last epoch, whose line comes after all of the work
+            # not `wait4`: that counts the peak of this process too, from which it was forked
             peak = max(peak, mebibytes(process.pid, "VmHWM"))
             epoch = re.match(r"epoch +(\d+)/", line)
             if epoch and int(epoch[1]) % 500 == 0 and int(epoch[1]) < 10000:
@@ -541,11 +541,11 @@ def test_ten_thousand_epochs_and_500_figures_stay_flat(made_up_root, tmp_path):
     assert ended.status == 0, ended.error
     print(f"{time.monotonic() - began:.0f} s, peak {peak:.0f} MiB")
     memory, files, checkpoints = zip(*looks, strict=True)
-    half = len(memory) // 2  # a look can fall into a figure
+    half = len(memory) // 2  # a sample may be taken while a figure is drawn
     growth = statistics.median(memory[half:]) - statistics.median(memory[:half])
     print(f"{statistics.median(memory):.0f} MiB, {growth:+.0f} from the first half to the second")
     assert growth < 25  # MiB; the history's own share is 7
-    # the end holds the history as plain lists
+    # at the end the history is held as lists
     assert 0 < peak - statistics.median(memory) < 250
     assert len(set(files[half:])) == 1  # matplotlib keeps a font open, once one is met
     assert len(set(checkpoints)) == 1

@@ -52,7 +52,7 @@ def test_a_run_from_python_leaves_what_one_from_the_command_line_does(settings, 
 
 
 def test_a_callback_sees_every_epoch_and_may_end_the_run(settings, tmp_path, monkeypatch):
-    undrawn(monkeypatch.setattr)  # here alone: others look at the pictures
+    undrawn(monkeypatch.setattr)  # only here: other tests need the pictures
     seen = []
 
     def stop_at_two(metrics, model):
@@ -71,7 +71,7 @@ def test_a_callback_sees_every_epoch_and_may_end_the_run(settings, tmp_path, mon
     resumed = run(settings, tmp_path / "cut")
     run(settings, tmp_path / "whole")
     assert metrics_of(tmp_path / "cut") == metrics_of(tmp_path / "whole")
-    assert run(settings, tmp_path / "cut") == resumed  # finished: its summary as it was
+    assert run(settings, tmp_path / "cut") == resumed  # finished: its summary is unchanged
 
 
 def test_a_run_is_not_resumed_with_other_code_without_a_word(

@@ -1,4 +1,4 @@
-"""The command line, as its users meet it: in a process of its own."""
+"""The command lines, each in a process of its own."""
 
 import json
 import os
@@ -158,7 +158,7 @@ def test_a_trial_leaves_the_results_table_alone(made_up_root, tmp_path):
     assert others.returncode == 2
     assert "model.intermediate_dim=8, this one has 9" in others.stderr
     assert others.stderr.count("\n") == 1
-    again = run_script("reproduce.py", *trial)  # what is there is not run again
+    again = run_script("reproduce.py", *trial)  # finished runs are not repeated
     assert row in again.stdout
     assert "Done:" not in again.stdout
     card_file = tmp_path / "results-trial" / "keras_notebook" / "seed=0" / "evaluation.json"
@@ -219,7 +219,7 @@ def test_the_picture_of_nats_against_minutes_needs_evaluated_runs(tmp_path):
 
 @pytest.mark.parametrize("name", ["train", "evaluate"])
 def test_without_the_environment_a_script_says_how_to_enter_it(name):
-    bare = [sys.executable, "-S", f"scripts/{name}.py"]  # finds no installed package
+    bare = [sys.executable, "-S", f"scripts/{name}.py"]  # Python without site packages
     done = subprocess.run(bare, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 2
     (said,) = done.stderr.splitlines()
@@ -228,7 +228,7 @@ def test_without_the_environment_a_script_says_how_to_enter_it(name):
 
 
 def test_make_hands_settings_over():
-    # `make test` must not speak to the make that is tested
+    # so that the tested make does not inherit the settings of `make test`
     environment = {key: value for key, value in os.environ.items() if "MAKE" not in key}
     for key in ("MFLAGS", "ARGS", "RUN"):
         environment.pop(key, None)

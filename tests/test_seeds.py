@@ -12,7 +12,7 @@ def test_a_streams_seed_is_that_of_its_number():
 
 
 def test_no_two_streams_share_a_number():
-    assert len(Stream) == len(Stream.__members__)  # an alias counts in the latter alone
+    assert len(Stream) == len(Stream.__members__)  # __members__ includes aliases
 
 
 def test_the_numbers_stay_since_every_run_depends_on_them():

@@ -1,4 +1,4 @@
-"""What images drawn from the model tell, and the intervals of means, against known values."""
+"""Figures from images sampled from the model, and intervals of means, against known values."""
 
 import math
 
@@ -57,14 +57,14 @@ def test_the_area_under_a_curve_has_the_error_of_its_repetitions():
 
 def test_copies_lie_on_training_images():
     x = torch.eye(4)[torch.arange(40) % 4]
-    model = constant_model(1 - 1e-6, 1e-6, 1e-6, 1e-6)  # draws the first of them always
+    model = constant_model(1 - 1e-6, 1e-6, 1e-6, 1e-6)  # always samples the first image
     found = figures_of(model, torch.ones(40, 4), [x, x])["nearest_train_image"]
     assert found["value"] == pytest.approx(0, abs=1e-3)
     assert found["of_test_images"] == pytest.approx(math.sqrt(3), rel=1e-5)
 
 
 class Laplace(nn.Module):
-    """A likelihood of one's own that does not say how to sample."""
+    """A likelihood of the user's own that cannot sample."""
 
     def log_prob(self, x, params):
         return -(x - params).abs().flatten(1).sum(-1)

@@ -30,7 +30,7 @@ from vae_torch.runs.summary_tables import to_csv, to_markdown
 
 
 def made_up_run(path, seed, elbo, *, epochs=2, test_set=None, final=None, seconds=60.0, **settings):
-    """A finished run's folder, as far as a summary looks at it."""
+    """A finished run's folder, with the files that a summary reads."""
     path.mkdir(parents=True)
     model = {"latent_dim": settings.pop("latent_dim", 2), "intermediate_dim": 512}
     config = {
@@ -145,21 +145,21 @@ def test_a_run_behind_the_median_gets_a_reason(tmp_path):
         (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines) + "\n")
         return tmp_path / name
 
-    # after two epochs their best are -100, -110, -120, -130 and -140; only the fifth has no two
+    # after two epochs their best are -100, -110, -120 and -130; the fifth has only one epoch
     for name, elbos in {
         "a": (-100, -105, -90), "b": (-150, -110), "c": (-121, -120), "d": (-130, -131),
         "e": (-80,),
     }.items():  # fmt: skip
         run(name, *elbos)
     behind = run("behind", -170, -126)
-    assert behind_median(behind) is None  # four judges are too few
+    assert behind_median(behind) is None  # four runs are too few for a median
     run("f", -140, -140)
     assert behind_median(behind) == (
         "after 2 epochs its best test/elbo is -126.00, the median of 5 others -120.00"
     )
     assert behind_median(run("level", -120, -125)) is None  # not below the median of six: -123
     (tmp_path / "f" / "metrics.jsonl").write_text("{\n{}\n")
-    assert behind_median(behind, least=5) is not None  # a damaged one is no judge, five are left
+    assert behind_median(behind, least=5) is not None  # a damaged run does not count, five are left
 
 
 def test_runs_with_different_keys_stand_in_one_table(tmp_path):
@@ -242,7 +242,7 @@ def test_runs_with_other_test_images_are_not_ranked_against_each_other(tmp_path)
     }  # fmt: skip
     assert groups[0].keys == ["model.latent_dim"]
     assert "model.latent_dim=8 leads by 6" in groups[0].verdict()
-    for each, names in zip(groups, paths, strict=True):  # its heading chooses it
+    for each, names in zip(groups, paths, strict=True):  # TensorBoard chooses by its heading
         one = summarize(runs, where=each.where)
         assert {run.path.name for row in one.rows for run in row.runs} == names
     assert "null: not recorded" in why_apart(groups)
@@ -324,7 +324,7 @@ def test_a_metric_without_a_better_direction_has_no_winner(tmp_path):
     runs = read_runs(tmp_path)
     for metric in ("test/kl", "test/novel_loss"):
         summary = summarize(runs, metric=metric)
-        assert [row.values for row in summary.rows] == [(2,), (8,), (32,)]  # by the setting
+        assert [row.values for row in summary.rows] == [(2,), (8,), (32,)]  # told from the setting
         assert "no setting leads" in summary.verdict()
         assert "is better)" not in to_markdown(summary, tmp_path)
         assert plots(summary)
@@ -468,7 +468,7 @@ def needs(module):
 
 
 def submitit_starts_no_process():
-    """Its executor for debugging: what a job is given and returns, in a second."""
+    """Submitit's debug executor: a job's arguments and result, within a second."""
     launcher = importlib.import_module("hydra_plugins.hydra_submitit_launcher.submitit_launcher")
     launcher.LocalLauncher._EXECUTOR = "debug"
 
@@ -524,7 +524,7 @@ def test_ctrl_c_lets_the_runs_of_all_cores_write_a_checkpoint(made_up_root, tmp_
     assert "0 of 2 runs finished, 2 interrupted in" in ended.out
     for seed in (0, 1):
         (log,) = folder.glob(f"seed-{seed}*/run.log")
-        assert f"{log.parent.name}: stopped: " in log.read_text("utf-8")  # in an epoch, or drawing
+        assert f"{log.parent.name}: stopped: " in log.read_text("utf-8")  # in an epoch or a figure
 
 
 def test_more_jobs_in_a_sweeps_folder_are_counted_alone(made_up_root, tmp_path):
@@ -566,7 +566,7 @@ def test_a_sweep_survives_a_failed_job_and_resumes(made_up_root, tmp_path, where
     if where == "cores":
         return
 
-    # neither an edited result nor one of other code is a result
+    # results that were edited, or are of other code, do not count
     for lr, key in ((1e-3, "final"), (2e-3, "versions")):
         path = runs[lr].path / "summary.json"
         summary = json.loads(path.read_text())
@@ -591,8 +591,8 @@ def test_settings_lie_between_the_plugin_and_the_command_line():
     done = run_script("train.py", *arguments)
     assert done.returncode == 0, done.stderr
     assert "mmap_mode: r\n" in done.stdout  # the plugin's
-    assert "batch_size: 1\n" in done.stdout or "batch_size: '1'\n" in done.stdout  # ours
-    assert "verbose: 7\n" in done.stdout  # given here
+    assert "batch_size: 1\n" in done.stdout or "batch_size: '1'\n" in done.stdout  # this project's
+    assert "verbose: 7\n" in done.stdout  # given in this test
     assert "\nthreads: 1\n" in done.stdout
     assert "\nthreads: 2\n" in run_script("train.py", *arguments, "threads=2").stdout
 
@@ -675,7 +675,7 @@ def writer_of(run_dir):
     for descriptors in Path("/proc").glob("[0-9]*/fd"):
         try:
             open_files = {path.readlink() for path in descriptors.iterdir()}
-        except OSError:  # gone, or another user's
+        except OSError:  # it has ended, or belongs to another user
             continue
         if run_dir / ".lock" in open_files:
             return int(descriptors.parent.name)
@@ -732,7 +732,7 @@ def test_a_search_resumes_and_stops_what_is_behind(made_up_root, tmp_path):
     }  # fmt: skip
     runs = read_runs(tmp_path)
     states = [run.state for run in runs]
-    # the worst of the first six is behind the median of the five others, whichever it was
+    # the worst of the first six is below the median of the other five
     assert set(states) == {"finished", "pruned"}
     for run in runs:
         if run.state == "pruned":
@@ -783,7 +783,7 @@ def test_a_missing_plugin_is_reported_with_its_remedy(choice):
 
 
 def without_plugins():
-    """A blocked namespace package: as if none were installed."""
+    """Block a namespace package, as if it were not installed."""
     for name in [name for name in sys.modules if name.startswith("hydra_plugins")]:
         del sys.modules[name]
     sys.modules["hydra_plugins"] = None

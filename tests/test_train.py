@@ -48,7 +48,7 @@ def without_speed(history):
 
 
 def test_loop_overfits_one_batch(made_up_root):
-    """64 images, more units than images: the bound must come near what noise-free copies cost."""
+    """64 images and more units than that: the bound must approach that of noise-free copies."""
     train_loader, test_loader = loaders(made_up_root, limit_train=64, limit_test=10)
     torch.manual_seed(0)
     vae = VAE((784,), 8, 256)
@@ -80,7 +80,7 @@ def test_loss_falls_and_history_is_whole(made_up_root):
 
 
 def test_stored_trace_is_reproduced(made_up_root):
-    """A change of results, intended or not, shows here; the tolerance is for other processors."""
+    """Any change of results fails here; the tolerance covers other processors."""
     got = train(new_vae(), *loaders(made_up_root), epochs=3)
     stored = json.loads((REPOSITORY / "tests" / "loss_trace.json").read_text())
     for name, values in stored.items():
@@ -165,7 +165,7 @@ def test_fp16_follows_fp32_and_resumes_to_the_bit(made_up_root, tmp_path, config
         train(new_vae(), *loaders(made_up_root), epochs=1, precision="fp16")
     with pytest.raises(ConfigError, match=r"fp16 with compile=true: .* use compile=false, or"):
         check_precision("fp16", torch.device("cuda"), compile=True)
-    monkeypatch.setattr(loop, "check_precision", lambda *_, **__: None)  # slow here, not wrong
+    monkeypatch.setattr(loop, "check_precision", lambda *_, **__: None)  # only slow on this device
     clipped = OptimizerConfig("adam", 1e-3, 1e-8, "constant", clip_norm=20.0)
 
     def run(folder, precision="fp16", stop=None):
@@ -248,7 +248,7 @@ def test_divergence_names_epoch_step_and_term(made_up_root, tmp_path, config):
 
 
 def test_a_broken_weight_reaches_no_checkpoint_inside_an_epoch(made_up_root, tmp_path, config):
-    """The step's own loss is still a number; only its gradient was none."""
+    """The loss of that step is still finite; only its gradient is not."""
     vae = new_vae()
 
     def break_at_once(*_):
@@ -344,7 +344,7 @@ def test_warmup_and_schedule_reach_the_step(made_up_root):
 
 
 def test_every_image_counts_once_in_an_epochs_mean(made_up_root):
-    """With a learning rate of nothing, uneven batches give the mean over all images."""
+    """With a learning rate of 0, uneven batches give the mean over all images."""
     still = OptimizerConfig("sgd", 1e-30, 1e-8, "constant")
     elbos = []
     for batch_size in (600, 599):
@@ -414,7 +414,7 @@ NEEDS_2_14 = pytest.mark.skipif(torch.__version__ < "2.14", reason="compile=true
 @pytest.mark.parametrize(
     ("objective", "optimizer", "kind"),
     [
-        # the decay of Adam is what inductor gets wrong where it is left to torch's own function
+        # the inductor miscompiles Adam's weight decay in torch's own function
         pytest.param({}, {"name": "adam", "weight_decay": 0.1}, {}, id="decay"),
         pytest.param(
             {},
@@ -514,7 +514,7 @@ def test_a_step_that_torch_has_a_fault_with_goes_op_by_op(made_up_root, monkeypa
 
 @NEEDS_2_14
 def test_a_compiler_that_the_machine_fails_ends_the_run(made_up_root, monkeypatch):
-    """Another day it would compile: a run that went on op by op could not be resumed to the bit."""
+    """A run that fell back to eager steps could not be resumed to the bit once compiling works."""
     monkeypatch.setattr(torch, "compile", compiler_that_fails(OSError("No space left on device")))
     with pytest.raises(BackendCompilerFailed, match="No space left"):
         train(new_vae(), *loaders(made_up_root), epochs=1, compile=True)
@@ -563,11 +563,11 @@ def images_and_labels(root):
     return dataset.images, dataset.labels
 
 
-STILL = OptimizerConfig("sgd", 1e-30, 1e-8, "constant")  # so that all see the same model
+STILL = OptimizerConfig("sgd", 1e-30, 1e-8, "constant")  # so that all have the same weights
 
 
 class Stream(IterableDataset):
-    """Batches from a source that does not know how many it has."""
+    """Batches from a source without a length."""
 
     def __init__(self, batches):
         self.batches = batches
@@ -730,10 +730,10 @@ def test_channels_in_the_last_place_are_refused():
     train(vae, x.movedim(-1, 1), x.movedim(-1, 1), epochs=1)
 
 
-GPU_STATE = torch.arange(16, dtype=torch.uint8)  # what a CUDA generator's looks like
+GPU_STATE = torch.arange(16, dtype=torch.uint8)  # as long as the state of a CUDA generator
 
 
-# `device` is in the checkpoints of this version; older ones are told by the size of the state
+# checkpoints record `device`; in older ones the size of the state tells it
 @pytest.mark.parametrize("device", ["cuda", None])
 def test_a_run_stopped_on_a_gpu_resumes_without_one(made_up_root, tmp_path, config, caplog, device):
     def run(folder, stop=None):
@@ -760,7 +760,7 @@ def test_a_run_stopped_on_a_gpu_resumes_without_one(made_up_root, tmp_path, conf
     save_checkpoint(state, path)
     shutil.copytree(tmp_path / "cut", tmp_path / "again")
     (history, weights), (same, same_weights) = run("cut"), run("again")
-    assert history == same  # other bits than the whole run's, but always these
+    assert history == same  # not the bits of the uninterrupted run, but reproducible
     assert all(torch.equal(same_weights[name], w) for name, w in weights.items())
     whole, _ = run("whole")
     assert history["train/elbo"][0] == whole["train/elbo"][0]

@@ -134,7 +134,7 @@ def test_a_top_layer_that_leaves_no_second_one_is_refused():
 
 
 def banana():
-    """A model that says nothing of x, whose q(z|x) is its curved prior: log p(x) is -12 log 2."""
+    """A decoder that ignores z, and q(z|x) = the curved prior: log p(x) is -12 log 2."""
     vae, x = two_layers(4)
     vae.decoder.out.weight.data.zero_()
     vae.decoder.out.bias.data.zero_()
@@ -155,7 +155,7 @@ def test_proposals_of_noise_fit_a_curved_posterior():
     found = fitted_log_px(vae, x, num_samples=1000)
     truth = torch.full((3,), -12 * math.log(2)).double()
     torch.testing.assert_close(found.log_px, truth, atol=0.06, rtol=0)  # 4 errors
-    assert found.effective_samples.min() > 700  # Gaussians of z alone: 10 to 40
+    assert found.effective_samples.min() > 700  # with Gaussians of z alone: 10 to 40
 
 
 def test_the_best_posterior_of_two_layers_is_no_worse_than_the_encoders():

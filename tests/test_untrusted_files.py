@@ -1,4 +1,4 @@
-"""Files that were damaged, or made to do harm: refused by name, or loaded exactly.
+"""Damaged or malicious files: refused by name, or loaded exactly.
 
 The campaigns of 2,000 files are `slow`; the suite takes a sample of each.
 """
@@ -22,7 +22,7 @@ from vae_torch.checkpoint import CheckpointError, Checkpoints, load_checkpoint, 
 from vae_torch.data import DataError, idx_bytes, load_images, read_idx
 
 CAMPAIGN = [pytest.param(100, id="sample"), pytest.param(2000, id="all", marks=pytest.mark.slow)]
-FEWER = [pytest.param(30, id="sample"), CAMPAIGN[1]]  # where one takes long
+FEWER = [pytest.param(30, id="sample"), CAMPAIGN[1]]  # a reader that takes long
 
 
 def damaged(content, dice):
@@ -58,7 +58,7 @@ def test_a_damaged_checkpoint_is_refused_or_exact(tmp_path, config, files):
     refused = 0
     for _ in range(files):
         path.write_bytes(damaged(good, dice))
-        if path.read_bytes() == good:  # the damage put zeros where zeros were
+        if path.read_bytes() == good:  # the damage replaced zeros by zeros
             state = load_checkpoint(path)["model"]
             assert all(torch.equal(state[name], weights[name]) for name in weights)
             continue
@@ -75,7 +75,7 @@ def sealed(content):
 
 @pytest.mark.parametrize("files", FEWER)
 def test_a_checkpoint_that_somebody_damaged_and_sealed_loads_or_is_refused(tmp_path, config, files):
-    """The seal tells damage, not who made it: no error of torch's own reaches the user."""
+    """The seal detects damage, not authors: no error of torch's own reaches the user."""
     config.model.intermediate_dim = 4
     checkpoints = Checkpoints(tmp_path / "checkpoints", config)
     checkpoints.save({"epoch": 1, "model": VAE.from_config(config).state_dict()})
@@ -211,7 +211,7 @@ def test_a_damaged_idx_file_is_refused_or_holds_what_it_says(tmp_path, files, pa
                 continue
             if sha256:
                 np.testing.assert_array_equal(got, array)
-            else:  # exactly what stands in the file, all of it
+            else:  # exactly the contents of the file
                 raw = gzip.decompress(bad) if packed else bad
                 assert (
                     got.astype(">i4" if raw[2] == 0x0C else np.uint8).tobytes()

@@ -50,7 +50,7 @@ def test_walkthrough_keeps_to_the_folders_of_its_checkout(made_up_root, tmp_path
     script.write_text(beginning + 'show("picture", torch.eye(9))\n')
     if started == "as a script elsewhere":
         call, cwd = script, elsewhere
-    else:  # a kernel has no __file__, and arguments of its own
+    else:  # a notebook kernel has no __file__, and its own arguments
         call, cwd = tmp_path / "kernel.py", script.parent
         call.write_text("""if True:
             import sys, types
