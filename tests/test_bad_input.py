@@ -315,7 +315,7 @@ IMAGES = [
 
 
 @pytest.mark.parametrize(("settings", "words"), IMAGES)
-def test_images_that_cannot_be_taken_are_reported_in_one_line(
+def test_images_that_cannot_be_used_are_reported_in_one_line(
     place, made_up_root, config, monkeypatch, settings, words
 ):
     monkeypatch.chdir(place)

@@ -123,7 +123,7 @@ def test_the_bound_is_that_of_its_formula(vae, batch, objective):
     torch.testing.assert_close(-loss, expected)
 
 
-def test_flat_images_get_a_vector_of_the_label_and_others_planes_of_it():
+def test_flat_images_get_a_label_vector_and_others_label_planes():
     shapes = []
 
     class Spy(torch.nn.Module):
@@ -270,7 +270,7 @@ def test_labels_that_do_not_fit_are_refused(call, words):
         call()
 
 
-def test_labels_of_a_batch_mean_nothing_to_a_model_that_sees_none():
+def test_an_unconditional_model_ignores_the_labels_of_a_batch():
     torch.manual_seed(0)
     vae = VAE((PIXELS,), 2, 8)
     batch = Batch(torch.rand(2, PIXELS), torch.tensor([7, -1]))
@@ -279,7 +279,7 @@ def test_labels_of_a_batch_mean_nothing_to_a_model_that_sees_none():
     assert torch.equal(bound(vae, batch, eps).kl, bound(vae, Batch(batch.x), eps).kl)
 
 
-def test_a_model_that_is_given_a_class_leaves_the_modes_as_they_were(vae):
+def test_a_model_given_a_class_does_not_change_train_or_eval_mode(vae):
     vae.train()
     seven = vae.given(1)
     vae.eval()

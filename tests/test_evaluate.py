@@ -416,7 +416,7 @@ def made_up_card(**figures):
 
 
 @pytest.mark.parametrize(("model", "encoder"), [(0.0, 4.1), (4.1, 0.0), (2.0, 2.0), (0.2, 0.1)])
-def test_a_verdict_tells_the_models_overfitting_from_the_encoders(model, encoder):
+def test_a_verdict_separates_overfitting_of_the_model_and_of_the_encoder(model, encoder):
     card = made_up_card(
         train_elbo=(-100 + model + encoder, 0.2), train_log_px=(-95 + model, 0.3),
         gap=(5.0, 0.1), train_gap=(5.0 - encoder, 0.1), fitted_gap=(0.0, 0.1),
@@ -828,7 +828,7 @@ def card_of(vae, x, **options):
 
 @pytest.mark.usefixtures("rough")
 @pytest.mark.parametrize("exact", [True, None])
-def test_a_card_comes_without_the_integral_where_it_cannot_be_made(exact):
+def test_a_card_leaves_out_an_integral_that_cannot_be_computed(exact):
     """Single precision has no numbers between a component's mean and its edge."""
     card = card_of(vamp_with_components_of(-40.0), torch.rand(5, PIXELS), exact=exact)
     assert "log_px_exact" not in card
@@ -839,7 +839,7 @@ def test_a_card_comes_without_the_integral_where_it_cannot_be_made(exact):
     )
 
 
-def test_integrals_that_need_too_much_are_refused_before_they_take_it(monkeypatch):
+def test_integrals_that_need_too_much_memory_are_refused_before_using_it(monkeypatch):
     monkeypatch.setattr(quadrature, "_PAIRS", 1000)
     vae, x = linear_gaussian(2)
     with pytest.raises(QuadratureError, match=r"squares of .* for 40 images.*importance sampling"):

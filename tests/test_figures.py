@@ -156,7 +156,7 @@ def pairs_of_latents(draw):
 
 @given(pairs_of_latents())
 @example((torch.tensor([2.18, 0.1]), torch.tensor([-1.1, 0.01])))
-def test_spherical_way_never_leaves_the_ring_between_its_ends(ends):
+def test_a_spherical_path_stays_in_the_ring_between_its_ends(ends):
     way = spherical_interpolation(*ends, steps=11)
     torch.testing.assert_close(way[[0, -1]], torch.stack(ends), rtol=1e-5, atol=1e-4)
     expected = np.linspace(*(np.linalg.norm(end.double()) for end in ends), 11)
@@ -165,7 +165,9 @@ def test_spherical_way_never_leaves_the_ring_between_its_ends(ends):
 
 @given(st.complex_numbers(min_magnitude=0.1, max_magnitude=50), st.floats(-3.1, 3.1),
        st.floats(0.1, 50), st.integers(2, 12))  # fmt: skip
-def test_spherical_way_in_a_plane_is_that_of_complex_numbers(start, angle, length, latent_dim):
+def test_a_spherical_path_in_a_plane_equals_that_of_complex_numbers(
+    start, angle, length, latent_dim
+):
     t = torch.linspace(0, 1, 9, dtype=torch.float64)
     turned = (
         (abs(start) + t * (length - abs(start))) * start / abs(start) * torch.exp(1j * angle * t)
@@ -219,7 +221,7 @@ def test_kl_bars_have_the_heights_of_the_divergence():
         )
 
 
-def test_kl_bars_show_their_activity_where_it_is_not_the_order_of_their_height():
+def test_kl_bars_mark_activity_where_it_differs_from_the_order_of_heights():
     """A constant mean has a KL above 0 but no information."""
     vae = active_in([0], latent_dim=3)
     with torch.no_grad():
@@ -317,7 +319,7 @@ def test_numbers_tell_more_classes_than_there_are_colours():
     assert not one.texts  # the axis covers them
 
 
-def test_the_first_picture_on_a_machine_tells_nothing_of_fonts(tmp_path):
+def test_the_first_picture_on_a_machine_logs_nothing_about_fonts(tmp_path):
     """Loggers at INFO, such as a run's log, hear nothing; the level is restored."""
     script = """if True:
         import logging, torch

@@ -140,7 +140,7 @@ def test_an_image_counts_the_same_among_others_and_in_any_chunk(small_vae):
 
 
 @pytest.mark.usefixtures("few_points")
-def test_the_rise_from_half_of_the_samples_tells_the_bias_that_is_left():
+def test_the_rise_from_half_of_the_samples_shows_the_remaining_bias():
     vae, x = linear_gaussian(5, orthogonal=False)
     few = [fitted_log_px(vae, x, num_samples=8, seed=s) for s in range(5)]
     bias = torch.stack([r.log_px - vae.true_log_px for r in few]).mean(0)

@@ -69,7 +69,7 @@ def test_reparameterize_has_the_moments_of_the_posterior():
     torch.testing.assert_close(z.var(0), logvar.exp(), atol=0.05, rtol=0)
 
 
-def test_a_gaussian_with_other_noise_is_the_gaussian_that_this_makes():
+def test_a_gaussian_with_gaussian_noise_is_a_gaussian_in_closed_form():
     mean, logvar, shift, spread = torch.randn(4, 5, 3).double()
     q = WithOtherNoise(DiagonalGaussian(mean, logvar), shift, spread)
     scale = torch.exp(logvar / 2)

@@ -178,7 +178,7 @@ def test_dreg_and_iwae_gradients_agree_in_expectation(prior, beta):
 
 @pytest.mark.parametrize("estimator", ["standard", "dreg"])
 @pytest.mark.parametrize("beta", [1.0, 0.4])
-def test_one_draw_by_its_weight_has_the_gradient_of_all_in_expectation(estimator, beta):
+def test_one_resampled_draw_has_the_gradient_of_all_in_expectation(estimator, beta):
     """The expectation is a sum: each sample's gradient times its probability to be chosen."""
     torch.manual_seed(0)
     vae = VAE((6,), 2, 5, prior="mixture", prior_components=3).double()

@@ -247,7 +247,7 @@ def test_the_parts_of_the_tcvae_sum_to_the_kl():
         ({"train.monitor": "test/psnr"}, "test/psnr: unknown whether higher or lower is better"),
     ],
 )
-def test_an_option_that_a_part_has_not_is_refused_in_one_line(config, values, words):
+def test_an_unknown_option_of_a_part_is_refused_in_one_line(config, values, words):
     found = config.to_dict()
     for key, value in values.items():
         *groups, last = key.split(".")

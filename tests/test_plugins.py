@@ -331,7 +331,7 @@ def folder_of_ones_own(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", LIVES)
-def test_a_part_of_every_kind_is_swept_killed_resumed_summarised_and_judged(
+def test_a_part_of_every_kind_is_swept_killed_resumed_summarised_and_evaluated(
     folder_of_ones_own, kind
 ):
     settings, swept = LIVES[kind]

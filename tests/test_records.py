@@ -83,7 +83,7 @@ def test_the_command_of_a_sweeps_job_runs_that_job_alone(made_up_root, tmp_path)
     assert typed[-len(overrides) - 1 :] == [*overrides, f"hydra.run.dir={alone}"]
 
 
-def test_the_command_of_a_run_without_hydras_notes_is_what_was_typed(config, tmp_path, monkeypatch):
+def test_a_run_without_hydras_files_records_the_command_as_typed(config, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.orig_argv", ["/usr/bin/python3", "mine.py", "a b"])
     notes = tmp_path / ".hydra"
     notes.mkdir()

@@ -214,7 +214,7 @@ def test_two_processes_cannot_write_one_run(made_up_root, tmp_path):
         assert not process.has_ended()
 
 
-def test_a_run_that_is_refused_leaves_the_notes_of_the_one_that_runs(made_up_root, tmp_path):
+def test_a_refused_run_does_not_change_the_files_of_the_active_one(made_up_root, tmp_path):
     notes = tmp_path / "run" / ".hydra" / "config.yaml"
     notes.parent.mkdir(parents=True)
     notes.write_text("the other's")
@@ -226,7 +226,7 @@ def test_a_run_that_is_refused_leaves_the_notes_of_the_one_that_runs(made_up_roo
     assert notes.read_text() == "the other's"
 
 
-def test_points_are_on_disk_before_the_checkpoint_that_counts_on_them(
+def test_points_are_on_disk_before_the_checkpoint_that_relies_on_them(
     config, tmp_path, monkeypatch
 ):
     """Even if the thread that writes them is slow: a run may be killed right after."""
@@ -460,9 +460,7 @@ def test_a_resumed_run_removes_what_a_killed_one_left(made_up_root, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CAMPAIGN)
-def test_a_run_that_is_killed_again_and_again_ends_as_if_it_was_left_alone(
-    made_up_root, tmp_path, name
-):
+def test_a_run_that_is_killed_repeatedly_equals_one_that_was_not(made_up_root, tmp_path, name):
     settings, moments = CAMPAIGN[name]
     second = itertools.count()
 

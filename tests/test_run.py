@@ -36,7 +36,7 @@ def metrics_of(run_dir):
     ]
 
 
-def test_a_run_from_python_leaves_what_one_from_the_command_line_does(settings, tmp_path):
+def test_a_run_from_python_writes_the_files_of_one_from_the_command_line(settings, tmp_path):
     run_dir = tmp_path / "läufe" / "a=b"
     summary = run(settings, run_dir)
     assert summary == json.loads((run_dir / "summary.json").read_text("utf-8"))

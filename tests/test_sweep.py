@@ -402,7 +402,7 @@ def test_learning_curves_are_whole_and_count_whole_epochs(tmp_path, epochs):
     assert labels == ["latent_dim=2", "latent_dim=8"]
 
 
-def test_an_answer_says_its_question_and_replaces_the_last_ones_pictures(three_by_two):
+def test_a_summary_states_its_question_and_replaces_the_last_pictures(three_by_two):
     made_up_run(three_by_two / "other", 0, -95.0, latent_dim=2, prior="mixture")
     mine = three_by_two / "summary" / "mine.png"
     done = run_script("summarize.py", three_by_two)

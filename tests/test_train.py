@@ -247,7 +247,9 @@ def test_divergence_names_epoch_step_and_term(made_up_root, tmp_path, config):
     assert all(tensor.isfinite().all() for tensor in good["model"].values())
 
 
-def test_a_broken_weight_reaches_no_checkpoint_inside_an_epoch(made_up_root, tmp_path, config):
+def test_a_weight_that_is_not_finite_reaches_no_checkpoint_inside_an_epoch(
+    made_up_root, tmp_path, config
+):
     """The loss of that step is still finite; only its gradient is not."""
     vae = new_vae()
 
@@ -786,7 +788,7 @@ def test_versions_of_torch_are_compared_as_versions(monkeypatch, version, able, 
         check_can_compile()
 
 
-def test_importance_weighted_runs_are_judged_by_their_final_bound():
+def test_importance_weighted_runs_are_selected_by_their_final_bound():
     """Also while they train with fewer samples, or with a smaller weight of the KL."""
     x = torch.rand(300, 36, generator=torch.Generator().manual_seed(0)).round()
     objective = ObjectiveConfig(
@@ -866,7 +868,7 @@ def test_a_run_with_an_optimizer_and_a_schedule_of_ones_own_resumes_to_the_bit(
         assert torch.equal(a, b)
 
 
-def test_what_goes_with_no_optimizer_or_schedule_of_ones_own_is_refused(made_up_root):
+def test_settings_that_conflict_with_an_optimizer_of_ones_own_are_refused(made_up_root):
     data = loaders(made_up_root)
     with pytest.raises(ConfigError, match=r"compile=true compiles .* use compile=false"):
         train(new_vae(), *data, optimizer=momentum, compile=True)
