@@ -122,7 +122,7 @@ def in_a_record(reached):
 def in_a_write(stage, name, reached):
     assert stage in STAGES
     opened, replaced = Path.open, Path.replace
-    doomed = []  # scratch files: a rename completes them
+    doomed = []  # scratch files at whose rename the process ends
 
     def open_(path, mode="r", *more, **settings):
         file = opened(path, mode, *more, **settings)

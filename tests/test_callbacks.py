@@ -73,7 +73,7 @@ def log_records(content):
         _, size, kind = struct.unpack_from("<IHB", content, at)
         record += content[at + 7 : at + 7 + size]
         at += 7 + size
-        if kind in (1, 4):  # the whole file, or its last part
+        if kind in (1, 4):  # a whole record, or its last part
             yield record
             record = b""
 

@@ -839,7 +839,7 @@ def test_a_card_leaves_out_an_integral_that_cannot_be_computed(exact):
     )
 
 
-def test_integrals_that_need_too_much_memory_are_refused_before_using_it(monkeypatch):
+def test_integrals_that_need_too_much_work_are_refused_before_it(monkeypatch):
     monkeypatch.setattr(quadrature, "_PAIRS", 1000)
     vae, x = linear_gaussian(2)
     with pytest.raises(QuadratureError, match=r"squares of .* for 40 images.*importance sampling"):

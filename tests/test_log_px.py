@@ -245,7 +245,7 @@ def test_bounds_from_both_sides_hold_the_integral():
     truth = exact_log_px(vae, both.x).log_px
     for bound, sign in ((both.lower, 1), (both.upper, -1)):
         off = sign * (bound - truth)
-        assert off.mean() < 3 * off.std() / math.sqrt(60)  # two on the left
+        assert off.mean() < 3 * off.std() / math.sqrt(60)  # on its own side
         assert abs(off.mean()) < 0.03
 
 

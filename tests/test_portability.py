@@ -131,7 +131,7 @@ def test_a_child_is_forked_only_where_that_is_safe(monkeypatch, platform, fork, 
     assert children.start_method() == method
 
 
-def test_jobs_that_differ_only_in_case_have_separate_folders():
+def test_jobs_whose_folders_differ_only_in_case_are_refused():
     with pytest.raises(ConfigError, match="2 jobs would share the folder"):
         jobs_of(["model.activation=relu,RELU"])
     assert len(jobs_of(["seed=1,2"])[1]) == 2

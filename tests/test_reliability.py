@@ -111,7 +111,7 @@ def test_a_signal_ends_a_run_that_can_be_resumed(made_up_root, tmp_path, number)
 
     (cut / "metrics.jsonl").write_bytes(b"{}\xff")  # its checkpoint has the truth
     later = ("tests.moments:tensorboard_begins", 1)
-    resume = run_script("train.py", f"train.resume={cut}", before=later)  # records the overrides
+    resume = run_script("train.py", f"train.resume={cut}", before=later)  # finds the overrides
     assert resume.returncode == 0, resume.stderr
     assert run_script("train.py", *settings_of(made_up_root, whole, *more)).returncode == 0
     assert what_stays(cut) == what_stays(whole)

@@ -145,7 +145,7 @@ def test_a_run_behind_the_median_gets_a_reason(tmp_path):
         (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines) + "\n")
         return tmp_path / name
 
-    # after two epochs their best are -100, -110, -120 and -130; the fifth has only one epoch
+    # best of two epochs, a to d: -100, -110, -120, -130; later f: -140; e has only one epoch
     for name, elbos in {
         "a": (-100, -105, -90), "b": (-150, -110), "c": (-121, -120), "d": (-130, -131),
         "e": (-80,),
@@ -242,7 +242,7 @@ def test_runs_with_other_test_images_are_not_ranked_against_each_other(tmp_path)
     }  # fmt: skip
     assert groups[0].keys == ["model.latent_dim"]
     assert "model.latent_dim=8 leads by 6" in groups[0].verdict()
-    for each, names in zip(groups, paths, strict=True):  # TensorBoard chooses by its heading
+    for each, names in zip(groups, paths, strict=True):  # its `where` selects its runs
         one = summarize(runs, where=each.where)
         assert {run.path.name for row in one.rows for run in row.runs} == names
     assert "null: not recorded" in why_apart(groups)
@@ -324,7 +324,7 @@ def test_a_metric_without_a_better_direction_has_no_winner(tmp_path):
     runs = read_runs(tmp_path)
     for metric in ("test/kl", "test/novel_loss"):
         summary = summarize(runs, metric=metric)
-        assert [row.values for row in summary.rows] == [(2,), (8,), (32,)]  # told from the setting
+        assert [row.values for row in summary.rows] == [(2,), (8,), (32,)]  # sorted by setting
         assert "no setting leads" in summary.verdict()
         assert "is better)" not in to_markdown(summary, tmp_path)
         assert plots(summary)

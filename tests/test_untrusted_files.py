@@ -22,7 +22,7 @@ from vae_torch.checkpoint import CheckpointError, Checkpoints, load_checkpoint, 
 from vae_torch.data import DataError, idx_bytes, load_images, read_idx
 
 CAMPAIGN = [pytest.param(100, id="sample"), pytest.param(2000, id="all", marks=pytest.mark.slow)]
-FEWER = [pytest.param(30, id="sample"), CAMPAIGN[1]]  # a reader that takes long
+FEWER = [pytest.param(30, id="sample"), CAMPAIGN[1]]  # where each takes long
 
 
 def damaged(content, dice):
