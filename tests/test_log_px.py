@@ -95,6 +95,16 @@ def test_fitted_proposals_find_the_mode_that_the_encoder_misses(latent_dim):
     assert (missed.effective_samples > 300).all()  # and the weights do not show it
 
 
+@pytest.mark.parametrize("latent_dim", [2, 3])
+def test_proposals_adapt_to_a_mode_that_no_fit_found(latent_dim, monkeypatch):
+    vae, x, truth = two_modes(latent_dim)
+    monkeypatch.setattr(proposals, "_STARTS", 1)  # fits of the encoder's mode alone
+    result = fitted_log_px(vae, x, num_samples=1000)
+    assert_within_noise(result, truth)
+    assert (result.effective_samples > 150).all()  # without adapting: 3 to 13
+    assert result.doubtful.all()  # the first weights had shown that something was missed
+
+
 @pytest.mark.parametrize("logvar", [-40.0, 12.0])
 def test_fitted_proposals_do_not_depend_on_what_the_encoder_says(logvar):
     vae, x = linear_gaussian(2, orthogonal=False)

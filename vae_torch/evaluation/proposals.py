@@ -38,9 +38,14 @@ _FEW_ENTRIES = 2**24  # entries of the covariances at once
 _FITTED, _ENCODER, _PRIOR = 0.85, 0.1, 0.05
 _WIDER = 1.1  # factor on the fitted deviations, to cover the tails
 
-# Above this, the variance of weights is infinite: Vehtari et al., *Pareto smoothed importance
-# sampling* (JMLR 2024)
-_LARGE_K = 0.7
+# Where the weights of an image are uneven, its proposals are adapted to them and it is sampled
+# again. Kernels cover a posterior of a few dimensions; in many they would miss most of it.
+_FEW_DIMS, _ROUNDS, _KERNELS = 4, 3, 32
+_UNEVEN_SHARE = 0.7  # of effective samples in all samples
+
+# Shape of the tail, by Vehtari et al., *Pareto smoothed importance sampling* (JMLR 2024): above the
+# first, the variance of the weights is infinite; above the second, their mean is not to be trusted.
+_UNEVEN_K, _LARGE_K = 0.5, 0.7
 _LARGE_RISE = 0.5  # nats from half of the samples to all
 
 
@@ -50,7 +55,7 @@ class FittedEstimate(NamedTuple):
     log_px: Tensor  # (N,) nats, in expectation a lower bound
     rise: Tensor  # (N,) nats gained from half of the samples to all; about the bias that is left
     effective_samples: Tensor  # (N,) (Σ w)² / Σ w²
-    pareto_k: Tensor  # (N,) shape of the weights' tail
+    pareto_k: Tensor  # (N,) shape of the weights' tail; the largest if an image was sampled again
 
     @property
     def doubtful(self) -> Tensor:
@@ -77,6 +82,10 @@ def fitted_log_px(
     as the prior's samples. A posterior that has `noise_of` and is no Gaussian adds a fitted
     Gaussian of its noise. Each gives its share of the samples, and all are weighted by the whole
     mixture: Owen and Zhou, *Safe and effective importance sampling* (2000).
+
+    With up to four latents, an image whose weights are uneven is sampled again, up to three times,
+    half of the samples from kernels where the last weights were large: Delyon and Portier, *Safe
+    adaptive importance sampling: a mixture approach* (2021). Only the last samples count.
 
     The noise of an image depends on (seed, its index) alone, so `chunk` changes the result only by
     rounding.
@@ -290,30 +299,78 @@ def _estimate(
     # a fit's ELBO tells the weight of its mode within a nat or two
     worth = 0.8 * (elbo.nan_to_num(nan=-math.inf) / 2).softmax(0) + 0.2 / len(elbo)
     shares = torch.cat([_FITTED * worth, worth.new_tensor([_ENCODER, _PRIOR])])
+    of_noise = slice(len(means[0]), len(mean) - 1) if len(kinds) > 1 else None
     half = math.ceil(num_samples / 2)
+    proposals = _Proposals(mean, scale, shares, of_noise)
+    z, log_w = _weighted(vae, x, proposals, half, chunk, noise)
+    heaviest = pareto_k(log_w)
+    for _ in range(_ROUNDS if vae.latent_dim <= _FEW_DIMS else 0):
+        if not (pareto_k(log_w) > _UNEVEN_K or _effective(log_w) < _UNEVEN_SHARE * len(z)):
+            break
+        adapted = _with_kernels(proposals, kinds[0], z, log_w)
+        z, log_w = _weighted(vae, x, adapted, half, chunk, noise)
+        # a tail that was seen once is there, even if later samples miss it
+        heaviest = torch.maximum(heaviest, pareto_k(log_w))
+    found = log_w.logsumexp(0) - math.log(len(z))
+    halves = log_w.unflatten(0, (half, 2)).logsumexp(0).mean() - math.log(half)
+    return torch.stack([found, found - halves, _effective(log_w), heaviest])
+
+
+class _Proposals(NamedTuple):
+    """A mixture of Gaussians."""
+
+    mean: Tensor  # (G, latent_dim)
+    scale: Tensor  # (G, latent_dim, latent_dim), lower triangular
+    share: Tensor  # (G,)
+    of_noise: slice | None  # those that are of noise instead of z
+
+
+def _weighted(
+    vae: VAE, x: Tensor, proposals: _Proposals, half: int, chunk: int, noise: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Samples for one image, (2 half, latent_dim), and their log-weights, (2 half,)."""
+    mean, scale, share, of_noise = proposals
     # as many samples of each as its share says, up to one; the same in both halves
     quantiles = (torch.arange(half, device=x.device) + 0.5) / half
-    which = torch.searchsorted(shares.cumsum(0), quantiles).clamp(max=len(shares) - 1)
-    shares = torch.bincount(which, minlength=len(shares)) / half
+    which = torch.searchsorted(share.cumsum(0), quantiles).clamp(max=len(share) - 1)
+    share = torch.bincount(which, minlength=len(share)) / half
     which = which.repeat_interleave(2)
     eps = torch.randn((2 * half, mean.shape[1]), generator=noise, device=x.device).to(x)
     z = torch.empty_like(eps)
     for j in range(len(mean)):
         own = which == j
         z[own] = mean[j] + eps[own] @ scale[j].T
-    if len(kinds) == 1:
+    if of_noise is None:
         densities = _log_gaussian(z.unsqueeze(1), mean, scale)
     else:
-        of_noise = slice(len(means[0]), len(mean) - 1)
         z, densities = _in_terms_of_z(vae, x, z, which, mean, scale, of_noise)
-    log_r = torch.logsumexp(densities + shares.log(), 1)
+    log_r = torch.logsumexp(densities + share.log(), 1)
     log_px = [pairwise(vae.likelihood, x, vae.decode(some))[0] for some in z.split(chunk)]
-    log_w = wide(torch.cat(log_px) + vae.log_prior(z) - log_r)
-    total = log_w.logsumexp(0)
-    halves = log_w.unflatten(0, (half, 2)).logsumexp(0).mean() - math.log(half)
-    found = total - math.log(2 * half)
-    effective = torch.exp(2 * total - (2 * log_w).logsumexp(0))
-    return torch.stack([found, found - halves, effective, pareto_k(log_w)])
+    return z, wide(torch.cat(log_px) + vae.log_prior(z) - log_r)
+
+
+def _effective(log_w: Tensor) -> Tensor:
+    """(Σ w)² / Σ w²: (K,) -> ()."""
+    return torch.exp(2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0))
+
+
+def _with_kernels(proposals: _Proposals, fits: _Fits, z: Tensor, log_w: Tensor) -> _Proposals:
+    """Half of the proposals, and half kernels at samples of large weight, as wide as the next fit.
+
+    The places are drawn by the root of the weights: by the weights themselves, where help is needed
+    most, the largest one would be nearly all of them.
+    """
+    chances = (0.5 * log_w).softmax(0).cumsum(0)
+    quantiles = (torch.arange(_KERNELS, device=z.device) + 0.5).to(chances) / _KERNELS
+    places = z[torch.searchsorted(chances, quantiles).clamp(max=len(z) - 1)]
+    nearest = _log_gaussian(places.unsqueeze(1), fits.mean, fits.scale).argmax(1)
+    mean, scale, share, of_noise = proposals
+    return _Proposals(
+        torch.cat([mean, places]),
+        torch.cat([scale, fits.scale[nearest]]),
+        torch.cat([0.5 * share, share.new_full((_KERNELS,), 0.5 / _KERNELS)]),
+        of_noise,
+    )
 
 
 def _in_terms_of_z(
