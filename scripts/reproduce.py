@@ -57,6 +57,9 @@ class ReproduceConfig:
     data_root: Annotated[str, about("folder of the images")]
     threads: Annotated[int | None, about("CPU threads of a training; null: torch's choice")]
     num_samples: Annotated[int, about("importance samples of log p(x); fewer give a worse figure")]
+    log_px_images: Annotated[
+        int | None, about("random images that get log p(x), for a slow decoder; null: all")
+    ]
     limit_test: Annotated[int | None, about("only the first N test images, for a trial")]
     overrides: Annotated[list[str], about("more settings for every run, for a trial")]
     rows: Annotated[dict[str, Row], about("the rows of the table")]
@@ -197,7 +200,7 @@ def figures_of(release: Path, data_root: str) -> Iterator[tuple[str, float, floa
 
 def refuse_bad_numbers(config: ReproduceConfig) -> None:
     """Refuse bad numbers before an hour of training, not after it."""
-    for key in ("num_samples", "limit_test", "threads"):
+    for key in ("num_samples", "log_px_images", "limit_test", "threads"):
         value = getattr(config, key)
         if value is not None and value < 1:
             raise ConfigError(f"{key}={value}: must be a whole number, 1 or more")
@@ -255,10 +258,12 @@ def run_and_evaluate(config: ReproduceConfig, row: Row, seed: int) -> None:
         settings += ["train.resume=auto"]
         settings += [f"threads={config.threads}"] if config.threads else []
         call([sys.executable, str(scripts / "train.py"), *settings])
-    if not is_current(config, run_dir) or samples_of(run_dir) < config.num_samples:
+    if not is_current(config, run_dir) or is_coarser(config, run_dir):
         settings = [f"run={run_dir}", f"eval.num_samples={config.num_samples}"]
         settings += [f"data_root={config.data_root}", "eval.overwrite=true"]
         settings += [f"eval.limit={config.limit_test}"] if config.limit_test else []
+        if config.log_px_images:
+            settings += [f"eval.log_px_images={config.log_px_images}"]
         call([sys.executable, str(scripts / "evaluate.py"), *settings])
 
 
@@ -274,6 +279,13 @@ def is_current(config: ReproduceConfig, run_dir: Path) -> bool:
         )
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def is_coarser(config: ReproduceConfig, run_dir: Path) -> bool:
+    """Whether a card has fewer samples or fewer images than are asked for."""
+    images = images_of(run_dir)
+    fewer = images is not None and images < (config.log_px_images or math.inf)
+    return fewer or samples_of(run_dir) < config.num_samples
 
 
 def call(command: list[str]) -> None:
@@ -307,12 +319,14 @@ def table_of(config: ReproduceConfig, old: str = "") -> str:
         digits = 4 if row.metric == "loss" else 2
         spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
         samples = min(samples_of(run) for run in runs)
+        images = min((n for n in map(images_of, runs) if n is not None), default=None)
+        some = f", on {images:,} images" if images else ""
         fitted = ""
         if row.metric == "log_px_encoder":
             fitted = f"{statistics.mean(value_of(run, 'log_px') for run in runs):.2f}"
         words = {
             "elbo": "-ELBO",
-            "log_px_encoder": f"-log p(x), {samples:,} samples from the encoder",
+            "log_px_encoder": f"-log p(x), {samples:,} samples from the encoder{some}",
             "log_px_exact": "exact -log p(x)",
         }
         cells = (
@@ -396,6 +410,13 @@ def samples_of(run_dir: Path) -> int:
     """Samples from the encoder for a run's log p(x); with fewer it looks worse on average."""
     card = json.loads((run_dir / "evaluation.json").read_text("utf-8"))
     return int(card["log_px_encoder"]["num_samples"])
+
+
+def images_of(run_dir: Path) -> int | None:
+    """Images, chosen at random, that got log p(x); None: all."""
+    card = json.loads((run_dir / "evaluation.json").read_text("utf-8"))
+    images: int | None = card["log_px_encoder"].get("estimated_images")
+    return images
 
 
 def summary_of(run_dir: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The command lines, each in a process of its own."""
 
+import hashlib
 import json
 import os
 import re
@@ -181,11 +182,35 @@ def test_a_row_is_compared_by_twice_the_error_of_the_comparison(ours, error, wor
     assert reproduce.compared(ours, row) == word
 
 
+def reproduce_config(out, rows, **settings):
+    numbers = {"num_samples": 1, "log_px_images": None, "threads": None, "limit_test": None}
+    places = {"out": str(out), "readme": "", "data_root": "", "overrides": []}
+    others = {"seeds": [0], "only": None, **numbers, **settings}
+    return reproduce.ReproduceConfig(**others, **places, rows=rows)
+
+
+def test_a_row_of_some_images_says_so_and_is_coarser_than_one_of_more(tmp_path):
+    run = tmp_path / "strong" / "seed=0"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "last.pt").write_bytes(b"weights")
+    (run / "summary.json").write_text('{"seconds": 120, "device": "cpu (1 thread)"}')
+    estimate = {"value": -81.0, "num_samples": 5000, "estimated_images": 300}
+    sha = hashlib.sha256(b"weights").hexdigest()
+    card = {"log_px_encoder": estimate, "log_px": {"value": -80.5}, "data": {"limit": None}}
+    (run / "evaluation.json").write_text(json.dumps({**card, "checkpoint": {"sha256": sha}}))
+    config = reproduce_config(tmp_path, {"a": reproduce.Row("strong", "log_px_encoder", "", "")})
+    (line,) = reproduce.table_of(config).splitlines()[2:]
+    assert "| -log p(x), 5,000 samples from the encoder, on 300 images | **81.00** | 1 |" in line
+    assert line.endswith("| 2, cpu (1 thread) |")
+    assert reproduce.is_coarser(config, run)  # than one of all images
+    for images, coarser in ((300, False), (301, True)):
+        config.log_px_images = images
+        assert reproduce.is_coarser(config, run) == coarser
+
+
 def test_a_row_without_runs_stays_as_it_is_in_the_table(tmp_path):
     rows = {name: reproduce.Row(None, "elbo", "1", "a paper") for name in ("a", "b")}
-    numbers = {"seeds": [0], "num_samples": 1, "threads": None, "limit_test": None, "only": None}
-    places = {"out": str(tmp_path), "readme": "", "data_root": "", "overrides": []}
-    config = reproduce.ReproduceConfig(**numbers, **places, rows=rows)
+    config = reproduce_config(tmp_path, rows)
     old = "| row |\n|---|\n| `a` | -ELBO | **1.0** |\n| `c` | not a row any more |\n"
     assert reproduce.table_of(config, old).splitlines()[2:] == ["| `a` | -ELBO | **1.0** |"]
 
