@@ -8,6 +8,7 @@ import torch
 from scipy.stats import genpareto
 from torch import nn
 
+from tests.conftest import REPOSITORY
 from tests.test_evaluate import PIXELS, linear_gaussian
 from vae_torch import VAE, evaluate_model
 from vae_torch.config import ConfigError
@@ -19,6 +20,7 @@ from vae_torch.evaluation.pareto import pareto_k
 from vae_torch.evaluation.partial import Partial
 from vae_torch.evaluation.proposals import fitted_log_px
 from vae_torch.quadrature import exact_log_px
+from vae_torch.stored import load_run
 
 
 class Bumps(nn.Module):
@@ -132,6 +134,19 @@ def test_fitted_proposals_equal_the_integral_under_every_prior_and_likelihood(pr
     x = torch.rand(6, PIXELS).double()
     expected = exact_log_px(vae, x).log_px
     torch.testing.assert_close(fitted_log_px(vae, x).log_px, expected, atol=0.05, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("release", ["default", "latent2"])
+def test_fitted_proposals_equal_the_integral_of_a_trained_model_or_warn(release):
+    vae, _ = load_run(REPOSITORY / "pretrained" / release)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        x = torch.bernoulli(vae.likelihood.mean(vae.decode(torch.randn(200, 2))))
+    result = fitted_log_px(vae, x)
+    far = (result.log_px - exact_log_px(vae, x).log_px).abs() > 0.05
+    assert far.sum() <= 2
+    assert result.doubtful[far].all()
 
 
 @pytest.mark.usefixtures("few_points")
