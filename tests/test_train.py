@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn.utils import parameters_to_vector
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from tests.conftest import REPOSITORY
@@ -21,6 +22,7 @@ from vae_torch.evaluate import importance_log_px
 from vae_torch.images import Batch
 from vae_torch.parts.objectives import as_objective, draw_noise
 from vae_torch.training import loop
+from vae_torch.training.averaging import AveragedWeights
 from vae_torch.training.errors import DivergedError, StoppedError
 from vae_torch.training.loop import _DEFAULT_ADAM
 from vae_torch.training.schedules import beta_at, lr_factor, samples_at
@@ -134,6 +136,24 @@ def test_resumed_run_is_bit_for_bit_the_uninterrupted_one(made_up_root, tmp_path
     assert resumed[0] == whole[0]
     for name, tensor in whole[1].items():
         assert torch.equal(tensor, resumed[1][name]), name
+
+
+def test_averaged_weights_have_the_bits_of_torchs_own():
+    vae = VAE(latent_dim=2, intermediate_dim=4)
+    vae.register_buffer("count", torch.zeros(3))
+    ours = AveragedWeights(vae, 0.9)
+    torchs = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    random = torch.Generator().manual_seed(0)
+    for step in range(5):
+        for weight in vae.parameters():
+            weight.data += torch.randn(weight.shape, generator=random)
+        vae.count += step
+        ours.update()
+        torchs.update_parameters(vae)
+    same = torchs.module.state_dict()
+    for name, value in ours.module.state_dict().items():
+        assert torch.equal(value, same[name]), name
+    assert ours.steps == torchs.n_averaged
 
 
 def test_averaged_weights_are_the_exponential_average(made_up_root):

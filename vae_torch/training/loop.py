@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vae_torch.bars import StepBar
 from vae_torch.checkpoint import Checkpoints
@@ -24,6 +23,7 @@ from vae_torch.data import Data, as_batch, as_loader, batches_in
 from vae_torch.evaluation.bounds import bound_metrics
 from vae_torch.images import as_images, check_pixels
 from vae_torch.parts.objectives import Objective, as_objective, draw_noise, monitor_of
+from vae_torch.training.averaging import AveragedWeights
 from vae_torch.training.errors import ADVICE, DivergedError, EndRun, StoppedError
 from vae_torch.training.progress import Metrics, Progress, plain
 from vae_torch.training.schedules import beta_at, learning_rate, samples_at
@@ -155,8 +155,8 @@ def train(
             f"optimizer.warmup_steps={settings.warmup_steps}; use one of them"
         )
     opt = own(list(vae.parameters())) if own else make_optimizer(vae, settings)
-    averaged = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema else None
-    evaluated: VAE = averaged.module if averaged else vae  # type: ignore[assignment]
+    averaged = AveragedWeights(vae, ema) if ema else None
+    evaluated = averaged.module if averaged else vae
     monitor = monitor_of(minimise) if monitor == "auto" else monitor
     # torch's own first scale, 65536, overflows where the loss is hundreds of nats
     scaler = torch.amp.GradScaler(device.type, init_scale=1024, enabled=precision == "fp16")
@@ -198,7 +198,7 @@ def train(
                 noise = draw_noise(minimise, samples, len(batch.x), vae.latent_dim, run.noise)
                 means = take_step(batch, noise, beta_tensor, lr_at(run.step))
                 if averaged:
-                    averaged.update_parameters(vae)
+                    averaged.update()
 
                 run.count(len(batch.x), means)
                 if run.step % 50 == 0 or run.step == steps:

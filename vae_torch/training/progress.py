@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
 
 from vae_torch.checkpoint import CheckpointError, Checkpoints
 from vae_torch.config import OptimizerConfig
 from vae_torch.data import EpochBatches, batches_in
 from vae_torch.parts.metrics import score, scores_of
 from vae_torch.seeds import Stream, mix_seed
+from vae_torch.training.averaging import AveragedWeights
 from vae_torch.training.errors import ADVICE, DivergedError
 from vae_torch.training.patience import has_stalled
 from vae_torch.training.schedules import falls_of
@@ -32,7 +32,7 @@ class Progress:
     def __init__(
         self,
         vae: VAE,
-        averaged: AveragedModel | None,
+        averaged: AveragedWeights | None,
         optimizer: torch.optim.Optimizer,
         loader: Iterable[Any],
         seed: int,
@@ -153,7 +153,7 @@ class Progress:
             state["since"] = list(self.since)
         if self.averaged:
             state["training"] = self.vae.state_dict()
-            state["averaged_steps"] = int(self.averaged.n_averaged)
+            state["averaged_steps"] = self.averaged.steps
         if self.step:
             self.refuse_broken_weights()
             state["device"] = self.noise.device.type
@@ -213,7 +213,7 @@ class Progress:
             self.scaler.load_state_dict(state["scaler"])
         if self.averaged:
             self.averaged.module.load_state_dict(state["model"])
-            self.averaged.n_averaged.fill_(state["averaged_steps"])
+            self.averaged.steps = state["averaged_steps"]
         if self.step:
             if self.order is None:
                 raise ValueError("continuing inside an epoch needs the loaders of mnist_loaders")
