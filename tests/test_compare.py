@@ -8,10 +8,15 @@ from vae_torch.cli.compare import main
 from vae_torch.evaluation.compare import CompareError, compare_runs
 
 
-def evaluated(path, values, sha256="a", num_samples=10):
+def evaluated(path, values, sha256="a", num_samples=10, **model):
     path.mkdir()
-    entry = {"value": 0.0, "num_images": len(values), "num_samples": num_samples, "seed": 0}
+    entry = {
+        "value": 0.0, "num_images": len(values), "num_samples": num_samples, "seed": 0,
+        "unit": "nats per image",
+    }  # fmt: skip
     card = {"elbo": entry, "log_px": entry, "data": {"sha256": sha256}}
+    if model:
+        card["model"] = model
     (path / "evaluation.json").write_text(json.dumps(card))
     np.savez(path / "evaluation.npz", log_px=values, elbo=values - 1)
     return path
@@ -30,6 +35,7 @@ def test_a_paired_difference_has_the_error_of_the_differences(pair):
     assert log_px.error == pytest.approx(1 / math.sqrt(400), rel=0.15)  # unpaired: 2.1
     assert abs(log_px.difference - 0.3) < 4 * log_px.error
     assert "the second run is 0." in log_px.sentence()
+    assert " nats higher on 400 images" in log_px.sentence()
     same = compare_runs(pair[0], pair[0])[0]
     assert "no difference" in same.sentence()
 
@@ -50,6 +56,19 @@ def test_runs_that_cannot_be_compared_are_refused_in_one_line(pair, tmp_path):
         with pytest.raises(CompareError, match=words) as error:
             compare_runs(a, run)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change", [{"likelihood": "continuous_bernoulli"}, {"conditional": True}])
+def test_different_kinds_of_p_of_x_are_not_compared(tmp_path, change):
+    model = {"likelihood": "bernoulli", "conditional": False}
+    values = np.linspace(-90, -80, 20)
+    a, same = (evaluated(tmp_path / name, values, **model) for name in "ab")
+    assert compare_runs(a, same)
+    other = evaluated(tmp_path / "other", values, **{**model, **change})
+    with pytest.raises(CompareError, match="different kinds of p") as error:
+        compare_runs(a, other)
+    assert "\n" not in str(error.value)
+    compare_runs(a, evaluated(tmp_path / "old", values))  # a card that does not say
 
 
 def test_the_command_prints_every_figure_and_draws_one(pair, tmp_path, capsys):

@@ -155,6 +155,10 @@ def evaluate_run(config: EvaluateConfig) -> None:
         "limit": config.eval.limit,
         "sha256": hashes["test"],
     }
+    card["model"] = {
+        "likelihood": run_config.likelihood,
+        "conditional": run_config.model.conditional,
+    }
     card["checkpoint"] = {
         "name": config.eval.checkpoint,
         "epoch": epoch,
@@ -236,7 +240,7 @@ def tell_duration(vae: Any, x: Any, images: int, config: EvaluateConfig, chunk: 
         importance_log_px(vae, x, num_samples=samples, chunk=chunk).log_px.sum().item()
         took = time.perf_counter() - began
     left = timedelta(seconds=round(took * images / len(x)))
-    few = " (eval.log_px_images=500 is quicker)" if left > _LONG and images > 500 else ""
+    few = " (eval.log_px_images=200 is quicker)" if left > _LONG and images > 200 else ""
     fits_noise = fits_noise_of(vae.encode(x[:1]))
     long = "several times as" if fits_noise else "about as"
     print(

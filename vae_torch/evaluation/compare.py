@@ -29,6 +29,7 @@ class Comparison(NamedTuple):
     metric: str
     a: Any  # (N,) values of the first run
     b: Any  # (N,)
+    unit: str  # such as nats
 
     @property
     def difference(self) -> float:
@@ -45,12 +46,14 @@ class Comparison(NamedTuple):
         """`log_px: the second run is 0.12 ± 0.03 nats higher on 10,000 images`."""
         size, n = abs(self.difference), len(self.a)
         if size <= 2 * self.error:
-            return f"{self.metric}: no difference beyond its error, {self.difference:+.3f} ± " + (
-                f"{self.error:.3f} on {n:,} images"
+            return (
+                f"{self.metric}: no difference beyond its error, {self.difference:+.3f} ± "
+                f"{self.error:.3f} {self.unit} on {n:,} images"
             )
         way = "higher" if self.difference > 0 else "lower"
         return (
-            f"{self.metric}: the second run is {size:.3f} ± {self.error:.3f} {way} on {n:,} images"
+            f"{self.metric}: the second run is {size:.3f} ± {self.error:.3f} {self.unit} {way} on "
+            f"{n:,} images"
         )
 
 
@@ -62,13 +65,20 @@ def compare_runs(first: Path, second: Path) -> list[Comparison]:
 
     Raises:
         CompareError: A run has no evaluation, a damaged one or one of an older version, or the two
-            evaluations are of different images.
+            evaluations are of different images or of different kinds of p(x).
     """
     (card_a, values_a), (card_b, values_b) = _read(first), _read(second)
     if card_a["data"]["sha256"] != card_b["data"]["sha256"]:
         raise CompareError(
             f"run={first} run={second}: evaluated on other images; evaluate both with the same "
             "data and eval.limit"
+        )
+    kinds = [card["model"] for card in (card_a, card_b) if "model" in card]
+    if len(kinds) == 2 and kinds[0] != kinds[1]:  # cards of older versions do not say
+        one, other = (", ".join(f"{key}={kind[key]}" for key in kind) for kind in kinds)
+        raise CompareError(
+            f"run={first} run={second}: their figures are of different kinds of p(x) ({one}; "
+            f"{other}) and do not compare"
         )
     found = []
     for name, a in values_a.items():
@@ -79,7 +89,8 @@ def compare_runs(first: Path, second: Path) -> list[Comparison]:
             continue
         both = np.isfinite(a) & np.isfinite(b)
         if both.any():
-            found.append(Comparison(name, a[both], b[both]))
+            unit = entry_a["unit"].partition(" ")[0]  # nats per image: of a mean over images
+            found.append(Comparison(name, a[both], b[both], unit))
     if not found:
         raise CompareError(
             f"run={first} run={second}: no figure was measured alike; evaluate both with the same "
