@@ -40,7 +40,9 @@ def test_every_allowed_name_has_its_file():
         ("objective", objectives),
     ):
         files = {p.stem for p in GROUP_FILES if p.parent.name == group}
-        assert files == set(names)
+        # a plug-in of another test may have added to the table
+        own = {name for name, part in names.items() if part.__module__.startswith("vae_torch.")}
+        assert files == own
 
 
 def test_a_runs_name_leaves_out_what_is_incidental():

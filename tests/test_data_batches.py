@@ -214,13 +214,13 @@ def test_limits_and_batches_of_chosen_rows(made_up_root, composed):
 def test_a_source_of_ones_own_needs_one_function(composed, monkeypatch):
     monkeypatch.setattr(data_sources, "_parts", dict(data_sources._parts))
 
-    @data_sources.register("stripes")
-    def stripes(_, *, count: int = 20, size: int = 6):
+    @data_sources.register("striped")
+    def striped(_, *, count: int = 20, size: int = 6):
         x = torch.zeros(count, size, size)
         x[:, ::2] = 1
         return Splits(Images(x))
 
-    config = composed("data.name=stripes", "data.options.count=30", "data.size=8")
+    config = composed("data.name=striped", "data.options.count=30", "data.size=8")
     train, test = loaders_of(config, "cpu")
     assert shape_of(train) == (1, 8, 8)
     assert (len(image_dataset(train)), len(image_dataset(test))) == (27, 3)
@@ -228,11 +228,11 @@ def test_a_source_of_ones_own_needs_one_function(composed, monkeypatch):
     for overrides, words in (
         (["data.options.cuont=3"], r"data\.options\.cuont: no option of .*did you mean count"),
         (["data.options.count=many"], r"data\.options\.count=many"),
-        (["data.channels=3"], r"data\.channels=3: data=stripes has no such setting"),
+        (["data.channels=3"], r"data\.channels=3: data=striped has no such setting"),
         (["data.name=strypes"], r"strypes: must be one of mnist, .* plugins="),
     ):
         with pytest.raises(ConfigError, match=words):
-            loaders_of(composed("data.name=stripes", *overrides), "cpu")
+            loaders_of(composed("data.name=striped", *overrides), "cpu")
 
 
 @pytest.mark.parametrize(
