@@ -125,6 +125,7 @@ def _protocol(card: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
         "data_sha256.test": card.get("data", {}).get("sha256"),
         "eval.num_samples": entry.get("num_samples"),
         "eval.num_images": entry.get("num_images"),
+        "eval.estimated_images": entry.get("estimated_images"),
         "eval.seed": entry.get("seed"),
         "eval.proposal": entry.get("proposal"),
         "eval.checkpoint": card.get("checkpoint", {}).get("name"),

@@ -20,7 +20,7 @@ MEASURED = {
     "likelihood": "likelihoods",
     "eval.num_samples": "numbers of importance samples",
     "eval.proposal": "proposals of the importance samples",
-    "eval.num_images": "numbers of images",
+    **dict.fromkeys(("eval.num_images", "eval.estimated_images"), "numbers of images"),
     "eval.seed": "evaluation seeds",
     "eval.checkpoint": "checkpoints",
     **dict.fromkeys(_OBJECTIVE, "objectives"),
@@ -57,7 +57,7 @@ def of_card(metric: str) -> bool:
 def basis_of(run: Run, metric: str) -> dict[str, Any]:
     """What a metric depends on besides the model; runs compare only if all of it is equal."""
     basis = dict(run.protocols.get(metric, {}))
-    split = "train" if metric == "train_elbo" else metric.partition("/")[0]
+    split = "train" if metric.startswith("train_") else metric.partition("/")[0]
     if split in ("train", "test"):
         basis.pop("data_sha256.test", None)
         basis[f"data_sha256.{split}"] = run.data_sha256.get(split, "")[:12] or None

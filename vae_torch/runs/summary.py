@@ -99,13 +99,6 @@ class Summary:
         lead = abs(first.mean - second.mean)
         name = self.words(first)
         unit = f" {self.unit}" if self.unit else ""
-        if len(first.runs) < 2 or len(second.runs) < 2:
-            return (
-                f"{name} leads by {lead:.3g}{unit}. With one seed each, nobody knows how much of "
-                "it is chance: add seed=0,1,2."
-            )
-        error, p = welch(first, second)
-        sure = p < _SIGNIFICANT
         chosen = "held-out images" if self.held_out else "the test set"
         optimistic = (
             f" It is the best of {len(self.rows)} settings on {chosen}, so its own figure is "
@@ -113,6 +106,13 @@ class Summary:
             if len(self.rows) > 2
             else ""
         )
+        if len(first.runs) < 2 or len(second.runs) < 2:
+            return (
+                f"{name} leads by {lead:.3g}{unit}. With one seed each, nobody knows how much of "
+                f"it is chance: add seed=0,1,2.{optimistic}"
+            )
+        error, p = welch(first, second)
+        sure = p < _SIGNIFICANT
         return (
             f"{name} leads by {lead:.3g} ± {error:.2g}{unit} (standard error of the difference of "
             f"means over {len(first.runs)} and {len(second.runs)} seeds; Welch's t-test: p = "
