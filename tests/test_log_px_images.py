@@ -77,6 +77,24 @@ def test_all_images_need_no_estimate_of_the_rest(model):
     assert card["log_px"]["error_over"] == "images"
 
 
+def test_memory_is_bounded_for_any_number_of_images(model, monkeypatch):
+    x = torch.bernoulli(torch.rand(1300, 12, generator=torch.Generator().manual_seed(1)))
+    seen = {"encode": 0, "decode": 0}
+    for name in seen:
+        original = getattr(VAE, name)
+
+        def counted(vae, tensor, *rest, name=name, original=original):
+            seen[name] = max(seen[name], tensor[..., 0].numel())
+            return original(vae, tensor, *rest)
+
+        monkeypatch.setattr(VAE, name, counted)
+    monkeypatch.setattr(card_module, "_FITTED_AT_ONCE", 20)
+    few = {"num_samples": 2, "fit_samples": 2, "fit_images": 60, "log_px_images": 60}
+    evaluate_model(model, x, train_loader=x, exact=False, chunk=64, **few)
+    assert seen["encode"] <= 1000
+    assert seen["decode"] <= 1000
+
+
 def test_one_image_has_no_error(model):
     x = torch.bernoulli(torch.rand(10, 12, generator=torch.Generator().manual_seed(1)))
     card = evaluate_model(model, x, log_px_images=1, exact=False, **FEW)

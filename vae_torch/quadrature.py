@@ -233,7 +233,7 @@ class _Places:
 
     def __init__(self, vae: VAE, x: Tensor) -> None:
         noise = seeded_generator(x.device, 0, Stream.FIT, 3)
-        self.means, _ = gaussian_near(vae.encode(x), noise)
+        self.means = torch.cat([gaussian_near(q, noise).mean for q in vae.encode_parts(x)])
         parts = [x.new_zeros(1, vae.latent_dim)]
         spreads = torch.zeros_like(parts[0])
         if find := getattr(vae.prior, "components", None):  # the standard normal has none

@@ -377,6 +377,19 @@ class VAE(nn.Module):
             return self
         return self.given(batch.y)
 
+    def encode_parts(self, x: Tensor, *, at_once: int = 1000) -> Iterator[Any]:
+        """q(z|x), some images at a time: limits the encoder's memory.
+
+        Args:
+            x: (N, *input_shape) or (N, pixels) in [0, 1].
+            at_once: Images that are encoded together.
+        """
+        y = self.y
+        for first in range(0, len(x), at_once):
+            some = slice(first, first + at_once)
+            part = self if y is None or y.ndim == 0 or len(y) < len(x) else self.given(y[some])
+            yield part.encode(x[some])
+
     def _labels(self, like: Tensor, count: Sequence[int]) -> Tensor:
         """One-hot labels (*count, classes) in the type of `like`."""
         if self.y is None:

@@ -55,17 +55,18 @@ class _Aggregate(NamedTuple):
 @torch.no_grad()
 def _aggregate(vae: VAE, x: Tensor, seed: int) -> _Aggregate:
     x = vae.check(x)
-    mean, logvar = gaussian_of(vae.encode(x), "the aggregate posterior")
+    parts = [gaussian_of(q, "the aggregate posterior") for q in vae.encode_parts(x)]
+    mean, logvar = (torch.cat(each) for each in zip(*parts, strict=True))
     noise = seeded_generator(x.device, seed, Stream.AGGREGATE)
     eps = torch.randn(mean.shape, generator=noise, device=x.device, dtype=x.dtype)
     z = reparameterize(mean, logvar, eps=eps)
     own = log_normal(z, mean, logvar)
     uniform = -math.log(len(mean))
     # in double: log_mixture subtracts squares, and posteriors can be narrow
-    parts = tuple(map(wide, (mean, logvar, mean.new_full((len(mean),), uniform))))
+    mixture = tuple(map(wide, (mean, logvar, mean.new_full((len(mean),), uniform))))
     all_of_them, others = [], []
     for at in torch.arange(len(z), device=z.device).split(1000):
-        log_q = log_components(wide(z[at]), *parts)  # (1000, N)
+        log_q = log_components(wide(z[at]), *mixture)  # (1000, N)
         all_of_them.append(log_q.logsumexp(1))
         log_q[torch.arange(len(at)), at.cpu()] = -math.inf
         others.append(log_q.logsumexp(1))
@@ -102,7 +103,8 @@ def put_latents(card: Figures, vae: VAE, batch: Batch, train_loader: Iterable[An
         return
     with torch.no_grad():
         train_means, means = (
-            vae.of(part).encode(part.x).mean.cpu().numpy() for part in (train, batch)
+            torch.cat([q.mean for q in vae.of(part).encode_parts(part.x)]).cpu().numpy()
+            for part in (train, batch)
         )
     classes, train_classes = batch.y.cpu().numpy(), train.y.cpu().numpy()
     if len(np.unique(train_classes)) < 2 or len(train_means) < 10:

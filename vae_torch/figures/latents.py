@@ -53,8 +53,8 @@ def spherical_interpolation(start: Tensor, end: Tensor, *, steps: int) -> Tensor
 @torch.no_grad()
 def posterior_means(vae: VAE, x: Tensor, y: Tensor | None = None) -> Tensor:
     """Centres of the posteriors (N, latent_dim), on the CPU, in batches to limit memory."""
-    parts = Batch(x, y).split(1000)
-    return torch.cat([vae.of(part).encode(part.x).mean for part in parts]).float().cpu()
+    parts = vae.of(Batch(x, y)).encode_parts(x)
+    return torch.cat([q.mean for q in parts]).float().cpu()
 
 
 @torch.no_grad()
@@ -64,7 +64,7 @@ def gaussian_posterior(vae: VAE, batch: Batch, what: str) -> tuple[Tensor, Tenso
     Raises:
         ConfigError: q(z|x) is not Gaussian; the message begins with `what`.
     """
-    parts = [gaussian_of(vae.of(some).encode(some.x), what) for some in batch.split(1000)]
+    parts = [gaussian_of(q, what) for q in vae.of(batch).encode_parts(batch.x)]
     mean, logvar = (torch.cat(part).float().cpu() for part in zip(*parts, strict=True))
     return mean, logvar
 

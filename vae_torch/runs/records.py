@@ -210,7 +210,7 @@ class Records:
     def projector(self, vae: VAE, x: Tensor, labels: Tensor | None) -> None:
         """Write posterior means for TensorBoard's projector, with classes and thumbnails."""
         with self._warning_of("projector"):
-            means = vae.of(Batch(x, labels)).encode(x).mean
+            means = torch.cat([q.mean for q in vae.of(Batch(x, labels)).encode_parts(x)])
             if vae.latent_dim < 3:  # the projector's PCA needs three
                 means = torch.nn.functional.pad(means, (0, 3 - vae.latent_dim))
             numbers = [] if labels is None else labels.tolist()
