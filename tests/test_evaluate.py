@@ -424,7 +424,7 @@ def test_a_verdict_separates_overfitting_of_the_model_and_of_the_encoder(model, 
     said = " ".join(verdict(card, 1000))
     assert ("the model overfits" in said) == (model > 1)
     assert ("the encoder does not generalise" in said) == (encoder > 1)
-    assert ("no overfitting" in said) == (encoder > 1 > model)
+    assert ("while log p(x) differs by" in said) == (encoder > 1 > model)
 
 
 def test_a_verdict_claims_no_more_than_its_errors_allow():
@@ -540,7 +540,10 @@ def test_the_printed_card_has_counts_and_fits_a_terminal(run_of_the_script, scri
     printed = {line.split()[0]: line for line in lines if line and line[0] not in "± -"}
     for name, entry in card.items():
         if "value" in entry and name != "kl_per_dim":
-            assert f" {entry['num_images']:,} images" in printed[name]
+            count = f"{entry['num_images']:,}"
+            some = entry.get("estimated_images")
+            words = f" {some} / {count} " if some else f" {count} images"
+            assert words in printed[name]
             if name in stored.files:
                 assert np.nanmean(stored[name]) == pytest.approx(entry["value"], rel=1e-9)
             assert script._MEANINGS.keys() >= {name} - {"gap"}
@@ -566,10 +569,10 @@ def test_the_integral_is_computed_once(run_of_the_script, script, monkeypatch):
     assert (run_of_the_script / "figures" / "log_px.png").exists()
 
 
-def test_mutual_information_of_a_known_channel_lies_between_its_bounds():
+@pytest.mark.parametrize("information", [6.0, 8.0])
+def test_mutual_information_of_a_known_channel_lies_between_its_bounds(information):
     """x ~ N(0, I), q(z|x) = N(a x, s²) with a² + s² = 1, so that q(z) = p(z) and I = -D log s."""
     vae = VAE((8,), 8, 4, likelihood="gaussian").double()
-    information = 6.0
     s = math.exp(-information / 8)
     vae.encoder.trunk = nn.Identity()
     vae.posterior.mean, vae.posterior.logvar = nn.Linear(8, 8).double(), nn.Linear(8, 8).double()
@@ -585,7 +588,7 @@ def test_mutual_information_of_a_known_channel_lies_between_its_bounds():
     error = {name: entry["standard_error"] for name, entry in card.figures.items()}
     assert value["mutual_information"] < information - 0.1
     slack = 4 * error["mutual_information_upper"]
-    assert information - slack < value["mutual_information_upper"] < information + 1
+    assert information - slack < value["mutual_information_upper"] < 1.2 * information
     assert value["marginal_kl"] > 0.1
     assert value["marginal_kl_lower"] < slack
     parts = value["mutual_information"] + value["marginal_kl"]
@@ -635,6 +638,8 @@ def test_card_adds_up_and_says_what_it_is(trained):
     assert sum(value["kl_per_dim"]) == pytest.approx(value["kl"], rel=1e-4)
     assert value["elbo"] < value["log_px"] < value["log_px_exact"] + 0.02
     assert value["reconstruction"] < value["entropy_floor"]
+    assert "log p(x)" not in card["log_px"]["definition"]
+    assert card["log_px"]["definition"].startswith("the score by importance sampling")
     x = torch.cat([x for x, _ in test_loader])
     means = torch.cat([vae.encode(image[None])[0] for image in x]).detach()
     assert value["active_units"] == sum(means.var(0) > 0.01)

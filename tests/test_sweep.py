@@ -817,12 +817,13 @@ def test_a_lead_is_judged_by_welchs_test(a, b):
         assert error == pytest.approx((mean(a) - mean(b)) / expected.statistic, rel=1e-9)
 
 
-def test_equal_settings_are_called_different_in_one_of_twenty():
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_equal_settings_are_called_different_in_one_of_twenty_at_most(seeds):
     random, found = np.random.default_rng(0), []
     for _ in range(2000):
         rows = [
-            Row((), [Run(Path(str(i)), "finished") for i in range(3)], mean(v), stdev(v))
-            for v in random.normal(size=(2, 3)).tolist()
+            Row((), [Run(Path(str(i)), "finished") for i in range(seeds)], mean(v), stdev(v))
+            for v in random.normal(size=(2, seeds)).tolist()
         ]
         found.append(welch(*rows)[1] < 0.05)
-    assert 0.02 < mean(found) < 0.06  # it was 0.114 by two standard errors
+    assert 0.01 < mean(found) < 0.06  # by two standard errors: 0.18 of 2 seeds, 0.114 of 3

@@ -322,7 +322,7 @@ class TrainConfig(Group):
         CountOrZero, about("stop a sweep's run that is behind after N epochs; 0: never")
     ] = 0
     patience: Annotated[
-        Count | None, about("stop after N epochs without a better test elbo; null: never")
+        Count | None, about("stop after N epochs without a better train.monitor; null: never")
     ] = None
     min_delta: Annotated[
         Number, about("with patience or plateau: the least improvement that counts, in nats")
@@ -399,7 +399,7 @@ class EvalConfig(Group):
     fit_images: Annotated[Count, about("images that get a fitted posterior, to split the gap")]
     chunk: Annotated[
         Count | None,
-        about("decoder rows at once: limits memory, changes no figure; null: 1024, on CUDA 65536"),
+        about("decoder rows at once: limits memory; null: 1024, on CUDA 65536"),
     ]
     seed: NoiseSeed
     checkpoint: Checkpoint

@@ -54,8 +54,8 @@ _MEANINGS = {
     "sample_auc": "samples told from test images",
     "nearest_train_image": "distance of samples to it",
     "fitted_gap": "gap of images drawn at random",
-    "approximation_gap": "its part due to the kind of q(z|x)",
-    "amortisation_gap": "its part due to the encoder",
+    "approximation_gap": "part due to the kind of q(z|x)",
+    "amortisation_gap": "part due to the encoder",
 }
 
 
@@ -272,6 +272,8 @@ def print_card(card: dict[str, Any]) -> None:
 
 def _line(name: str, entry: dict[str, Any], card: dict[str, Any]) -> str:
     """One figure: value ± standard error, unit, number of images, meaning."""
+    from vae_torch.evaluation.figures import name_of_log_px
+
     value, error = entry["value"], entry["standard_error"]
     number = f"{value:.3f}" if isinstance(value, float) else str(value)
     spread = f"± {error:.3f}" if error is not None else ""
@@ -282,6 +284,9 @@ def _line(name: str, entry: dict[str, Any], card: dict[str, Any]) -> str:
     if "estimated_images" in entry:
         count = f"{entry['estimated_images']:,} / {images:,}"
     meaning = _MEANINGS.get(name, "").format(samples=entry["num_samples"]) or entry["definition"]
+    conditional = card.get("model", {}).get("conditional", False)
+    log_px = name_of_log_px(conditional=conditional, grey="entropy_floor" in card)
+    meaning = meaning.replace("log p(x)", log_px)
     if name == "gap":
         meaning = "log_px_exact - elbo" if "log_px_exact" in card else "log_px - elbo"
     line = f"{name:{_LABEL}} {number:>9} {spread:8} {unit:7} {count:14} {meaning}"

@@ -18,12 +18,13 @@ from vae_torch.evaluation.figures import (
     by_class,
     checked,
     joined,
+    name_of_log_px,
     standard_error_of,
     whole_set,
 )
 from vae_torch.evaluation.importance import fit_posterior, importance_log_px
 from vae_torch.evaluation.latents import put_latents
-from vae_torch.evaluation.partial import Partial
+from vae_torch.evaluation.partial import Partial, in_parts
 from vae_torch.evaluation.proposals import fitted_log_px
 from vae_torch.evaluation.simulated import put_simulated
 from vae_torch.evaluation.verdict import verdict
@@ -40,6 +41,8 @@ from vae_torch.vae import VAE, in_eval_mode
 _FEW_SAMPLES = 20
 
 _SANDWICHED = 100  # sampled images between two bounds, at most
+
+_FITTED_AT_ONCE = 250  # images: limits the memory of their gradients
 
 # Images whose log p(x) shows overfitting: all of them would take longer than the test set.
 _TRAIN_IMAGES = 1000
@@ -160,7 +163,9 @@ def evaluate_images(
         train_loader = as_loader(train_loader, vae.input_shape)
     batch = whole_set(vae, loader)
     x = batch.x
-    card = Figures(len(x), seed, px="p(x|y)" if vae.classes else "p(x)")
+    grey = isinstance(vae.likelihood, Bernoulli) and not ((x == 0) | (x == 1)).all()
+    log_px = name_of_log_px(conditional=vae.classes is not None, grey=bool(grey))
+    card = Figures(len(x), seed, log_px=log_px)
 
     _put_bound(card, vae, batch)
     if isinstance(vae.likelihood, Gaussian):
@@ -168,7 +173,7 @@ def evaluate_images(
     train: _Train | None = None
     if train_loader is not None:
         train = _put_train_elbo(card, vae, train_loader, log_px_images or _TRAIN_IMAGES)
-    if isinstance(vae.likelihood, Bernoulli) and not ((x == 0) | (x == 1)).all():
+    if grey:
         floor = -torch.special.xlogy(x, x) - torch.special.xlogy(1 - x, 1 - x)
         card.put(
             "entropy_floor",
@@ -214,6 +219,7 @@ def evaluate_images(
         num_samples,
         of=some,
         from_all=few,
+        more={"rise_from_half": estimate.rise.mean().item() if num_samples > 1 else None},
     )
     card.put(
         "effective_samples",
@@ -231,9 +237,9 @@ def evaluate_images(
         _put_annealed(card, vae, batch, ais, how)
     if train is not None:
         _put_train_log_px(card, vae, train, fit_samples, how)
-    _put_gap(card, vae, batch, min(fit_images, len(some)), progress)
-    said += verdict(card.figures, num_samples)
-    if "entropy_floor" in card.figures:
+    _put_gap(card, vae, batch, min(fit_images, len(some)), how)
+    said += [text.replace("log p(x)", log_px) for text in verdict(card.figures, num_samples)]
+    if grey:
         said.append(
             "The pixels are grey and the likelihood is Bernoulli: all of these nats are a score, "
             "the cross-entropy, and no log p(x) of a density. Compare them with such scores only, "
@@ -248,10 +254,11 @@ def evaluate_images(
 
 
 class _Train(NamedTuple):
-    """Some training images, chosen at random, and their ELBO."""
+    """Some training images, chosen at random, and the ELBO of all."""
 
     batch: Batch  # x (M, *shape)
-    elbo: Tensor  # (M,)
+    some: Tensor  # (M,) indices of these images
+    elbo: Tensor  # (N,) of all
 
 
 def _put_train_elbo(card: Figures, vae: VAE, train_loader: Iterable[Any], count: int) -> _Train:
@@ -268,7 +275,7 @@ def _put_train_elbo(card: Figures, vae: VAE, train_loader: Iterable[Any], count:
     )
     some = _chosen(len(bound), min(count, _TRAIN_IMAGES), card.seed)
     x, y = joined(batches).rows(some)
-    return _Train(Batch(x.to(next(vae.parameters()).device), y), bound[some])
+    return _Train(Batch(x.to(next(vae.parameters()).device), y), some, bound)
 
 
 def _chosen(images: int, count: int, seed: int) -> Tensor:
@@ -365,34 +372,42 @@ def _put_train_log_px(
         how, samples = "as log_px", num_samples
         fitted = partial(fitted_log_px, num_samples=samples, name="fitted_train", **settings)
         log_px = by_class(vae, train.batch, fitted).log_px
-    log_px = log_px.double()
+    log_px, elbo = log_px.double(), train.elbo.double().to(log_px.device)
     whose = f"{len(log_px):,} training images, chosen at random"
-    for name, values, definition in (
-        ("train_log_px", log_px, f"log p(x) {how}, of {whose}"),
-        ("train_gap", log_px - train.elbo, f"log p(x) {how} - elbo, of {whose}"),
-    ):
-        card.put(
-            name,
-            values.mean().item(),
-            definition,
-            samples,
-            standard_error=standard_error_of(values),
-            num_images=len(values),
-            more={"exact": samples == 0},
-        )
+    card.put(
+        "train_log_px",
+        log_px,
+        f"log p(x) {how}, of {whose}; the bound of all extends the mean",
+        samples,
+        of=train.some,
+        from_all=elbo if len(log_px) < len(elbo) else None,
+        stored=False,
+        more={"exact": samples == 0},
+    )
+    card.put(
+        "train_gap",
+        log_px - elbo[train.some],
+        f"log p(x) {how} - elbo, of {whose}",
+        samples,
+        stored=False,
+    )
 
 
 @torch.no_grad()
 def _put_bound(card: Figures, vae: VAE, batch: Batch) -> None:
     elbo, reconstruction, kl = bounds_of(vae, [batch], card.seed)
-    q = vae.of(batch).encode(batch.x)
-    per_dim = vae.kl_per_dim(q)
-    analytic = per_dim is not None
+    means, closed = [], []
+    for q in vae.of(batch).encode_parts(batch.x):
+        means.append(q.mean)
+        if (kl_of_q := vae.kl_per_dim(q)) is not None:
+            closed.append(kl_of_q)
+    analytic = bool(closed)
     card.put("elbo", elbo, "reconstruction - kl, a lower bound on log p(x)", 1)
     card.put("reconstruction", reconstruction, "E_q log p(x|z), summed over pixels", 1)
     how = "in closed form" if analytic else "a Monte Carlo estimate from one sample of z"
     card.put("kl", kl, f"KL(q(z|x) || p(z)), {how}", 0 if analytic else 1)
-    if per_dim is not None:
+    if analytic:
+        per_dim = torch.cat(closed)
         card.put(
             "kl_per_dim",
             per_dim.mean(0).tolist(),
@@ -402,7 +417,7 @@ def _put_bound(card: Figures, vae: VAE, batch: Batch) -> None:
         )
     if len(batch.x) == 1:  # nothing varies
         return
-    variance = q.mean.var(0)
+    variance = torch.cat(means).var(0)
     card.put(
         "active_units",
         int((variance > ACTIVE_UNIT_VARIANCE).sum()),
@@ -430,7 +445,7 @@ def _put_residual(card: Figures, likelihood: Gaussian, pixels: int) -> None:
     )
 
 
-def _put_gap(card: Figures, vae: VAE, batch: Batch, fit_images: int, progress: bool) -> None:
+def _put_gap(card: Figures, vae: VAE, batch: Batch, fit_images: int, how: dict[str, Any]) -> None:
     seed, known = card.seed, card.per_image
     name = "log_px_exact" if "log_px_exact" in known else "log_px"
     log_px, samples = known[name], card.figures[name]["num_samples"]
@@ -441,25 +456,40 @@ def _put_gap(card: Figures, vae: VAE, batch: Batch, fit_images: int, progress: b
 
     chosen = _chosen(len(batch.x), fit_images, seed)
     batch, log_px = batch.rows(chosen), log_px[chosen]
-    vae, x = vae.of(batch), batch.x
-    with torch.no_grad():
-        encoder_elbo = elbo_of(vae, x, vae.encode(x), seed=seed)
-    best = fit_posterior(vae, x, seed=seed, progress=progress)
-    best_elbo = elbo_of(vae, x, best, seed=seed)
-    kind = "Gaussian posterior" if isinstance(best, DiagonalGaussian) else "posterior of its kind"
-    how = f"log p(x) is {name}{low}"
+
+    def fit(start: int, stop: int) -> Tensor:
+        some = batch.rows(slice(start, stop))
+        own, x = vae.of(some), some.x
+        best = fit_posterior(own, x, seed=seed, progress=how["progress"])
+        with torch.no_grad():
+            both = [elbo_of(own, x, q, seed=seed) for q in (own.encode(x), best)]
+        return torch.stack(both, 1)
+
+    rows = in_parts(
+        fit,
+        len(chosen),
+        _FITTED_AT_ONCE,
+        vae=vae,
+        name="fitted_gap",
+        store=how["store"],
+        progress=False,
+    )
+    encoder_elbo, best_elbo = rows.T
+    gaussian = isinstance(vae.of(batch.rows(slice(1))).encode(batch.x[:1]), DiagonalGaussian)
+    kind = "Gaussian posterior" if gaussian else "posterior of its kind"
+    known_by = f"log p(x) is {name}{low}"
     card.put(
         "fitted_gap",
         log_px - encoder_elbo,
-        f"log p(x) - elbo of {len(x)} images, chosen at random by the seed; the sum of the "
-        f"approximation_gap and the amortisation_gap of the same images; {how}",
+        f"log p(x) - elbo of {len(chosen)} images, chosen at random by the seed; the sum of the "
+        f"approximation_gap and the amortisation_gap of the same images; {known_by}",
         1000,
         of=chosen,
     )
     card.put(
         "approximation_gap",
         log_px - best_elbo,
-        f"log p(x) - elbo of each image's best {kind} (Cremer et al., 2018); {how}",
+        f"log p(x) - elbo of each image's best {kind} (Cremer et al., 2018); {known_by}",
         1000,
         of=chosen,
     )

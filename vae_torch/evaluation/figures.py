@@ -13,6 +13,13 @@ from vae_torch.images import Batch
 from vae_torch.machine import wide
 from vae_torch.vae import VAE
 
+_LOG_PX = "log p(x)"
+
+
+def name_of_log_px(*, conditional: bool, grey: bool) -> str:
+    """What a card calls log p(x): grey pixels under a Bernoulli likelihood have only a score."""
+    return "the score" if grey else "log p(x|y)" if conditional else _LOG_PX
+
 
 class Figures:
     """The figures of a card, collected one by one.
@@ -20,13 +27,13 @@ class Figures:
     Args:
         images: Number of evaluated images.
         seed: Random seed of all noise.
-        px: Name of p(x) in the definitions: p(x|y) for a conditional model.
+        log_px: What log p(x) is called in the definitions: see `name_of_log_px`.
     """
 
-    def __init__(self, images: int, seed: int, *, px: str = "p(x)") -> None:
+    def __init__(self, images: int, seed: int, *, log_px: str = _LOG_PX) -> None:
         self.images = images
         self.seed = seed
-        self.px = px
+        self.log_px = log_px
         self.figures: dict[str, Any] = {}
         self.per_image: dict[str, Tensor] = {}
 
@@ -63,7 +70,7 @@ class Figures:
             if of is not None and from_all is not None:
                 over = f"images, and the choice of {len(of):,} of them"
                 value, standard_error, more = self._from_some(value, of, from_all, more or {})
-                images = self.images
+                images = len(from_all)
             else:
                 value = value.mean().item()
         self.figures[name] = {
@@ -72,7 +79,7 @@ class Figures:
             # random seeds, the draw of binarised pixels and the bias of an estimate are not in it
             "error_over": None if standard_error is None else over,
             "unit": unit,
-            "definition": definition.replace("p(x)", self.px),
+            "definition": definition.replace(_LOG_PX, self.log_px),
             "num_samples": samples,
             "num_images": images,
             "seed": self.seed,
@@ -101,8 +108,8 @@ class Figures:
         more = {**more, "estimated_images": len(of)}
         if len(of) == 1:
             return mean, None, more
-        choice = differences.var().item() * (1 / len(of) - 1 / self.images)
-        error = math.sqrt(values.var().item() / self.images + choice)
+        choice = differences.var().item() * (1 / len(of) - 1 / len(from_all))
+        error = math.sqrt(values.var().item() / len(from_all) + choice)
         return mean, error, {**more, "error_of_the_choice": math.sqrt(choice)}
 
     def compare(self, name: str, other: str) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vae_torch.bars import bar
-from vae_torch.evaluation.pareto import pareto_k
+from vae_torch.evaluation.pareto import pareto_k, rise_from_half
 from vae_torch.evaluation.partial import Partial, in_parts
 from vae_torch.machine import wide
 from vae_torch.parts.objectives import log_weights
@@ -22,6 +22,7 @@ class ImportanceEstimate(NamedTuple):
     log_px: Tensor  # (N,) nats
     effective_samples: Tensor  # (N,) (Σ w)² / Σ w², at most num_samples
     pareto_k: Tensor  # (N,) shape of the weights' tail: see `pareto.pareto_k`
+    rise: Tensor  # (N,) nats gained from half of the samples to all: see `pareto.rise_from_half`
 
 
 @in_eval_mode
@@ -61,7 +62,6 @@ def importance_log_px(
     if num_samples < 1 or chunk < 1:
         raise ValueError(f"num_samples={num_samples}, chunk={chunk}: both must be 1 or more")
     x = vae.check(x)
-    q = vae.encode(x) if proposal is None else DiagonalGaussian(*proposal)
 
     def estimate(start: int, stop: int) -> Tensor:
         part = slice(start, stop)
@@ -77,10 +77,10 @@ def importance_log_px(
             ],
             1,
         ).to(x.dtype)  # (K, images, latent_dim)
-        if isinstance(q, DiagonalGaussian):
-            own: Posterior = DiagonalGaussian(q.mean[part], q.logvar[part])
+        if proposal is None:
+            own: Posterior = vae.encode(x[part])
         else:
-            own = vae.encode(x[part])
+            own = DiagonalGaussian(*(each[part] for each in proposal))
         log_w = wide(
             torch.cat(
                 [
@@ -91,7 +91,8 @@ def importance_log_px(
         )  # (K, images)
         total = log_w.logsumexp(0)
         effective = torch.exp(2 * total - (2 * log_w).logsumexp(0))
-        return torch.stack([total - math.log(num_samples), effective, pareto_k(log_w)], 1)
+        found = (total - math.log(num_samples), effective, pareto_k(log_w), rise_from_half(log_w))
+        return torch.stack(found, 1)
 
     rows = in_parts(
         estimate,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vae_torch.evaluation.pareto import pareto_k
+from vae_torch.evaluation.pareto import pareto_k, rise_from_half
 from vae_torch.evaluation.partial import Partial, in_parts
 from vae_torch.machine import wide
 from vae_torch.parts.likelihoods import pairwise
@@ -53,7 +53,7 @@ class FittedEstimate(NamedTuple):
     """log p(x) by importance sampling from fitted proposals, one entry per image."""
 
     log_px: Tensor  # (N,) nats, in expectation a lower bound
-    rise: Tensor  # (N,) nats gained from half of the samples to all; about the bias that is left
+    rise: Tensor  # (N,) nats gained from half of the samples to all: see `rise_from_half`
     effective_samples: Tensor  # (N,) (Σ w)² / Σ w²
     pareto_k: Tensor  # (N,) shape of the weights' tail; the largest if an image was sampled again
 
@@ -312,8 +312,7 @@ def _estimate(
         # a tail that was seen once is there, even if later samples miss it
         heaviest = torch.maximum(heaviest, pareto_k(log_w))
     found = log_w.logsumexp(0) - math.log(len(z))
-    halves = log_w.unflatten(0, (half, 2)).logsumexp(0).mean() - math.log(half)
-    return torch.stack([found, found - halves, _effective(log_w), heaviest])
+    return torch.stack([found, rise_from_half(log_w), _effective(log_w), heaviest])
 
 
 class _Proposals(NamedTuple):

@@ -47,6 +47,14 @@ def verdict(card: dict[str, Any], num_samples: int) -> list[str]:
                 f"{card['elbo']['num_images']:,} evaluated ones: the model or its encoder overfits."
                 " Try data.binarize=dynamic, fewer epochs, train.ema or a smaller model."
             )
+    both = ("log_px", "log_px_encoder")
+    rises = [card.get(name, {}).get("rise_from_half") for name in both]
+    if None not in rises:
+        said.append(
+            f"From half of the samples to all, log_px rises by {rises[0]:.3f} nats and "
+            f"log_px_encoder by {rises[1]:.3f}. About as much bias is left in each, and more where "
+            "the weights have heavy tails."
+        )
     if doubtful := card["log_px"].get("share_doubtful"):
         said.append(
             f"log_px may be far too low for {100 * doubtful:.2g}% of the images, by the tails of "
@@ -62,10 +70,17 @@ def verdict(card: dict[str, Any], num_samples: int) -> list[str]:
             f"importance sampling, which is a lower bound too, on {images:,} images."
         )
     if "ais_width" in value:
-        width, images = value["ais_width"], card["ais_width"]["num_images"]
+        width, error = value["ais_width"], card["ais_width"]["standard_error"]
+        images = card["ais_width"]["num_images"]
+        spread = "" if error is None else f" ± {error:.2f}"
         said.append(
-            f"On {images:,} images sampled from the model, annealing is at most {width:.2f} nats "
-            "from the truth, in the mean: its bounds from both ends are that far apart."
+            f"On {images:,} images sampled from the model, annealing is at most "
+            f"{width:.2f}{spread} nats from the truth, in the mean: its bounds from both ends are "
+            "that far apart."
+        )
+    elif "ais_difference" in value:
+        said.append(
+            "These images cannot be sampled from the model, so annealing gives no upper bound."
         )
     if "log_px_encoder" in value:
         short, error = _above(card, "log_px", "log_px_encoder")
@@ -99,8 +114,9 @@ def verdict(card: dict[str, Any], num_samples: int) -> list[str]:
                 f"that images were drawn from: q(z|x) is too {'narrow' if held < 0.95 else 'wide'}."
             )
     if "nearest_train_image" in value:
-        near, of_test = value["nearest_train_image"], card["nearest_train_image"]["of_test_images"]
-        if near < 0.5 * of_test:
+        near, error = (card["nearest_train_image"][key] for key in ("value", "standard_error"))
+        of_test = card["nearest_train_image"]["of_test_images"]
+        if near + 2 * (error or 0) < 0.5 * of_test:
             said.append(
                 f"Samples are {near:.2f} from the nearest training image, test images {of_test:.2f}"
                 ": the model copies training images."
@@ -148,11 +164,11 @@ def _overfitting(card: dict[str, Any]) -> list[str]:
     trained = f"{card['train_log_px']['num_images']:,} training images"
     others = f"{card[name]['num_images']:,} evaluated ones"
     lead = card["train_log_px"]["value"] - card[name]["value"]
-    error = _joint_error(card, "train_log_px", name)
-    overfits = lead > max(_NOTEWORTHY, 2 * error)
+    lead_error = _joint_error(card, "train_log_px", name)
+    overfits = lead > max(_NOTEWORTHY, 2 * lead_error)
     if overfits:
         said.append(
-            f"log p(x) of {trained} is {lead:.1f} ± {error:.1f} nats better than that of the "
+            f"For {trained}, log p(x) is {lead:.1f} ± {lead_error:.1f} nats better than for the "
             f"{others}: the model overfits. Try data.binarize=dynamic, fewer epochs, train.ema or "
             "a smaller model."
         )
@@ -160,10 +176,15 @@ def _overfitting(card: dict[str, Any]) -> list[str]:
     error = _joint_error(card, "gap", "train_gap")
     if wider > max(_NOTEWORTHY, 2 * error):
         said.append(
-            f"The gap log p(x) - elbo is {wider:.1f} ± {error:.1f} nats wider on the {others} than "
-            f"on {trained}: the encoder does not generalise"
-            + ("." if overfits else ", while the model shows no overfitting.")
-            + " Try data.binarize=dynamic or a smaller encoder; log_px is not affected."
+            f"The gap between log p(x) and elbo is {wider:.1f} ± {error:.1f} nats wider on "
+            f"{card['gap']['num_images']:,} evaluated images than on "
+            f"{card['train_gap']['num_images']:,} training images: the encoder does not generalise"
+            + (
+                ""
+                if overfits
+                else f", while log p(x) differs by {lead:.1f} ± {lead_error:.1f} nats"
+            )
+            + ". Try data.binarize=dynamic or a smaller encoder; log_px is not affected."
         )
     return said
 
