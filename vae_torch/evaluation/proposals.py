@@ -26,8 +26,9 @@ from vae_torch.seeds import Stream, seeded_generator
 from vae_torch.vae import VAE, in_eval_mode
 
 # Samples from the prior, the same for all images. Where one of them fits an image well, the fit
-# gets a second start there, in case the encoder does not know that mode.
-_POINTS, _NEIGHBOURS, _STARTS = 8192, 8, 4
+# gets another start there, in case the encoder does not know that mode. In a few dimensions as
+# many come from a Gaussian twice as wide: modes of odd images lie where the prior has few samples.
+_POINTS, _NEIGHBOURS, _STARTS, _CANDIDATES = 8192, 8, 4, 16
 _HOPELESS = 15.0  # a start this many nats below the best one adds nothing to p(x)
 
 _STEPS, _DRAWS, _RATE = 100, 8, 0.1  # of the fit: Adam, in units of the encoder's deviations
@@ -41,7 +42,8 @@ _WIDER = 1.1  # factor on the fitted deviations, to cover the tails
 # Where the weights of an image are uneven, its proposals are adapted to them and it is sampled
 # again. Kernels cover a posterior of a few dimensions; in many they would miss most of it.
 _FEW_DIMS, _ROUNDS, _KERNELS = 4, 3, 32
-_UNEVEN_SHARE = 0.7  # of effective samples in all samples
+_MORE = 4  # times as many samples then
+_ENOUGH = 0.8  # effective samples, as a share of the first samples
 
 # Shape of the tail, by Vehtari et al., *Pareto smoothed importance sampling* (JMLR 2024): above the
 # first, the variance of the weights is infinite; above the second, their mean is not to be trusted.
@@ -84,8 +86,9 @@ def fitted_log_px(
     mixture: Owen and Zhou, *Safe and effective importance sampling* (2000).
 
     With up to four latents, an image whose weights are uneven is sampled again, up to three times,
-    half of the samples from kernels where the last weights were large: Delyon and Portier, *Safe
-    adaptive importance sampling: a mixture approach* (2021). Only the last samples count.
+    each time with 4 K samples. Half of them come from kernels where the last weights were large:
+    Delyon and Portier, *Safe adaptive importance sampling: a mixture approach* (2021). Only the
+    last samples count.
 
     The noise of an image depends on (seed, its index) alone, so `chunk` changes the result only by
     rounding.
@@ -138,6 +141,10 @@ def _shared_points(vae: VAE, seed: int, chunk: int) -> _Points:
     weight = next(vae.parameters())
     noise = seeded_generator(weight.device, seed, Stream.PROPOSAL)
     z = vae.prior.sample(_POINTS, noise).to(weight)
+    mean, deviation = z.mean(0), z.std(0)
+    if vae.latent_dim <= _FEW_DIMS:
+        normal = torch.randn(z.shape, generator=noise, device=z.device).to(z)
+        z = torch.cat([z, mean + 2 * deviation * normal])
     params = torch.cat([vae.decode(some) for some in z.split(chunk)])
     neighbours = torch.cat(
         [
@@ -145,7 +152,7 @@ def _shared_points(vae: VAE, seed: int, chunk: int) -> _Points:
             for some in z.split(1024)
         ]
     )[:, 1:]
-    return _Points(params, vae.log_prior(z), z, neighbours, z.mean(0), z.std(0))
+    return _Points(params, vae.log_prior(z), z, neighbours, mean, deviation)
 
 
 class _Fits(NamedTuple):
@@ -173,7 +180,8 @@ def _starts(
     """Image (P,) and place (P, latent_dim) of each start: the encoder's mean, and points at peaks.
 
     A point is a peak of an image's p(x, z) if p(x, z) is higher there than at its neighbours. A
-    point on the slope of the encoder's own mode is none.
+    point on the slope of the encoder's own mode is none. Of several peaks close together the
+    highest counts: they are points of one mode.
     """
     everything = torch.arange(len(x), device=x.device)
     scores = pairwise(vae.likelihood, x, points.params) + points.log_pz  # (B, M)
@@ -186,9 +194,16 @@ def _starts(
     near = ((points.z[point] - mean[image]).abs() < 3 * deviation[image]).all(1)
     slope = near & (scores[image, point] < own[image])
     peaks[image[slope], point[slope]] = False
-    tops, at = scores.masked_fill(~peaks, -math.inf).topk(_STARTS - 1)
-    image, rank = tops.isfinite().nonzero(as_tuple=True)
-    return torch.cat([everything, image]), torch.cat([mean, points.z[at[image, rank]]])
+    tops, at = scores.masked_fill(~peaks, -math.inf).topk(_CANDIDATES)
+    z = points.z[at]  # (B, _CANDIDATES, latent_dim)
+    within = torch.minimum(3 * deviation, points.deviation).unsqueeze(1)
+    taken = torch.zeros_like(tops, dtype=torch.bool)
+    for rank in range(_CANDIDATES):
+        same_mode = taken & ((z - z[:, rank : rank + 1]).abs() < within).all(2)
+        free = taken.sum(1) < _STARTS - 1
+        taken[:, rank] = tops[:, rank].isfinite() & ~same_mode.any(1) & free
+    image, chosen = taken.nonzero(as_tuple=True)
+    return torch.cat([everything, image]), torch.cat([mean, z[image, chosen]])
 
 
 def _fit(vae: VAE, x: Tensor, points: _Points, seed: int) -> _Fits:
@@ -305,10 +320,10 @@ def _estimate(
     z, log_w = _weighted(vae, x, proposals, half, chunk, noise)
     heaviest = pareto_k(log_w)
     for _ in range(_ROUNDS if vae.latent_dim <= _FEW_DIMS else 0):
-        if not (pareto_k(log_w) > _UNEVEN_K or _effective(log_w) < _UNEVEN_SHARE * len(z)):
+        if not (pareto_k(log_w) > _UNEVEN_K or _effective(log_w) < _ENOUGH * 2 * half):
             break
         adapted = _with_kernels(proposals, kinds[0], z, log_w)
-        z, log_w = _weighted(vae, x, adapted, half, chunk, noise)
+        z, log_w = _weighted(vae, x, adapted, _MORE * half, chunk, noise)
         # a tail that was seen once is there, even if later samples miss it
         heaviest = torch.maximum(heaviest, pareto_k(log_w))
     found = log_w.logsumexp(0) - math.log(len(z))
