@@ -328,7 +328,7 @@ def table_of(config: ReproduceConfig, old: str = "") -> str:
             "elbo": "-ELBO",
             "log_px_encoder": f"-log p(x), {samples:,} samples from the encoder{some}",
             # of grey pixels, a Bernoulli likelihood gives no log p(x)
-            "log_px_exact": f"exact {'score' if row.pixels.startswith('grey') else '-log p(x)'}",
+            "log_px_exact": f"exact -{'score' if row.pixels.startswith('grey') else 'log p(x)'}",
         }
         cells = (
             f"`{name}`",

@@ -14,11 +14,11 @@ def evaluated(path, values, sha256="a", num_samples=10, **model):
         "value": 0.0, "num_images": len(values), "num_samples": num_samples, "seed": 0,
         "unit": "nats per image",
     }  # fmt: skip
-    card = {"elbo": entry, "log_px": entry, "data": {"sha256": sha256}}
+    card = {"elbo": entry, "log_px": entry, "kl": entry, "data": {"sha256": sha256}}
     if model:
         card["model"] = model
     (path / "evaluation.json").write_text(json.dumps(card))
-    np.savez(path / "evaluation.npz", log_px=values, elbo=values - 1)
+    np.savez(path / "evaluation.npz", log_px=values, elbo=values - 1, kl=values)
     return path
 
 
@@ -59,16 +59,20 @@ def test_runs_that_cannot_be_compared_are_refused_in_one_line(pair, tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"likelihood": "continuous_bernoulli"}, {"conditional": True}])
-def test_different_kinds_of_p_of_x_are_not_compared(tmp_path, change):
+def test_log_px_of_different_kinds_of_models_is_not_compared(tmp_path, caplog, change):
     model = {"likelihood": "bernoulli", "conditional": False}
     values = np.linspace(-90, -80, 20)
     a, same = (evaluated(tmp_path / name, values, **model) for name in "ab")
-    assert compare_runs(a, same)
+    names = {each.metric for each in compare_runs(a, same)}
+    assert names == {"elbo", "log_px", "kl"}
+    assert not caplog.messages
     other = evaluated(tmp_path / "other", values, **{**model, **change})
-    with pytest.raises(CompareError, match="different kinds of p") as error:
-        compare_runs(a, other)
-    assert "\n" not in str(error.value)
-    compare_runs(a, evaluated(tmp_path / "old", values))  # a card that does not say
+    assert [each.metric for each in compare_runs(a, other)] == ["kl"]
+    (said,) = caplog.messages
+    (key,) = change
+    assert f"between {key}={model[key]} and {key}={change[key]}" in said
+    old = evaluated(tmp_path / "old", values)  # its card does not say
+    assert len(compare_runs(a, old)) == 3
 
 
 def test_the_command_prints_every_figure_and_draws_one(pair, tmp_path, capsys):

@@ -86,6 +86,18 @@ def test_every_estimate_of_log_px_is_that_of_a_fine_grid(vae, batch):
     assert ((truth - other).abs() > 0.1).all()  # the label matters
 
 
+def test_images_are_encoded_in_parts_with_their_own_labels(vae, batch):
+    whole = vae.encode(batch.x, batch.y)
+    for model in (vae.given(batch.y), vae.of(batch)):
+        parts = list(model.encode_parts(batch.x, at_once=3))
+        torch.testing.assert_close(torch.cat([q.mean for q in parts]), whole.mean)
+    seven = torch.cat([q.mean for q in vae.given(1).encode_parts(batch.x, at_once=3)])
+    torch.testing.assert_close(seven, vae.encode(batch.x, 1).mean)
+    for y in (batch.y[:3], torch.cat([batch.y, batch.y])):
+        with pytest.raises(ValueError, match="labels for"):
+            list(vae.given(y).encode_parts(batch.x, at_once=3))
+
+
 @pytest.mark.usefixtures("few_points")
 def test_the_card_is_of_each_image_given_its_class(vae, batch):
     batch = batch.rows(slice(1, 4))  # of two classes

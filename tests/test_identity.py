@@ -74,7 +74,7 @@ def test_the_hash_follows_imports():
     [("r**2", "r**3", False), ("the formula", "a formula", True), ("Of a circle", "Area", True)],
 )
 def test_the_hash_changes_with_the_code_alone(monkeypatch, old, new, same):
-    monkeypatch.setattr(identity, "modules", lambda: ["one"])
+    monkeypatch.setattr(identity, "modules", lambda _: ["one"])
     hashes = []
     for text in (SOURCE, SOURCE.replace(old, new)):
         monkeypatch.setattr(identity, "source_of", lambda _, text=text: text)

@@ -1,5 +1,6 @@
 """log p(x) of some images, drawn at random, as an estimate of the mean of all."""
 
+import copy
 import functools
 import math
 
@@ -75,6 +76,71 @@ def test_all_images_need_no_estimate_of_the_rest(model):
     assert card["log_px"] == evaluate_model(model, x, exact=False, **FEW)["log_px"]
     assert "estimated_images" not in card["log_px"]
     assert card["log_px"]["error_over"] == "images"
+
+
+def test_log_px_of_some_training_images_tells_that_of_all():
+    torch.manual_seed(0)
+    model = VAE((12,), latent_dim=2, intermediate_dim=8)
+    model.decoder.out.bias.data = torch.linspace(-5, 5, 12)  # log p(x) varies more than the gap
+    random = torch.Generator().manual_seed(2)
+    x = torch.bernoulli(torch.rand(60, 12, generator=random))
+    test = torch.bernoulli(torch.rand(60, 12, generator=random))
+    card, _ = evaluate_images(
+        model, test, train_loader=[x[:40], x[40:]], log_px_images=25, exact=True, **FEW
+    )
+    truth = exact_log_px(model, x).log_px.double()
+    entry = card["train_log_px"]
+    assert entry["estimated_images"] == 25
+    assert entry["num_images"] == 60
+    assert "the bound of all extends the mean" in entry["definition"]
+    assert abs(entry["value"] - truth.mean().item()) < 3 * entry["error_of_the_choice"]
+    assert entry["error_of_the_choice"] < 0.8 * truth.std() * math.sqrt(1 / 25 - 1 / 60)
+    whole = evaluate_model(model, test, train_loader=x, exact=True, **FEW)["train_log_px"]
+    assert whole["value"] == pytest.approx(truth.mean().item(), abs=1e-4)
+    assert "extends" not in whole["definition"]
+    assert "estimated_images" not in whole
+
+
+def test_a_bound_that_is_noisier_than_log_px_is_no_help(model):
+    noisy = copy.deepcopy(model)
+    noisy.posterior.logvar.bias.data += 6
+    x = torch.bernoulli(torch.rand(60, 12, generator=torch.Generator().manual_seed(2)))
+    card = evaluate_model(noisy, x, train_loader=x, log_px_images=25, exact=True, **FEW)
+    entry = card["train_log_px"]
+    assert entry["num_images"] == 25
+    assert "extends" not in entry["definition"]
+
+
+@pytest.mark.parametrize("classes", [None, 3])
+def test_posteriors_are_fitted_part_by_part_in_order(classes, monkeypatch):
+    torch.manual_seed(0)
+    vae = VAE((12,), latent_dim=2, intermediate_dim=8, classes=classes)
+    x = torch.bernoulli(torch.rand(13, 12, generator=torch.Generator().manual_seed(1)))
+    y = torch.arange(13) % 3
+
+    def known(vae, x, *_, **__):  # a number that tells the image and its label
+        return (x @ torch.arange(12.0)).double() + (0 if vae.y is None else 100 * vae.y)
+
+    monkeypatch.setattr(card_module, "elbo_of", known)
+    monkeypatch.setattr(card_module, "_FITTED_AT_ONCE", 5)
+    few = {**FEW, "fit_images": 12, "exact": False}
+    found = evaluate_images(vae, [(x, y)], **few).per_image
+    fitted = found["fitted_gap"].isfinite()
+    assert fitted.sum() == 12
+    expected = found["log_px"] - (x @ torch.arange(12.0) + (100 * y if classes else 0))
+    torch.testing.assert_close(found["fitted_gap"][fitted], expected[fitted])
+
+
+def test_the_rise_of_both_estimates_is_on_the_card(model):
+    x = torch.bernoulli(torch.rand(10, 12, generator=torch.Generator().manual_seed(1)))
+    card = evaluate_model(model, x, exact=False, **FEW)
+    rise = importance.importance_log_px(model, x, num_samples=200).rise
+    assert card["log_px_encoder"]["rise_from_half"] == pytest.approx(rise.mean().item())
+    words = f"log_px_encoder by {rise.mean():.3f}. At least as much bias is left"
+    assert any(words in said for said in card["verdict"])
+    one = evaluate_model(model, x, exact=False, **{**FEW, "num_samples": 1})
+    assert one["log_px_encoder"]["rise_from_half"] is None
+    assert not any("rises" in said for said in one["verdict"])
 
 
 def test_memory_is_bounded_for_any_number_of_images(model, monkeypatch):

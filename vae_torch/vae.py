@@ -383,11 +383,16 @@ class VAE(nn.Module):
         Args:
             x: (N, *input_shape) or (N, pixels) in [0, 1].
             at_once: Images that are encoded together.
+
+        Raises:
+            ValueError: As `encode`.
         """
-        y = self.y
+        if self.y is not None:
+            self._labels(x, [len(x)])  # refuses another number of them
+        each = None if self.y is None or self.y.numel() == 1 else self.y
         for first in range(0, len(x), at_once):
             some = slice(first, first + at_once)
-            part = self if y is None or y.ndim == 0 or len(y) < len(x) else self.given(y[some])
+            part = self if each is None else self.given(each[some])
             yield part.encode(x[some])
 
     def _labels(self, like: Tensor, count: Sequence[int]) -> Tensor:

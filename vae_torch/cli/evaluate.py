@@ -81,7 +81,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
     from vae_torch.figures import log_px_map
     from vae_torch.files import replaced, write_atomically
     from vae_torch.release import is_release
-    from vae_torch.runs.identity import versions
+    from vae_torch.runs.identity import code_hash, versions
     from vae_torch.runs.records import add_evaluation
 
     run_dir = Path(config.run)
@@ -130,7 +130,9 @@ def evaluate_run(config: EvaluateConfig) -> None:
     tell_duration(one_class, test_set.first(few)[0], estimated, config, chunk)
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     samples = (config.eval.num_samples, config.eval.fit_samples, config.eval.seed)
-    partial = Partial(run_dir / PARTIAL, repr((sha256, hashes, samples, versions())))
+    code = code_hash(("vae_torch.evaluation.card",))
+    protocol = repr((sha256, hashes, samples, device.type, code, versions()))
+    partial = Partial(run_dir / PARTIAL, protocol)
     if partial.begun:
         print("resuming an interrupted evaluation")
     card, per_image = evaluate_images(
@@ -157,6 +159,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
     }
     card["model"] = {
         "likelihood": run_config.likelihood,
+        "levels": getattr(vae.likelihood, "levels", None),  # of discretized pixels
         "conditional": run_config.model.conditional,
     }
     card["checkpoint"] = {

@@ -17,6 +17,8 @@ from vae_torch.evaluation.figures import (
     Figures,
     by_class,
     checked,
+    is_gaussian,
+    is_score,
     joined,
     name_of_log_px,
     standard_error_of,
@@ -29,9 +31,9 @@ from vae_torch.evaluation.proposals import fitted_log_px
 from vae_torch.evaluation.simulated import put_simulated
 from vae_torch.evaluation.verdict import verdict
 from vae_torch.images import Batch
-from vae_torch.parts.likelihoods import Bernoulli, Gaussian, bits_per_dim
+from vae_torch.machine import wide
+from vae_torch.parts.likelihoods import Gaussian, bits_per_dim
 from vae_torch.parts.objectives import ACTIVE_UNIT_VARIANCE
-from vae_torch.parts.posteriors import DiagonalGaussian
 from vae_torch.quadrature import QuadratureError, check_few_latents, exact_log_px
 from vae_torch.seeds import Stream, seeded_generator
 from vae_torch.vae import VAE, in_eval_mode
@@ -136,8 +138,8 @@ def evaluate_images(
 ) -> Evaluation:
     """`evaluate_model`, with the values of each image beside the card.
 
-    Arguments and errors are those of `evaluate_model`. `store` keeps the finished part of log_px
-    and log_px_encoder, so that an interrupted evaluation resumes.
+    Arguments and errors are those of `evaluate_model`. `store` keeps the finished images of the
+    slow estimates, so that an interrupted evaluation resumes.
 
     Returns:
         The card, and by name the values of each image of `loader`, in order.
@@ -163,8 +165,8 @@ def evaluate_images(
         train_loader = as_loader(train_loader, vae.input_shape)
     batch = whole_set(vae, loader)
     x = batch.x
-    grey = isinstance(vae.likelihood, Bernoulli) and not ((x == 0) | (x == 1)).all()
-    log_px = name_of_log_px(conditional=vae.classes is not None, grey=bool(grey))
+    grey = is_score(vae, x)
+    log_px = name_of_log_px(conditional=vae.classes is not None, grey=grey)
     card = Figures(len(x), seed, log_px=log_px)
 
     _put_bound(card, vae, batch)
@@ -247,8 +249,8 @@ def evaluate_images(
         )
     if vae.classes:
         said.append(
-            "The model sees each image's label, so its figures are of log p(x|y). They do not "
-            "compare with log p(x) of models without labels."
+            "The model sees each image's label, so its figures are of p(x|y). They do not compare "
+            "with those of models without labels."
         )
     return Evaluation({**card.figures, "verdict": said}, card.per_image)
 
@@ -372,21 +374,25 @@ def _put_train_log_px(
         how, samples = "as log_px", num_samples
         fitted = partial(fitted_log_px, num_samples=samples, name="fitted_train", **settings)
         log_px = by_class(vae, train.batch, fitted).log_px
-    log_px, elbo = log_px.double(), train.elbo.double().to(log_px.device)
-    whose = f"{len(log_px):,} training images, chosen at random"
+    log_px, elbo = wide(log_px), train.elbo
+    own = elbo[train.some]
+    # where the bound of one sample is noisier than the images differ, it is no help
+    helps = len(log_px) < len(elbo) and (log_px - own).var() < log_px.var()
+    whose = f"{len(log_px):,} training images"
+    extended = "; the bound of all extends the mean" if helps else ""
     card.put(
         "train_log_px",
         log_px,
-        f"log p(x) {how}, of {whose}; the bound of all extends the mean",
+        f"log p(x) {how}, of {whose}{extended}",
         samples,
         of=train.some,
-        from_all=elbo if len(log_px) < len(elbo) else None,
+        from_all=elbo if helps else None,
         stored=False,
         more={"exact": samples == 0},
     )
     card.put(
         "train_gap",
-        log_px - elbo[train.some],
+        log_px - own,
         f"log p(x) {how} - elbo, of {whose}",
         samples,
         stored=False,
@@ -475,8 +481,7 @@ def _put_gap(card: Figures, vae: VAE, batch: Batch, fit_images: int, how: dict[s
         progress=False,
     )
     encoder_elbo, best_elbo = rows.T
-    gaussian = isinstance(vae.of(batch.rows(slice(1))).encode(batch.x[:1]), DiagonalGaussian)
-    kind = "Gaussian posterior" if gaussian else "posterior of its kind"
+    kind = "Gaussian posterior" if is_gaussian(vae, batch) else "posterior of its kind"
     known_by = f"log p(x) is {name}{low}"
     card.put(
         "fitted_gap",

@@ -5,6 +5,7 @@ Reads `evaluation.json` and `evaluation.npz` of both.
 
 import io
 import json
+import logging
 import math
 import zipfile
 from pathlib import Path
@@ -12,8 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from vae_torch.parts.metrics import metrics
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+_log = logging.getLogger("vae_torch")
 
 # Both cards must agree in these for a figure to be compared.
 _ALIKE = ("num_samples", "seed", "proposal")
@@ -29,7 +34,7 @@ class Comparison(NamedTuple):
     metric: str
     a: Any  # (N,) values of the first run
     b: Any  # (N,)
-    unit: str  # such as nats
+    unit: str  # such as nats; empty for shares
 
     @property
     def difference(self) -> float:
@@ -45,14 +50,15 @@ class Comparison(NamedTuple):
     def sentence(self) -> str:
         """`log_px: the second run is 0.12 ± 0.03 nats higher on 10,000 images`."""
         size, n = abs(self.difference), len(self.a)
+        unit = f" {self.unit}" if self.unit else ""
         if size <= 2 * self.error:
             return (
                 f"{self.metric}: no difference beyond its error, {self.difference:+.3f} ± "
-                f"{self.error:.3f} {self.unit} on {n:,} images"
+                f"{self.error:.3f}{unit} on {n:,} images"
             )
         way = "higher" if self.difference > 0 else "lower"
         return (
-            f"{self.metric}: the second run is {size:.3f} ± {self.error:.3f} {self.unit} {way} on "
+            f"{self.metric}: the second run is {size:.3f} ± {self.error:.3f}{unit} {way} on "
             f"{n:,} images"
         )
 
@@ -60,12 +66,15 @@ class Comparison(NamedTuple):
 def compare_runs(first: Path, second: Path) -> list[Comparison]:
     """Compare every figure that both runs have per image and measured in the same way.
 
+    Figures of log p(x) are left out, with a warning, where the likelihoods differ or only one model
+    sees labels.
+
     The error is over images alone. Another random seed of either model moves the difference by
     more; only several runs show by how much.
 
     Raises:
         CompareError: A run has no evaluation, a damaged one or one of an older version, or the two
-            evaluations are of different images or of different kinds of p(x).
+            evaluations are of different images or have no figure in common.
     """
     (card_a, values_a), (card_b, values_b) = _read(first), _read(second)
     if card_a["data"]["sha256"] != card_b["data"]["sha256"]:
@@ -74,12 +83,11 @@ def compare_runs(first: Path, second: Path) -> list[Comparison]:
             "data and eval.limit"
         )
     kinds = [card["model"] for card in (card_a, card_b) if "model" in card]
-    if len(kinds) == 2 and kinds[0] != kinds[1]:  # cards of older versions do not say
-        one, other = (", ".join(f"{key}={kind[key]}" for key in kind) for kind in kinds)
-        raise CompareError(
-            f"run={first} run={second}: their figures are of different kinds of p(x) ({one}; "
-            f"{other}) and do not compare"
-        )
+    apart = len(kinds) == 2 and kinds[0] != kinds[1]  # cards of older versions do not say
+    if apart:
+        differ = [key for key in kinds[0] if kinds[0][key] != kinds[1].get(key)]
+        each = ("; ".join(f"{key}={kind.get(key)}" for key in differ) for kind in kinds)
+        _log.warning("log p(x) and bounds on it do not compare between %s and %s", *each)
     found = []
     for name, a in values_a.items():
         b, entry_a, entry_b = values_b.get(name), card_a.get(name), card_b.get(name)
@@ -87,9 +95,12 @@ def compare_runs(first: Path, second: Path) -> list[Comparison]:
             continue
         if any(entry_a.get(key) != entry_b.get(key) for key in _ALIKE):
             continue
+        if apart and name in metrics and metrics[name].density:
+            continue
         both = np.isfinite(a) & np.isfinite(b)
         if both.any():
-            unit = entry_a["unit"].partition(" ")[0]  # nats per image: of a mean over images
+            unit = entry_a["unit"].removesuffix(" per image")  # of the mean over images
+            unit = "" if unit.startswith("share") else unit
             found.append(Comparison(name, a[both], b[both], unit))
     if not found:
         raise CompareError(

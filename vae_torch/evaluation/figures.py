@@ -11,9 +11,23 @@ from torch import Tensor
 from vae_torch.data import Data, as_loader, images_of, labels_of
 from vae_torch.images import Batch
 from vae_torch.machine import wide
+from vae_torch.parts.likelihoods import Bernoulli
+from vae_torch.parts.posteriors import DiagonalGaussian
 from vae_torch.vae import VAE
 
 _LOG_PX = "log p(x)"
+
+
+def is_score(vae: VAE, x: Tensor) -> bool:
+    """Whether a Bernoulli likelihood sees grey pixels: it gives them a score and no density."""
+    return isinstance(vae.likelihood, Bernoulli) and not ((x == 0) | (x == 1)).all()
+
+
+@torch.no_grad()
+def is_gaussian(vae: VAE, batch: Batch) -> bool:
+    """Whether q(z|x) is a diagonal Gaussian."""
+    first = batch.rows(slice(1))
+    return isinstance(vae.of(first).encode(first.x), DiagonalGaussian)
 
 
 def name_of_log_px(*, conditional: bool, grey: bool) -> str:

@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vae_torch.evaluation.figures import Figures, whole_set
+from vae_torch.evaluation.figures import Figures, is_gaussian, whole_set
 from vae_torch.images import Batch
 from vae_torch.machine import wide
 from vae_torch.parts.posteriors import (
-    DiagonalGaussian,
     gaussian_of,
     log_normal,
     reparameterize,
@@ -86,8 +85,7 @@ def log_components(z: Tensor, means: Tensor, logvars: Tensor, log_weights: Tenso
 
 def put_latents(card: Figures, vae: VAE, batch: Batch, train_loader: Iterable[Any] | None) -> None:
     """Put the parts of the mean KL on the card and, with labels, the accuracy of the probes."""
-    first = batch.rows(slice(1))
-    if isinstance(vae.of(first).encode(first.x), DiagonalGaussian):  # log q(z_n|x_m) of all pairs
+    if is_gaussian(vae, batch):  # log q(z_n|x_m) of all pairs
         _put_information(card, vae.of(batch), batch.x)
     if train_loader is None or batch.y is None:
         return

@@ -9,11 +9,11 @@ from vae_torch.machine import wide
 
 
 def rise_from_half(log_w: Tensor) -> Tensor:
-    """Nats that log p(x) gains from half of the samples to all: about the bias that is left.
+    """Nats that log p(x) gains from half of the samples to all: at least as much bias is left.
 
-    Where the variance of the weights is finite, the bias falls as 1 / K: Nowozin, *Debiasing
-    Evidence Approximations* (ICLR 2018), proposition 1. With a heavy tail it falls more slowly, and
-    is larger than this.
+    Once the samples cover the posterior, the bias falls as 1 / K and is equal to this: Nowozin,
+    *Debiasing Evidence Approximations* (ICLR 2018), proposition 1. Before that it falls more
+    slowly, and is far larger.
 
     Args:
         log_w: (K, ...) log-weights; samples 0, 2, 4, ... are the one half, the rest the other.

@@ -6,10 +6,10 @@ from torch import Tensor
 
 from vae_torch.config import ConfigError
 from vae_torch.data import Data, images_of
-from vae_torch.evaluation.figures import Figures
+from vae_torch.evaluation.figures import Figures, is_score
 from vae_torch.images import Batch
 from vae_torch.machine import wide
-from vae_torch.parts.likelihoods import Bernoulli, Gaussian
+from vae_torch.parts.likelihoods import Gaussian
 from vae_torch.parts.posteriors import DiagonalGaussian
 from vae_torch.samples import draw_pixels
 from vae_torch.seeds import Stream, seeded_generator
@@ -33,8 +33,7 @@ def put_simulated(card: Figures, vae: VAE, batch: Batch, train_loader: Data | No
         train_loader: Adds the distance of samples to the nearest training image.
     """
     x, seed = batch.x, card.seed
-    grey = isinstance(vae.likelihood, Bernoulli) and not ((x == 0) | (x == 1)).all()
-    if grey or len(x) < 10:
+    if is_score(vae, x) or len(x) < 10:
         return
     noise = seeded_generator(x.device, seed, Stream.SIMULATED)
     order = torch.randperm(len(x), generator=seeded_generator("cpu", seed, Stream.SIMULATED))

@@ -52,8 +52,8 @@ def verdict(card: dict[str, Any], num_samples: int) -> list[str]:
     if None not in rises:
         said.append(
             f"From half of the samples to all, log_px rises by {rises[0]:.3f} nats and "
-            f"log_px_encoder by {rises[1]:.3f}. About as much bias is left in each, and more where "
-            "the weights have heavy tails."
+            f"log_px_encoder by {rises[1]:.3f}. At least as much bias is left in each, and far "
+            "more where few samples carry the weight."
         )
     if doubtful := card["log_px"].get("share_doubtful"):
         said.append(
@@ -163,15 +163,19 @@ def _overfitting(card: dict[str, Any]) -> list[str]:
     name = "log_px_exact" if card["train_log_px"]["exact"] else "log_px"
     trained = f"{card['train_log_px']['num_images']:,} training images"
     others = f"{card[name]['num_images']:,} evaluated ones"
+    some = [card[entry].get("estimated_images") for entry in ("train_log_px", name)]
+    estimated = " and ".join(f"{count:,}" for count in some if count)
+    whence = f" (estimated from {estimated})" if estimated else ""
     lead = card["train_log_px"]["value"] - card[name]["value"]
     lead_error = _joint_error(card, "train_log_px", name)
     overfits = lead > max(_NOTEWORTHY, 2 * lead_error)
     if overfits:
         said.append(
             f"For {trained}, log p(x) is {lead:.1f} ± {lead_error:.1f} nats better than for the "
-            f"{others}: the model overfits. Try data.binarize=dynamic, fewer epochs, train.ema or "
-            "a smaller model."
+            f"{others}{whence}: the model overfits. Try data.binarize=dynamic, fewer epochs, "
+            "train.ema or a smaller model."
         )
+    direction = "better" if lead > 0 else "worse"
     wider = card["gap"]["value"] - card["train_gap"]["value"]
     error = _joint_error(card, "gap", "train_gap")
     if wider > max(_NOTEWORTHY, 2 * error):
@@ -182,7 +186,8 @@ def _overfitting(card: dict[str, Any]) -> list[str]:
             + (
                 ""
                 if overfits
-                else f", while log p(x) differs by {lead:.1f} ± {lead_error:.1f} nats"
+                else f", while log p(x) is {abs(lead):.1f} ± {lead_error:.1f} nats {direction} on "
+                "training images"
             )
             + ". Try data.binarize=dynamic or a smaller encoder; log_px is not affected."
         )

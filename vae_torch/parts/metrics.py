@@ -22,11 +22,14 @@ class Metric:
             KL and a perfect gap.
         digits: Decimals in print.
         unit: Its unit.
+        density: Whether it is of log p(x). Then it does not compare between likelihoods, nor
+            between models with and without labels.
     """
 
     better: Literal["higher", "lower"] | None
     digits: int = 2
     unit: str = ""
+    density: bool = False
 
 
 _NATS = "nats per image"
@@ -38,9 +41,9 @@ metrics: dict[str, Metric] = {
             "elbo", "iw_elbo", "train_elbo", "reconstruction", "log_px", "log_px_exact",
             "log_px_encoder", "log_px_ais", "train_log_px",
         ),
-        Metric("higher", unit=_NATS),
+        Metric("higher", unit=_NATS, density=True),
     ),
-    "loss": Metric("lower", unit=_NATS),
+    "loss": Metric("lower", unit=_NATS, density=True),
     **dict.fromkeys(
         (
             "kl", "gap", "fitted_gap", "approximation_gap", "amortisation_gap", "train_gap",
@@ -50,7 +53,7 @@ metrics: dict[str, Metric] = {
         ),
         Metric(None, unit=_NATS),
     ),
-    "bits_per_dim": Metric("lower", digits=3, unit="bits per dimension"),
+    "bits_per_dim": Metric("lower", digits=3, unit="bits per dimension", density=True),
     "effective_samples": Metric(None, unit="samples"),
     "active_units": Metric(None, digits=0, unit="dimensions"),
     "linear_probe_accuracy": Metric("higher", digits=3, unit="share of images"),

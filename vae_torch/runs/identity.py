@@ -77,21 +77,22 @@ def refuse_other_code(had: object, *, path: Path, allowed: bool) -> None:
 
 
 @cache
-def code_hash() -> str:
-    """SHA-256 of the modules that compute a run's numbers, without comments and docstrings.
+def code_hash(roots: tuple[str, ...] = _ROOTS) -> str:
+    """SHA-256 of the modules that compute numbers, without comments and docstrings.
 
-    It is the same for every version of Python, and stays as it was at the first call.
+    By default those of a run: the training loop and what it reaches. It is the same for every
+    version of Python, and stays as it was at the first call.
     """
     digest = hashlib.sha256()
-    for name in modules():
+    for name in modules(roots):
         digest.update(f"{name}\n{bare(source_of(name))}\n".encode())
     return digest.hexdigest()
 
 
-def modules() -> list[str]:
-    """The modules of this package that the training loop and its machine settings reach."""
+def modules(roots: tuple[str, ...] = _ROOTS) -> list[str]:
+    """The modules of this package that some modules reach, by default the training loop."""
     found: set[str] = set()
-    waiting = list(_ROOTS)
+    waiting = list(roots)
     while waiting:
         name = waiting.pop()
         if name in found:

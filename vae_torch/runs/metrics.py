@@ -5,10 +5,6 @@ from typing import Any
 from vae_torch.parts.metrics import metrics
 from vae_torch.runs.folders import Run
 
-_DENSITIES = (
-    "elbo", "iw_elbo", "train_elbo", "reconstruction", "log_px", "log_px_exact", "log_px_encoder",
-    "log_px_ais", "train_log_px", "loss",
-)  # fmt: skip
 _OBJECTIVE = tuple(f"objective.{key}" for key in ("name", "beta", "free_bits", "num_samples"))
 DATA = ("data.name", "data.binarize", "data.limit_test", "data.hold_out")
 
@@ -18,6 +14,7 @@ MEASURED = {
     "data_sha256.train": "training images",
     **dict.fromkeys(DATA, "settings of the data"),
     "likelihood": "likelihoods",
+    "model.conditional": "models with and without labels",
     "eval.num_samples": "numbers of importance samples",
     "eval.proposal": "proposals of the importance samples",
     **dict.fromkeys(("eval.num_images", "eval.estimated_images"), "numbers of images"),
@@ -66,8 +63,10 @@ def basis_of(run: Run, metric: str) -> dict[str, Any]:
         basis |= {key: run.settings.get(key) or defaults.get(key) for key in DATA}
     if split == "train":  # dynamically binarised images have the hash of the grey ones
         basis.setdefault("data.binarize", run.settings.get("data.binarize"))
-    if last_part(metric) in _DENSITIES:
+    known = metrics.get(last_part(metric))
+    if known and known.density:
         basis["likelihood"] = run.settings.get("likelihood")
+        basis["model.conditional"] = bool(run.settings.get("model.conditional"))
     if last_part(metric) in ("loss", "iw_elbo"):
         basis |= {key: run.settings.get(key) for key in _OBJECTIVE}
     return basis

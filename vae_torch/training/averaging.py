@@ -19,9 +19,10 @@ class AveragedWeights:
         self.module = copy.deepcopy(vae)
         self.decay = decay
         self.steps = 0  # the first step copies the weights
+        # of tensors that stay: `vae.to` another device or type would replace them
         self._averages: list[Tensor] = list(self.module.parameters())
         self._weights: list[Tensor] = list(vae.parameters())
-        self._copies, self._buffers = list(self.module.buffers()), list(vae.buffers())
+        self._own_buffers, self._buffers = list(self.module.buffers()), list(vae.buffers())
 
     @torch.no_grad()
     def update(self) -> None:
@@ -31,5 +32,5 @@ class AveragedWeights:
         else:
             torch._foreach_copy_(self._averages, self._weights)
         if self._buffers:
-            torch._foreach_copy_(self._copies, self._buffers)
+            torch._foreach_copy_(self._own_buffers, self._buffers)
         self.steps += 1
