@@ -12,6 +12,7 @@ from vae_torch import VAE
 from vae_torch.evaluation.figures import Figures, bootstrap_interval
 from vae_torch.evaluation.simulated import auc, put_simulated
 from vae_torch.images import Batch
+from vae_torch.parts.posteriors import WithOtherNoise
 
 
 def figures_of(vae, x, train=None, seed=0):
@@ -27,6 +28,23 @@ def test_coverage_of_a_known_posterior(factor, expected):
     vae.posterior.logvar.bias.data += 2 * math.log(factor)
     found = figures_of(vae, torch.rand(1000, PIXELS).double())["interval_coverage"]
     assert abs(found["value"] - expected) < 4 * max(found["standard_error"], 1e-4)
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(1.0, 0.95), (0.5, 0.6729), (2.0, 0.99991)])
+def test_coverage_of_a_posterior_that_is_only_sampled(monkeypatch, factor, expected):
+    vae, _ = linear_gaussian(2)
+    encode = VAE.encode
+
+    def with_noise(vae, x):  # the same posteriors, of another class
+        q = encode(vae, x)
+        zeros = torch.zeros_like(q.mean)
+        return WithOtherNoise(q, zeros, zeros + 2 * math.log(factor))
+
+    monkeypatch.setattr(VAE, "encode", with_noise)
+    found = figures_of(vae, torch.rand(1000, PIXELS).double())["interval_coverage"]
+    # 399 samples stand for the 95% interval; that of half the width is as uncertain as its ends
+    error = 4 * max(found["standard_error"], 1e-4) + (0.005 if factor != 1 else 0)
+    assert abs(found["value"] - expected) < error
 
 
 def constant_model(*probabilities):
