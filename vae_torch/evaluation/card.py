@@ -377,8 +377,9 @@ def _put_train_log_px(
     log_px, elbo = wide(log_px), train.elbo
     own = elbo[train.some]
     # where the bound of one sample is noisier than the images differ, it is no help
-    helps = len(log_px) < len(elbo) and (log_px - own).var() < log_px.var()
-    whose = f"{len(log_px):,} training images"
+    chosen = len(log_px) < len(elbo)
+    helps = chosen and (log_px - own).var() < log_px.var()
+    whose = f"{len(log_px):,} training images{', chosen at random' if chosen else ''}"
     extended = "; the bound of all extends the mean" if helps else ""
     card.put(
         "train_log_px",

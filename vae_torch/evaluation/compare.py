@@ -116,11 +116,12 @@ def scatter(comparison: Comparison, names: tuple[str, str]) -> "Figure":
 
     figure, (left, right) = new_axes(9, 4.2, columns=2)
     a, b = comparison.a, comparison.b
+    unit = f" ({comparison.unit})" if comparison.unit else ""
     left.plot(a, b, ".", markersize=2, alpha=0.4, color=DIGIT_COLOURS[0])
     ends = [min(a.min(), b.min()), max(a.max(), b.max())]
     left.plot(ends, ends, color=DIGIT_COLOURS[9], linewidth=0.8)
-    left.set_xlabel(f"{comparison.metric}, {names[0]}")
-    left.set_ylabel(f"{comparison.metric}, {names[1]}")
+    left.set_xlabel(f"{comparison.metric}{unit}, {names[0]}")
+    left.set_ylabel(f"{comparison.metric}{unit}, {names[1]}")
     right.hist(b - a, bins=60, color=DIGIT_COLOURS[1])
     right.axvline(comparison.difference, color=DIGIT_COLOURS[6])
     right.set_xlabel(f"{names[1]} - {names[0]}: {comparison.difference:+.3f}")
