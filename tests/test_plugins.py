@@ -3,16 +3,18 @@ import math
 import shutil
 import sys
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from tests.command_lines import REPOSITORY, run_script
-from tests.rough import FEW_POINTS, UNDRAWN
+from tests.rough import FEW_POINTS, UNDRAWN, hardly_fitted, undrawn
 from tests.test_life import what_training_made
 from vae_torch import VAE, ConfigError, compose, load_run, save_run, train
 from vae_torch.checkpoint import CheckpointError, Checkpoints
+from vae_torch.cli import evaluate
 from vae_torch.images import Batch
 from vae_torch.parts.metrics import Metric, metrics
 from vae_torch.parts.objectives import bound
@@ -64,6 +66,35 @@ def test_a_run_with_parts_of_ones_own_is_evaluated_and_summarised(own_run):
     done = run_script("explore.py", f"run={folder}", PLUGIN)
     assert done.returncode == 0, done.stderr  # two latents: a grid of decoded images
     assert (folder / "explorer.html").stat().st_size > 10_000
+
+
+def test_a_network_that_views_the_result_of_a_convolution_is_trained_and_evaluated(
+    tmp_path, monkeypatch
+):
+    """`view` refuses tensors that are laid out channels last, as the built-in convolutions are."""
+    (tmp_path / "viewing_parts.py").write_text(
+        "from torch import nn\n"
+        "from vae_torch.parts.networks import networks\n"
+        "class Viewed(nn.Conv2d):\n"
+        "    def forward(self, x):\n"
+        "        return super().forward(x).view(len(x), -1)\n"
+        "@networks.register('viewing')\n"
+        "class Viewing:\n"
+        "    def encoder(self, shape):\n"
+        "        return Viewed(shape[0], 4, 3)\n"
+        "    def decoder(self, latent_dim, shape):\n"
+        "        pixels = shape[0] * shape[1] * shape[2]\n"
+        "        return nn.Sequential(nn.Linear(latent_dim, pixels), nn.Unflatten(1, shape))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    undrawn(monkeypatch.setattr)
+    hardly_fitted(monkeypatch.setattr)
+    plugins = "plugins=[tests.my_parts,viewing_parts]"
+    run(compose([plugins, *STRIPES, "model=viewing"]), "viewed")
+    few = ("eval.num_samples=20", "eval.fit_samples=20", "eval.fit_images=1", "eval.limit=4")
+    evaluate.main(["run=viewed", plugins, *few, "eval.exact=false"])
+    assert json.loads(Path("viewed/evaluation.json").read_text("utf-8"))["elbo"]["value"] < 0
 
 
 def test_nothing_is_imported_because_a_file_says_so(own_run, monkeypatch):

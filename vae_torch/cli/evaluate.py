@@ -72,7 +72,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def evaluate_run(config: EvaluateConfig) -> None:
     """Load a run, evaluate it on its test set, write the card."""
     import numpy as np
-    import torch
 
     from vae_torch.checkpoint import CheckpointError, load_checkpoint, refuse_other_data
     from vae_torch.data import data_hash, image_dataset, loaders_of
@@ -94,7 +93,6 @@ def evaluate_run(config: EvaluateConfig) -> None:
     vae, run_config, device = open_run(config, config.eval.checkpoint)
     # fits into a core's cache, or keeps a GPU busy
     chunk = config.eval.chunk or (65536 if device.type == "cuda" else 1024)
-    vae = vae.to(memory_format=torch.channels_last)  # makes convolutions a third faster
     if config.eval.exact and vae.latent_dim > 2:
         raise ConfigError(
             f"eval.exact=true: integration needs latent_dim 1 or 2, this run has {vae.latent_dim}; "

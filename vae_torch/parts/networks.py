@@ -11,7 +11,8 @@ A network is a class with two methods, which get shapes only:
 `shape` is (channels, height, width), also for flat images that are square. Other flat images have
 (pixels,). A class whose `flat` is true always gets (pixels,). In a conditional model the encoder's
 shape has more channels than an image; the decoder's has more where the likelihood needs several
-numbers per pixel. Where `glorot` is true, the model initialises the weights as Keras does;
+numbers per pixel. Convolutions here are laid out channels last, in which processors run them
+faster. Where `glorot` is true, the model initialises the weights as Keras does;
 otherwise they stay as the class made them.
 """
 
@@ -151,7 +152,7 @@ class Conv:
                 act(),
             ),
             self.width,
-        )
+        ).to(memory_format=torch.channels_last)
 
     def decoder(self, latent_dim: int, shape: tuple[int, ...]) -> nn.Module:
         """(B, latent_dim) -> (B, channels, height, width)."""
@@ -171,7 +172,7 @@ class Conv:
             act(),
             nn.ConvTranspose2d(32, channels, 4, stride=2, padding=1, output_padding=last),
         )
-        return Output(nn.Identity(), layers)
+        return Output(nn.Identity(), layers).to(memory_format=torch.channels_last)
 
 
 @networks.register("resnet")
@@ -202,7 +203,8 @@ class ResNet:
         for large, small in itertools.pairwise(scales):
             layers += [nn.Conv2d(large[0], small[0], 4, stride=2, padding=1)]
             layers += [*self.blocks(small, scales), self.activation()]
-        return Features(nn.Sequential(*layers, nn.Flatten()), math.prod(scales[-1]))
+        features = Features(nn.Sequential(*layers, nn.Flatten()), math.prod(scales[-1]))
+        return features.to(memory_format=torch.channels_last)
 
     def decoder(self, latent_dim: int, shape: tuple[int, ...]) -> nn.Module:
         """(B, latent_dim) -> (B, channels, height, width)."""
@@ -215,7 +217,8 @@ class ResNet:
             layers += [
                 nn.ConvTranspose2d(small[0], large[0], 4, stride=2, padding=1, output_padding=lost)
             ]
-        return Output(nn.Identity(), nn.Sequential(*layers))
+        out = Output(nn.Identity(), nn.Sequential(*layers))
+        return out.to(memory_format=torch.channels_last)
 
     def scales(self, shape: tuple[int, ...]) -> list[tuple[int, int, int]]:
         """(channels, height, width) of the image and after each halving."""
