@@ -232,9 +232,10 @@ def is_trial(config: ReproduceConfig) -> bool:
 
 
 def folder_of(config: ReproduceConfig, row: Row, seed: int) -> Path:
-    """The folder of a run. Rows of one experiment share runs; trials have their own folder."""
+    """The folder of a run. Rows with the same command share runs; trials have their own folder."""
     out = Path(f"{config.out}-trial" if is_trial(config) else config.out)
-    return out / (row.experiment or "default") / f"seed={seed}"
+    first = next(n for n, other in config.rows.items() if command_of(other) == command_of(row))
+    return out / first / f"seed={seed}"
 
 
 def command_of(row: Row) -> str:

@@ -198,7 +198,8 @@ def test_a_row_of_some_images_says_so_and_is_coarser_than_one_of_more(tmp_path):
     sha = hashlib.sha256(b"weights").hexdigest()
     card = {"log_px_encoder": estimate, "log_px": {"value": -80.5}, "data": {"limit": None}}
     (run / "evaluation.json").write_text(json.dumps({**card, "checkpoint": {"sha256": sha}}))
-    config = reproduce_config(tmp_path, {"a": reproduce.Row("strong", "log_px_encoder", "", "")})
+    row = reproduce.Row("strong", "log_px_encoder", "", "")
+    config = reproduce_config(tmp_path, {"strong": row})
     (line,) = reproduce.table_of(config).splitlines()[2:]
     assert "| -log p(x), 5,000 samples from the encoder, on 300 images | **81.00** | 1 |" in line
     assert line.endswith("| 2, cpu (1 thread) |")
@@ -206,6 +207,18 @@ def test_a_row_of_some_images_says_so_and_is_coarser_than_one_of_more(tmp_path):
     for images, coarser in ((300, False), (301, True)):
         config.log_px_images = images
         assert reproduce.is_coarser(config, run) == coarser
+
+
+def test_rows_share_runs_if_their_commands_are_the_same(tmp_path):
+    fashion = ["data=fashion_mnist"]
+    rows = {
+        "digits": reproduce.Row("best60", "elbo", "", ""),
+        "digits_exact": reproduce.Row("best60", "log_px_exact", "", ""),
+        "clothes": reproduce.Row("best60", "elbo", "", "", overrides=fashion),
+    }
+    config = reproduce_config(tmp_path, rows)
+    folders = [reproduce.folder_of(config, row, 3) for row in rows.values()]
+    assert folders == [tmp_path / name / "seed=3" for name in ("digits", "digits", "clothes")]
 
 
 def test_a_row_without_runs_stays_as_it_is_in_the_table(tmp_path):
