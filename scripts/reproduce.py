@@ -76,7 +76,7 @@ def main() -> None:
     tell_interrupts()
     line = parser(
         "reproduce",
-        "Rerun the results table: every row, every seed, evaluated. All of it takes some 30 hours\n"
+        "Rerun the results table: every row, every seed, evaluated. All of it takes some 35 hours\n"
         "of two cores; rows that are there are not run again. Rewrites the table in\n"
         "docs/results/index.md.\n\n"
         "reproduce.py verify [NAME ...]: measure the releases in pretrained/ again, in minutes.\n"
