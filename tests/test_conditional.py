@@ -161,6 +161,7 @@ def test_flat_images_get_a_label_vector_and_others_label_planes():
         *({"architecture": name} for name in ("mlp", "residual", "conv", "mine")),
         {"posterior": "flow", "prior": "flow"},
         {"likelihood": "discretized_logistic"},
+        {"likelihood": "pixelcnn"},
         {"prior": "mixture", "prior_components": 3},
     ],
     ids=str,

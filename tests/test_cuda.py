@@ -35,6 +35,7 @@ KINDS = [
     pytest.param({}, {"architecture": "conv"}, id="conv"),
     pytest.param({}, {"likelihood": "gaussian"}, id="gaussian"),
     pytest.param({}, {"likelihood": "discretized_logistic"}, id="logistic"),
+    pytest.param({}, {"likelihood": "pixelcnn"}, id="pixelcnn"),
     pytest.param({}, {"posterior": "flow", "prior": "flow"}, id="flow"),
     pytest.param({}, {"classes": 10}, id="conditional"),
     pytest.param({"name": "iwae", "num_samples": 5, "estimator": "dreg"}, {}, id="dreg"),

@@ -80,7 +80,7 @@ def test_the_continuous_bernoulli_at_its_ends(pixel, logit):
     assert logits.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("likelihood", sorted(likelihoods))
+@pytest.mark.parametrize("likelihood", sorted({*likelihoods, "pixelcnn"}))
 @pytest.mark.parametrize("prior", ["standard", "mixture", "vamp"])
 @pytest.mark.parametrize("images", [1, 3])
 def test_black_and_white_images_pass_every_model(likelihood, prior, images):

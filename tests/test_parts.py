@@ -100,9 +100,12 @@ def test_a_calibrated_gaussian_has_the_batchs_residual_for_its_variance():
     torch.testing.assert_close(still, expected)
 
 
-@pytest.mark.parametrize("name", ["flow", "two_layer"])
-def test_every_built_in_part_is_found_without_importing_its_module(name):
-    made = f"from vae_torch import VAE; VAE((6,), 4, 8, posterior={name!r}, prior={name!r})"
+@pytest.mark.parametrize(
+    "parts",
+    ["posterior='flow', prior='flow'", "posterior='two_layer'", "likelihood='pixelcnn'"],
+)
+def test_every_built_in_part_is_found_without_importing_its_module(parts):
+    made = f"from vae_torch import VAE; VAE((9,), 4, 8, {parts})"
     done = subprocess.run([sys.executable, "-c", made], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

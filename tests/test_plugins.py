@@ -211,7 +211,12 @@ def test_a_network_with_dropout_resumes_to_the_bit(tmp_path, step):
 
 
 @pytest.mark.parametrize(
-    "parts", [["posterior=flow", "prior=flow"], ["likelihood=discretized_logistic"]]
+    "parts",
+    [
+        ["posterior=flow", "prior=flow"],
+        ["likelihood=discretized_logistic"],
+        ["likelihood=pixelcnn"],
+    ],
 )
 def test_a_run_of_every_built_in_part_comes_back(tmp_path, parts):
     small = ["data.name=stripes", "train.figure_every=0", "train.epochs=1", "threads=1"]

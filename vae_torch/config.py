@@ -357,7 +357,8 @@ class Config(Group):
     likelihood: Annotated[
         Name,
         about(
-            "p(x|z): bernoulli, continuous_bernoulli, gaussian, discretized_logistic, or your own"
+            "p(x|z): bernoulli, continuous_bernoulli, gaussian, discretized_logistic, pixelcnn, "
+            "or your own"
         ),
     ]
     prior: Annotated[

@@ -140,8 +140,8 @@ class VAE(nn.Module):
         depth: Hidden layers (mlp) or blocks (residual, resnet) on each side.
         activation: `relu`, `tanh`, `silu` or `gelu`.
         posterior: `gaussian`, `flow`, one of your own, or a module: see `parts.posteriors`.
-        likelihood: `bernoulli`, `continuous_bernoulli`, `gaussian`, `discretized_logistic`, one of
-            your own, or a module: see `parts.likelihoods`.
+        likelihood: `bernoulli`, `continuous_bernoulli`, `gaussian`, `discretized_logistic`,
+            `pixelcnn`, one of your own, or a module: see `parts.likelihoods`.
         prior: `standard`, `mixture`, `vamp`, `flow`, one of your own, or a module: see
             `parts.priors`.
         prior_components: Components of the mixture or VampPrior.
@@ -228,7 +228,9 @@ class VAE(nn.Module):
 
         network = _network(architecture, intermediate_dim, depth, activation, model_options or {})
         if isinstance(likelihood, str):
-            likelihood = likelihoods.build(likelihood, likelihood_options or {})
+            likelihood = likelihoods.build(
+                likelihood, likelihood_options or {}, context={"input_shape": self.input_shape}
+            )
         self.outputs: int = getattr(likelihood, "outputs", 1)
         # this order of the parts decides the bits of the initial weights
         self._shape = _shape_for(network, self.input_shape)

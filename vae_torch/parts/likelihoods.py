@@ -9,11 +9,12 @@ A likelihood is a module:
         def log_prob(self, x, params) -> Tensor: ...  # nats per image, (..., B)
         def mean(self, params) -> Tensor: ...  # expected pixels in [0, 1], (..., *shape)
 
-`params` are (..., *shape), or (..., *shape, outputs) with several outputs per pixel. A likelihood
-whose log p is affine in x can also have `affine(x, params)`, which evaluates every image under
-every decoder output with one matrix multiplication. Pixels may lie in [0, 1], or in the range that
-its `pixels` gives. `drawn_as` tells the explorer page how to turn params into pixels. `levels` says
-that log_prob is the probability of one of so many pixel values, which bits per dimension need.
+`params` are (..., *shape), or (..., *shape, outputs) with several outputs per pixel. An argument
+`input_shape` before the star gets the shape of an image. A likelihood whose log p is affine in x
+can also have `affine(x, params)`, which evaluates every image under every decoder output with one
+matrix multiplication. Pixels may lie in [0, 1], or in the range that its `pixels` gives. `drawn_as`
+tells the explorer page how to turn params into pixels. `levels` says that log_prob is the
+probability of one of so many pixel values, which bits per dimension need.
 """
 
 import math
@@ -56,11 +57,7 @@ class Bernoulli(nn.Module):
         Raises:
             ValueError: x and logits hold different numbers of images, or images of other shapes.
         """
-        x, logits = pair_images(x, logits)
-        if is_transformed(x, logits):  # torch.func cannot transform a custom autograd function
-            return (x * logits + F.logsigmoid(-logits)).sum(-1)
-        terms: Tensor = _BernoulliTerms.apply(x, logits)
-        return terms
+        return bernoulli_terms(*pair_images(x, logits))
 
     def affine(self, x: Tensor, logits: Tensor) -> Tensor:
         """Nats of each image under each output: (N, pixels) and (G, pixels) -> (N, G)."""
@@ -73,6 +70,14 @@ class Bernoulli(nn.Module):
     def mean(self, logits: Tensor) -> Tensor:
         """Pixel probabilities, in the shape of `logits`."""
         return torch.sigmoid(logits)
+
+
+def bernoulli_terms(x: Tensor, logits: Tensor) -> Tensor:
+    """Σ_pixels x l - softplus(l): (B, pixels) and (..., B, pixels) -> (..., B), nats."""
+    if is_transformed(x, logits):  # torch.func cannot transform a custom autograd function
+        return (x * logits + F.logsigmoid(-logits)).sum(-1)
+    terms: Tensor = _BernoulliTerms.apply(x, logits)
+    return terms
 
 
 class _BernoulliTerms(torch.autograd.Function):

@@ -30,7 +30,7 @@ PLUGINS = "vae_torch.plugins"  # the entry points' group
 _loaded: dict[str, str] = {}  # plug-in -> the module that it is
 
 # Parts of this package that are imported when a name is asked for that no other part has.
-_REST = ("vae_torch.parts.flows", "vae_torch.parts.tcvae", "vae_torch.parts.two_layer")
+_REST = tuple(f"vae_torch.parts.{module}" for module in ("flows", "pixelcnn", "tcvae", "two_layer"))
 
 
 class Table(Mapping[str, Callable[..., Any]], Generic[Part]):
