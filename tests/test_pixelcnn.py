@@ -3,12 +3,13 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.distributions import Bernoulli
 
-from vae_torch import VAE
+from vae_torch import VAE, compose, run
 from vae_torch.evaluation.proposals import fitted_log_px
 from vae_torch.images import Batch
 from vae_torch.parts import pixelcnn
@@ -117,3 +118,16 @@ def test_a_window_without_a_middle_is_refused(options):
 def test_images_without_rows_are_refused():
     with pytest.raises(ValueError, match=r"'pixelcnn' and an image has shape \(12,\)"):
         VAE((12,), likelihood="pixelcnn")
+
+
+@pytest.mark.parametrize(("levels", "warned"), [(2, False), (3, True)])
+def test_a_run_on_grey_pixels_is_warned_of(levels, warned, tmp_path, caplog):
+    grey = torch.randint(0, levels, (40, 4, 4), generator=torch.Generator().manual_seed(0))
+    np.save(tmp_path / "x.npy", (grey / (levels - 1)).float().numpy())
+    config = compose(
+        ["data=array", f"data.root={tmp_path / 'x.npy'}", "likelihood=pixelcnn", "train.epochs=1",
+         "model.intermediate_dim=8", "train.figure_every=0", "threads=1"]
+    )  # fmt: skip
+    run(config, tmp_path / "run")
+    said = [line for line in caplog.messages if "draws black and white pixels" in line]
+    assert len(said) == warned

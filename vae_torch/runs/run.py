@@ -123,7 +123,7 @@ def _run(
     hashes = {"train": data.data_hash(train_loader), "test": data.data_hash(test_loader)}
     classes = data.classes_of(train_loader, test_loader) if config.model.conditional else None
     vae = VAE.from_config(config, data.shape_of(train_loader), classes).to(device)
-    _warn_of_colour(config, vae.input_shape)
+    _warn_of_pixels(config, train_set)
     if config.model.mean_bias:
         vae.init_output_bias(train_set.mean())
     kept = _to_be_kept(config)
@@ -244,14 +244,22 @@ def _prepare_machine(config: Config) -> torch.device:
     return device
 
 
-def _warn_of_colour(config: Config, shape: Sequence[int]) -> None:
-    """Warn of colour images with a Bernoulli likelihood."""
-    colour = len(shape) == 3 and shape[0] == 3 and config.data.binarize == "none"
-    if colour and config.likelihood == "bernoulli":
+def _warn_of_pixels(config: Config, images: data.ImageDataset) -> None:
+    """Warn of colours under `bernoulli`, and of other pixels than 0 and 1 under `pixelcnn`."""
+    if config.data.binarize != "none":
+        return
+    if config.likelihood == "bernoulli" and len(images.shape) == 3 and images.shape[0] == 3:
         log.warning(
             "likelihood=bernoulli with colour images is not a density of colours; use "
             "likelihood=discretized_logistic or gaussian"
         )
+    if config.likelihood == "pixelcnn":
+        x, _ = images.first(100)
+        if not ((x == 0) | (x == 1)).all():
+            log.warning(
+                "likelihood=pixelcnn draws black and white pixels, and these images have others; "
+                "use data.binarize=dynamic, or likelihood=discretized_logistic"
+            )
 
 
 def _to_be_kept(config: Config) -> Config:
