@@ -180,7 +180,7 @@ COMPOSED = [
     ("model=[mlp,conv]", r"model=\[mlp,conv\]: name one of"),
     ("model=vgg", "model=vgg: must be one of conv, mlp, residual, resnet"),
     ("model=residul", "must be one of .*; did you mean residual"),
-    ("experiment=../../x", r"experiment=\.\./\.\./x: must be one of best, best60, burda"),
+    ("experiment=../../x", r"experiment=\.\./\.\./x: must be one of best, best30, best60, burda"),
     ("model.latent_dim=2,3", "model.latent_dim=2,3: several values make a sweep; add -m"),
     ("foo", "foo: write key=value"),
     ("where=nowhere", "where=nowhere: must be one of cores, here"),
