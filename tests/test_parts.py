@@ -247,6 +247,30 @@ def test_the_parts_of_the_tcvae_sum_to_the_kl():
         ({"prior_options": {"width": "wide"}, "prior": "flow"}, "prior_options.width=wide: input"),
         ({"prior_options": {"width": 3}}, "prior_options.width: no option of prior=standard"),
         ({"likelihood_options": {"mixtures": 2.5}, "likelihood": "discretized_logistic"}, "2.5"),
+        (
+            {"likelihood_options": {"mixtures": 0}, "likelihood": "discretized_logistic"},
+            "likelihood_options.mixtures=0: input should be greater than or equal to 1",
+        ),
+        (
+            {"likelihood_options": {"levels": 1}, "likelihood": "discretized_logistic"},
+            "likelihood_options.levels=1: input should be greater than or equal to 2",
+        ),
+        (
+            {"likelihood_options": {"window": 4}, "likelihood": "pixelcnn"},
+            "likelihood_options.window=4: must be odd",
+        ),
+        (
+            {"likelihood_options": {"window": 1}, "likelihood": "pixelcnn"},
+            "likelihood_options.window=1: input should be greater than or equal to 3",
+        ),
+        (
+            {"likelihood_options": {"channels": 0}, "likelihood": "pixelcnn"},
+            "likelihood_options.channels=0: input should be greater than or equal to 1",
+        ),
+        ({"posterior_options": {"width": 0}, "posterior": "flow"}, "posterior_options.width=0: i"),
+        ({"prior_options": {"transforms": 0}, "prior": "flow"}, "prior_options.transforms=0: i"),
+        ({"prior_options": {"top": -1}, "prior": "two_layer"}, "prior_options.top=-1: input"),
+        ({"model.options": {"channels": 0}, "model.name": "resnet"}, "model.options.channels=0: i"),
         ({"train.monitor": "test/psnr"}, "test/psnr: unknown whether higher or lower is better"),
     ],
 )

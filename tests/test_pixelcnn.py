@@ -112,7 +112,7 @@ def test_fitted_proposals_equal_the_integral():
 @pytest.mark.parametrize("options", [{"window": 4}, {"window": 1}, {"channels": 0}])
 def test_a_window_without_a_middle_is_refused(options):
     with pytest.raises(ValueError, match="window must be odd and 3 or more"):
-        VAE((16,), likelihood="pixelcnn", likelihood_options=options)
+        PixelCNN((16,), **options)
 
 
 def test_images_without_rows_are_refused():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vae_torch.config import ConfigError
+from vae_torch.config import ConfigError, Count
 from vae_torch.parts.posteriors import posteriors
 from vae_torch.parts.priors import priors
 
@@ -24,7 +24,7 @@ class FlowPrior(nn.Module):
         width: Units of each of the two hidden layers of a coupling.
     """
 
-    def __init__(self, latent_dim: int, *, transforms: int = 4, width: int = 128) -> None:
+    def __init__(self, latent_dim: int, *, transforms: Count = 4, width: Count = 128) -> None:
         super().__init__()
         self.latent_dim = latent_dim
         self.flow = _flow(latent_dim, 0, transforms, width)
@@ -56,7 +56,7 @@ class FlowPosterior(nn.Module):
     """
 
     def __init__(
-        self, features: int, latent_dim: int, *, transforms: int = 4, width: int = 128
+        self, features: int, latent_dim: int, *, transforms: Count = 4, width: Count = 128
     ) -> None:
         super().__init__()
         self.latent_dim = latent_dim

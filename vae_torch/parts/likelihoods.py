@@ -19,13 +19,15 @@ probability of one of so many pixel values, which bits per dimension need.
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from vae_torch.config import Count
 from vae_torch.images import pair_images
 from vae_torch.parts.registry import Table
 
@@ -213,7 +215,9 @@ class DiscretizedLogistic(nn.Module):
 
     drawn_as = "logistic"
 
-    def __init__(self, *, mixtures: int = 1, levels: int = 256) -> None:
+    def __init__(
+        self, *, mixtures: Count = 1, levels: Annotated[int, Field(strict=True, ge=2)] = 256
+    ) -> None:
         super().__init__()
         if mixtures < 1 or levels < 2:
             raise ValueError(

@@ -24,6 +24,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from vae_torch.config import Count
 from vae_torch.parts.registry import Table
 
 Activation = Literal["relu", "tanh", "silu", "gelu"]
@@ -191,7 +192,7 @@ class ResNet:
     glorot = True
 
     def __init__(
-        self, *, depth: int = 1, activation: Activation = "relu", channels: int = 32
+        self, *, depth: int = 1, activation: Activation = "relu", channels: Count = 32
     ) -> None:
         self.depth, self.channels = depth, channels
         self.activation = ACTIVATIONS[activation]

@@ -4,15 +4,28 @@ log p(x|z) = Σ_i log p(x_i | earlier pixels of the window around i, z), pixels 
 """
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
 
+from vae_torch.config import Count
 from vae_torch.parts.likelihoods import bernoulli_terms, likelihoods
 from vae_torch.parts.networks import image_shape
 
 _CHAINS = 16  # sampled images whose probabilities `mean` averages
+
+
+def _odd(number: int) -> int:
+    if number % 2 == 0:
+        raise PydanticCustomError("odd", "must be odd")
+    return number
+
+
+Odd = Annotated[int, Field(strict=True, ge=3), AfterValidator(_odd)]
 
 
 @likelihoods.register("pixelcnn")
@@ -37,7 +50,9 @@ class PixelCNN(nn.Module):
             square.
     """
 
-    def __init__(self, input_shape: Sequence[int], *, window: int = 7, channels: int = 16) -> None:
+    def __init__(
+        self, input_shape: Sequence[int], *, window: Odd = 7, channels: Count = 16
+    ) -> None:
         super().__init__()
         if window < 3 or window % 2 == 0 or channels < 1:
             raise ValueError(

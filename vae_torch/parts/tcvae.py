@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from vae_torch.config import Count
 from vae_torch.images import Batch
 from vae_torch.parts.objectives import Loss, Noise, bound, objectives
 from vae_torch.parts.posteriors import gaussian_of, log_normal
@@ -23,7 +24,7 @@ class TCVAE:
         dataset_size: Number of training images. It shifts the estimates and changes no gradient.
     """
 
-    def __init__(self, *, dataset_size: int = 60_000) -> None:
+    def __init__(self, *, dataset_size: Count = 60_000) -> None:
         self.dataset_size = dataset_size
 
     def __call__(self, vae: VAE, batch: Batch, noise: Noise, beta: Tensor | float) -> Loss:

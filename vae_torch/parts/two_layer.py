@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from vae_torch.config import ConfigError
+from vae_torch.config import ConfigError, Count, CountOrZero
 from vae_torch.parts.posteriors import DiagonalGaussian, Gaussian, Posterior, posteriors
 from vae_torch.parts.priors import Mixture, priors
 
@@ -70,7 +70,9 @@ class TwoLayerPosterior(nn.Module):
 
     glorot = True
 
-    def __init__(self, features: int, latent_dim: int, *, top: int = 0, width: int = 256) -> None:
+    def __init__(
+        self, features: int, latent_dim: int, *, top: CountOrZero = 0, width: Count = 256
+    ) -> None:
         super().__init__()
         top = top_of(latent_dim, top)
         self.top = Gaussian(features, top)
@@ -101,7 +103,7 @@ class TwoLayerPrior(nn.Module):
     """
 
     def __init__(
-        self, latent_dim: int, *, components: int = 500, top: int = 0, width: int = 256
+        self, latent_dim: int, *, components: int = 500, top: CountOrZero = 0, width: Count = 256
     ) -> None:
         super().__init__()
         top = top_of(latent_dim, top)
