@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.distributions import Bernoulli
 
-from vae_torch import VAE, compose, run
+from vae_torch import VAE, ConfigError, compose, run
 from vae_torch.evaluation.proposals import fitted_log_px
 from vae_torch.images import Batch
 from vae_torch.parts import pixelcnn
@@ -115,9 +115,13 @@ def test_a_window_without_a_middle_is_refused(options):
         PixelCNN((16,), **options)
 
 
-def test_images_without_rows_are_refused():
-    with pytest.raises(ValueError, match=r"'pixelcnn' and an image has shape \(12,\)"):
-        VAE((12,), likelihood="pixelcnn")
+@pytest.mark.parametrize("part", [{"likelihood": "pixelcnn"}, {"architecture": "conv"}])
+def test_images_without_rows_are_refused_in_one_line(part):
+    with pytest.raises(
+        ConfigError, match=r"an image has shape \(12,\); it must be .*square"
+    ) as said:
+        VAE((12,), **part)
+    assert "\n" not in str(said.value)
 
 
 @pytest.mark.parametrize(("levels", "warned"), [(2, False), (3, True)])

@@ -24,7 +24,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from vae_torch.config import Count
+from vae_torch.config import ConfigError, Count
 from vae_torch.parts.registry import Table
 
 Activation = Literal["relu", "tanh", "silu", "gelu"]
@@ -262,7 +262,7 @@ class ConvBlock(nn.Module):
 
 def _image(shape: Sequence[int]) -> tuple[int, int, int]:
     if len(shape) != 3 or min(shape[1:]) < 4:
-        raise ValueError(
+        raise ConfigError(
             f"architecture is 'conv' and an image has shape {tuple(shape)}; it must be (channels, "
             "height, width), (height, width), or flat and square, with sides of 4 pixels or more"
         )

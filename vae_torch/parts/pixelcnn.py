@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
 
-from vae_torch.config import Count
+from vae_torch.config import ConfigError, Count
 from vae_torch.parts.likelihoods import bernoulli_terms, likelihoods
 from vae_torch.parts.networks import image_shape
 
@@ -46,8 +46,8 @@ class PixelCNN(nn.Module):
         channels: Hidden numbers per pixel, which are also the decoder's outputs.
 
     Raises:
-        ValueError: A window that is even or below 3, no channels, or flat images that are not
-            square.
+        ValueError: A window that is even or below 3, or no channels.
+        ConfigError: Flat images that are not square.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class PixelCNN(nn.Module):
             )
         self.shape = image_shape(input_shape)  # (c, height, width)
         if len(self.shape) != 3:
-            raise ValueError(
+            raise ConfigError(
                 f"likelihood is 'pixelcnn' and an image has shape {tuple(input_shape)}; it must be "
                 "(channels, height, width), (height, width), or flat and square"
             )
