@@ -124,6 +124,17 @@ def test_images_without_rows_are_refused_in_one_line(part):
     assert "\n" not in str(said.value)
 
 
+def test_bf16_does_not_round_the_sum_over_pixels():
+    torch.manual_seed(0)
+    likelihood = PixelCNN((1, 28, 28))
+    x, params = torch.rand(8, 1, 28, 28).round(), torch.randn(8, 1, 28, 28, 16)
+    exact = likelihood.log_prob(x, params)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = likelihood.log_prob(x, params)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, exact, atol=0.05, rtol=0)  # of 540 nats; a sum in bf16: 0.1
+
+
 @pytest.mark.parametrize(("levels", "warned"), [(2, False), (3, True)])
 def test_a_run_on_grey_pixels_is_warned_of(levels, warned, tmp_path, caplog):
     grey = torch.randint(0, levels, (40, 4, 4), generator=torch.Generator().manual_seed(0))

@@ -79,7 +79,8 @@ class PixelCNN(nn.Module):
         windows = windows.permute(0, 2, 3, 1, 4, 5)  # (B, height, width, c, reach + 1, window)
         context = self._context(windows.flatten(4).to(params.dtype))
         hidden = params.reshape(*lead, *self.shape, self.outputs) + context.movedim(3, 1)
-        return bernoulli_terms(x.flatten(1), self.head(hidden).flatten(len(lead)))
+        logits = self.head(hidden).to(params.dtype)  # under autocast it computes in bf16
+        return bernoulli_terms(x.flatten(1), logits.flatten(len(lead)))
 
     def mean(self, params: Tensor) -> Tensor:
         """Expected pixels: (..., *shape, channels) -> (..., *shape), without a gradient.
