@@ -12,7 +12,7 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -316,7 +316,6 @@ def table_of(config: ReproduceConfig, old: str = "") -> str:
             lines += [line for line in old.splitlines() if line.startswith(f"| `{name}` |")]
             continue
         values = [value_of(run, row.metric) for run in runs]
-        minutes = [summary_of(run)["seconds"] / 60 for run in runs]
         digits = 4 if row.metric == "loss" else 2
         spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
         samples = min(samples_of(run) for run in runs)
@@ -342,10 +341,18 @@ def table_of(config: ReproduceConfig, old: str = "") -> str:
             row.source,
             row.images,
             row.pixels,
-            f"{statistics.mean(minutes):.0f}, {device_of(runs[0])}",
+            minutes_of(runs),
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def minutes_of(runs: Sequence[Path]) -> str:
+    """`47, cpu (1 thread); 31, cpu (2 threads)`: means of the runs on each device."""
+    seconds: dict[str, list[float]] = {}
+    for run in runs:
+        seconds.setdefault(device_of(run), []).append(summary_of(run)["seconds"])
+    return "; ".join(f"{statistics.mean(s) / 60:.0f}, {device}" for device, s in seconds.items())
 
 
 def device_of(run_dir: Path) -> str:

@@ -209,6 +209,20 @@ def test_a_row_of_some_images_says_so_and_is_coarser_than_one_of_more(tmp_path):
         assert reproduce.is_coarser(config, run) == coarser
 
 
+def test_minutes_are_those_of_each_device(tmp_path):
+    ran = (
+        ("a", 2820, "cpu (1 thread)"),
+        ("b", 1860, "cpu (2 threads)"),
+        ("c", 2940, "cpu (1 thread)"),
+    )
+    for name, seconds, device in ran:
+        (tmp_path / name).mkdir()
+        summary = json.dumps({"seconds": seconds, "device": device})
+        (tmp_path / name / "summary.json").write_text(summary)
+    minutes = reproduce.minutes_of([tmp_path / name for name, *_ in ran])
+    assert minutes == "48, cpu (1 thread); 31, cpu (2 threads)"
+
+
 def test_rows_share_runs_if_their_commands_are_the_same(tmp_path):
     fashion = ["data=fashion_mnist"]
     rows = {
