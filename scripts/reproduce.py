@@ -396,7 +396,7 @@ def draw(config: ReproduceConfig) -> None:
     for source, nats in config.published.items():
         axes.axhline(nats, color="grey", lw=0.6, ls="--")
         place = {"transform": axes.get_yaxis_transform(), "va": "bottom"}
-        axes.text(0.6, nats, source, fontsize=7, **place)
+        axes.text(0.01, nats, source, fontsize=7, **place)
     axes.set(ylim=(77.5, 90), xlabel=f"minutes of training: {', '.join(sorted(devices))}")
     axes.set_ylabel("nats per image, lower is better")
     axes.legend(frameon=False, fontsize=8)
