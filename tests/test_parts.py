@@ -270,6 +270,10 @@ def test_the_parts_of_the_tcvae_sum_to_the_kl():
         ({"posterior_options": {"width": 0}, "posterior": "flow"}, "posterior_options.width=0: i"),
         ({"prior_options": {"transforms": 0}, "prior": "flow"}, "prior_options.transforms=0: i"),
         ({"prior_options": {"top": -1}, "prior": "two_layer"}, "prior_options.top=-1: input"),
+        *(
+            ({"prior_options": {"components": 0}, "prior": prior}, "prior_options.components=0: in")
+            for prior in ("mixture", "vamp", "two_layer")
+        ),
         ({"model.options": {"channels": 0}, "model.name": "resnet"}, "model.options.channels=0: i"),
         ({"train.monitor": "test/psnr"}, "test/psnr: unknown whether higher or lower is better"),
     ],

@@ -20,6 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from vae_torch.config import Count
 from vae_torch.machine import wide
 from vae_torch.parts.posteriors import DiagonalGaussian, Posterior, gaussian_of
 from vae_torch.parts.registry import Table
@@ -65,7 +66,7 @@ class StandardNormal(nn.Module):
 class Mixture(nn.Module):
     """p(z) = Σ_k w_k N(z; m_k, exp(v_k)) with learned weights, means and log-variances."""
 
-    def __init__(self, latent_dim: int, *, components: int = 500) -> None:
+    def __init__(self, latent_dim: int, *, components: Count = 500) -> None:
         super().__init__()
         self.means = nn.Parameter(torch.randn(components, latent_dim))
         self.logvars = nn.Parameter(torch.zeros(components, latent_dim))
@@ -95,7 +96,7 @@ class VampPrior(nn.Module):
     """
 
     def __init__(
-        self, latent_dim: int, input_shape: Sequence[int], *, components: int = 500
+        self, latent_dim: int, input_shape: Sequence[int], *, components: Count = 500
     ) -> None:
         del latent_dim  # the encoder knows it
         super().__init__()

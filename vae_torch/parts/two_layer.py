@@ -103,7 +103,7 @@ class TwoLayerPrior(nn.Module):
     """
 
     def __init__(
-        self, latent_dim: int, *, components: int = 500, top: CountOrZero = 0, width: Count = 256
+        self, latent_dim: int, *, components: Count = 500, top: CountOrZero = 0, width: Count = 256
     ) -> None:
         super().__init__()
         top = top_of(latent_dim, top)
