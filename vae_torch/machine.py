@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,8 +15,7 @@ from torch import Tensor
 from vae_torch.config import ConfigError, check_device
 
 _WITHOUT_FLOAT64 = ("mps",)  # kinds of devices
-# glibc's malloc.h: M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, in bytes
-_KEPT_MEMORY = {-1: 1 << 30, -3: 1 << 28}
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of glibc's malloc.h, in bytes
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -63,13 +63,21 @@ def tune_cpu(threads: int | None) -> None:
     # Adam's first moments decay into denormal numbers, which halve the speed. Threads inherit
     # the setting when they start, so it comes before the first parallel operation.
     torch.set_flush_denormal(True)
-    # glibc gives the memory of every larger tensor back to the system, and fetches it again, page
-    # by page, for the next one. The kept memory of the last step serves the next instead.
     if platform.libc_ver()[0] == "glibc":
-        for parameter, size in _KEPT_MEMORY.items():
-            ctypes.CDLL(None).mallopt(parameter, size)
+        keep_memory(ctypes.CDLL(None).mallopt)
     if threads:
         torch.set_num_threads(threads)
+
+
+def keep_memory(mallopt: Callable[[int, int], int]) -> None:
+    """Have glibc keep up to 1 GiB of freed memory for the next tensors.
+
+    It gives the memory of every larger tensor back to the system, and fetches it again, page by
+    page, for the next one. Versions before 2.35 refuse a threshold above 32 MiB. Without any the
+    other setting would do harm: it ends glibc's own adaptation.
+    """
+    if mallopt(_MMAP_THRESHOLD, 1 << 28) or mallopt(_MMAP_THRESHOLD, 1 << 25):
+        mallopt(_TRIM_THRESHOLD, 1 << 30)
 
 
 def set_products(precision: str, device: torch.device) -> None:
