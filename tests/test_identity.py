@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from vae_torch.parts import registry
 from vae_torch.runs import identity
 from vae_torch.runs.identity import bare, modules
 
@@ -66,6 +67,7 @@ def test_the_hash_follows_imports():
         package = name.rpartition(".")[0]
         assert package in {"vae_torch", *found}, name
     assert {"vae_torch.data", "vae_torch.data.idx", "vae_torch.seeds"} <= found
+    assert set(registry.LATER) <= found  # parts that are imported by name
     assert not {name for name in found if "cli" in name or "figures" in name}
 
 

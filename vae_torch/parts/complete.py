@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from vae_torch.config import Config
-from vae_torch.parts import flows, tcvae, two_layer  # noqa: F401 - they fill the tables
+from vae_torch.parts import flows, pixelcnn, tcvae, two_layer  # noqa: F401 - they fill the tables
 from vae_torch.parts.likelihoods import likelihoods
 from vae_torch.parts.metrics import metric_of
 from vae_torch.parts.networks import networks

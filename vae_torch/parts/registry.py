@@ -30,7 +30,7 @@ PLUGINS = "vae_torch.plugins"  # the entry points' group
 _loaded: dict[str, str] = {}  # plug-in -> the module that it is
 
 # Parts of this package that are imported when a name is asked for that no other part has.
-_REST = tuple(f"vae_torch.parts.{module}" for module in ("flows", "pixelcnn", "tcvae", "two_layer"))
+LATER = tuple(f"vae_torch.parts.{module}" for module in ("flows", "pixelcnn", "tcvae", "two_layer"))
 
 
 class Table(Mapping[str, Callable[..., Any]], Generic[Part]):
@@ -71,7 +71,7 @@ class Table(Mapping[str, Callable[..., Any]], Generic[Part]):
             ConfigError: Unknown name.
         """
         if name not in self._parts:
-            for module in _REST:
+            for module in LATER:
                 importlib.import_module(module)
         if name not in self._parts:
             raise ConfigError(
