@@ -185,6 +185,19 @@ def test_images_that_differ_in_dimensions_of_one_are_the_same_images(name):
             likelihood.log_prob(x.reshape(5, *here), logits.reshape(7, 5, *there))
 
 
+@pytest.mark.parametrize("name", ["discretized_logistic", "pixelcnn"])
+def test_shapes_are_checked_where_a_pixel_has_several_outputs_too(name):
+    shape = (2, 3, 4)
+    likelihood = likelihoods.build(name, {}, context={"input_shape": shape})
+    x, params = torch.rand(5, *shape).round(), torch.randn(7, 5, *shape, likelihood.outputs)
+    expected = likelihood.log_prob(x, params)
+    assert expected.shape == (7, 5)
+    torch.testing.assert_close(likelihood.log_prob(x.flatten(1), params), expected)
+    for wrong in (x[:3], x[:1], x.reshape(5, 2, 4, 3)):
+        with pytest.raises(ValueError, match=r"x has shape .* the same number of images"):
+            likelihood.log_prob(wrong, params)
+
+
 def test_pixels_are_looked_at_where_they_can_be():
     for bad in (torch.tensor([[2.0]]), torch.tensor([[math.nan]]), torch.tensor([[-1e-6]])):
         with pytest.raises(ValueError, match=r"\(1, 1\) has values from .*\[0, 1\]"):

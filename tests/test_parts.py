@@ -264,8 +264,8 @@ def test_the_parts_of_the_tcvae_sum_to_the_kl():
             "likelihood_options.window=1: input should be greater than or equal to 3",
         ),
         (
-            {"likelihood_options": {"channels": 0}, "likelihood": "pixelcnn"},
-            "likelihood_options.channels=0: input should be greater than or equal to 1",
+            {"likelihood_options": {"channels": 1}, "likelihood": "pixelcnn"},
+            "likelihood_options.channels=1: input should be greater than or equal to 2",
         ),
         ({"posterior_options": {"width": 0}, "posterior": "flow"}, "posterior_options.width=0: i"),
         ({"prior_options": {"transforms": 0}, "prior": "flow"}, "prior_options.transforms=0: i"),

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.distributions import Bernoulli
 
-from vae_torch import VAE, ConfigError, compose, run
+from vae_torch import VAE, ConfigError, compose, evaluate_model, run
 from vae_torch.evaluation.proposals import fitted_log_px
 from vae_torch.images import Batch
 from vae_torch.parts import pixelcnn
@@ -17,7 +17,10 @@ from vae_torch.parts.objectives import bound
 from vae_torch.parts.pixelcnn import PixelCNN
 from vae_torch.quadrature import exact_log_px
 
-SHAPES = [((2, 2), 3), ((9,), 3), ((2, 2, 2), 3), ((1, 3, 3), 5), ((1, 2, 4), 7), ((1, 4, 2), 5)]
+SHAPES = [
+    ((2, 2), 3), ((9,), 3), ((2, 2, 2), 3), ((1, 3, 3), 5), ((1, 2, 4), 7), ((1, 4, 2), 5),
+    ((6, 1), 3), ((1, 9), 5), ((2, 4, 1), 3),
+]  # fmt: skip
 
 
 def made(shape, window, images=5):
@@ -61,10 +64,13 @@ def test_expected_and_drawn_pixels_are_those_of_the_masses(shape, window, monkey
     torch.testing.assert_close(found, torch.stack(means), atol=0.018, rtol=0)
 
 
-@pytest.mark.parametrize(("channels", "window"), [(1, 7), (3, 3)])
-def test_log_prob_is_that_of_a_convolution_with_mask_a(channels, window):
-    likelihood, params = made((channels, 6, 5), window)
-    x = torch.randint(0, 2, (5, channels, 6, 5)).double()
+@pytest.mark.parametrize(
+    ("shape", "window"), [((1, 6, 5), 7), ((3, 6, 5), 3), ((3, 8, 1), 5), ((3, 1, 8), 5)]
+)
+def test_log_prob_is_that_of_a_convolution_with_mask_a(shape, window):
+    likelihood, params = made(shape, window)
+    channels = shape[0]
+    x = torch.randint(0, 2, (5, *shape)).double()
     # mask A of van den Oord et al. (2016): the rows above, and what is left of the middle
     mask = torch.zeros(window, window).double()
     mask[: window // 2] = 1
@@ -77,12 +83,14 @@ def test_log_prob_is_that_of_a_convolution_with_mask_a(channels, window):
     logits = two(one(hidden.relu()).relu()).squeeze(-1)
     expected = Bernoulli(logits=logits).log_prob(x).flatten(1).sum(1)
     torch.testing.assert_close(likelihood.log_prob(x, params), expected)
-    # several samples of z, and one image for all of them
+    # several samples of z, one image for all of them, and flat images
     several = torch.stack([params, params.flip(0)])
     found = likelihood.log_prob(x, several)
     torch.testing.assert_close(found[0], expected)
     torch.testing.assert_close(found[1, 2], likelihood.log_prob(x[2:3], params[2:3])[0])
-    torch.testing.assert_close(likelihood.log_prob(x[2:3], params)[2], expected[2])
+    each = likelihood.log_prob(x[2:3], params.unsqueeze(1))
+    torch.testing.assert_close(each[2, 0], expected[2])
+    assert likelihood.log_prob(x.flatten(1), params).equal(likelihood.log_prob(x, params))
 
 
 @pytest.mark.parametrize("shape", [(16,), (4, 4), (1, 8, 6), (3, 5, 4)])
@@ -109,7 +117,7 @@ def test_fitted_proposals_equal_the_integral():
     assert (result.effective_samples > 400).all()
 
 
-@pytest.mark.parametrize("options", [{"window": 4}, {"window": 1}, {"channels": 0}])
+@pytest.mark.parametrize("options", [{"window": 4}, {"window": 1}, {"channels": 1}])
 def test_a_window_without_a_middle_is_refused(options):
     with pytest.raises(ValueError, match="window must be odd and 3 or more"):
         PixelCNN((16,), **options)
@@ -124,6 +132,11 @@ def test_images_without_rows_are_refused_in_one_line(part):
     assert "\n" not in str(said.value)
 
 
+def test_videos_are_refused():
+    with pytest.raises(ConfigError, match=r"an image has shape \(2, 3, 4, 5\); it must be"):
+        PixelCNN((2, 3, 4, 5))
+
+
 def test_bf16_does_not_round_the_sum_over_pixels():
     torch.manual_seed(0)
     likelihood = PixelCNN((1, 28, 28))
@@ -133,6 +146,22 @@ def test_bf16_does_not_round_the_sum_over_pixels():
         found = likelihood.log_prob(x, params)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, exact, atol=0.05, rtol=0)  # of 540 nats; a sum in bf16: 0.1
+
+
+@pytest.mark.usefixtures("rough")
+@pytest.mark.parametrize("grey", [True, False])
+def test_grey_pixels_have_only_a_score(grey):
+    torch.manual_seed(0)
+    x = torch.rand(30, 4, 4)
+    vae = VAE((4, 4), 3, 8, likelihood="pixelcnn")
+    card = evaluate_model(vae, x if grey else x.round(), num_samples=2, fit_images=1)
+    assert ("entropy_floor" in card) == grey
+    assert ("sample_auc" in card) == (not grey)  # black and white samples, told by their colour
+    name = "the score" if grey else "log p(x)"
+    assert card["log_px"]["definition"].startswith(name)
+    assert any("are a score" in sentence for sentence in card["verdict"]) == grey
+    if grey:
+        assert card["reconstruction"]["value"] < card["entropy_floor"]["value"]
 
 
 @pytest.mark.parametrize(("levels", "warned"), [(2, False), (3, True)])

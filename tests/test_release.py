@@ -296,6 +296,9 @@ def test_what_no_other_program_can_do_is_refused(monkeypatch):
     vae = VAE((8,), 2, 4, encoder=torch.nn.Linear(8, 4), decoder=Loud(2, 8))
     with pytest.raises(ConfigError, match="the decoder differs from PyTorch by"):
         portable_files(vae, ["torchscript"])
+    for kind in ("onnx", "torchscript"):
+        with pytest.raises(ConfigError, match=r"with likelihood=pixelcnn: .* leave the formats"):
+            portable_files(VAE((16,), 2, 4, likelihood="pixelcnn"), [kind])
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ConfigError, match=r"needs onnxruntime, .* pip install -e '\.\[onnx\]'"):
         portable_files(VAE((8,), 2, 4), ["onnx"])

@@ -128,6 +128,16 @@ def test_the_bound_is_the_mean_of_the_log_weights_and_its_kl_is_given_per_layer(
         torch.testing.assert_close(terms.loss, -(torch.logsumexp(log_w, 0) - math.log(3)).mean())
 
 
+def test_layers_of_different_sizes_are_refused():
+    vae = VAE(
+        (12,), 4, 8, prior="two_layer", posterior="two_layer",
+        prior_options={"top": 3}, posterior_options={"top": 1},
+    )  # fmt: skip
+    x = torch.rand(2, 12)
+    with pytest.raises(ConfigError, match=r"with 3 dimensions in its top layer, and .* with 1; "):
+        objective_terms(vae, x, torch.randn(1, 2, 4), ObjectiveConfig())
+
+
 def test_a_top_layer_that_leaves_no_second_one_is_refused():
     with pytest.raises(ConfigError, match=r"top=4 of latent_dim=4; top must be less"):
         VAE((12,), 4, 8, prior="two_layer", prior_options={"top": 4})

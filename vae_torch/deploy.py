@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vae_torch.config import ConfigError
+from vae_torch.parts.pixelcnn import PixelCNN
 from vae_torch.parts.posteriors import gaussian_of
 from vae_torch.vae import VAE, _decoded, in_eval_mode
 
@@ -32,13 +33,19 @@ def portable_files(vae: VAE, formats: Sequence[str]) -> dict[str, bytes]:
         The files by name.
 
     Raises:
-        ConfigError: The posterior is not Gaussian, the model is conditional, a library is not
-            installed, or torch cannot export a part, or not exactly.
+        ConfigError: The posterior is not Gaussian, the model is conditional, its likelihood draws
+            images one pixel at a time, a library is not installed, or torch cannot export a part,
+            or not exactly.
     """
     if vae.classes:
         raise ConfigError(
             f"formats=[{','.join(formats)}] with model.conditional=true: these files take no "
             "labels; leave the formats out"
+        )
+    if isinstance(vae.likelihood, PixelCNN):
+        raise ConfigError(
+            f"formats=[{','.join(formats)}] with likelihood=pixelcnn: its images are drawn pixel "
+            "by pixel, which these files cannot do; leave the formats out"
         )
     weight = next(vae.parameters())
     x, z = torch.rand(3, *vae.input_shape).to(weight), torch.randn(3, vae.latent_dim).to(weight)
@@ -117,11 +124,12 @@ def _onnx(part: nn.Module, example: Tensor) -> tuple[bytes, Sequence[Tensor]]:
 
 
 def _torchscript(part: nn.Module, example: Tensor) -> tuple[bytes, Sequence[Tensor]]:
-    """The file, and what it makes of the example once it is read."""
+    """The file, and what it makes of the example once it is read, at the second call."""
     file = io.BytesIO()
     torch.jit.save(torch.jit.trace(part, (example[:2],)), file)
     content = file.getvalue()
     read: Any = torch.jit.load(io.BytesIO(content))
+    read(example)  # random numbers would be others at the second call
     return content, _tuple(read(example))
 
 

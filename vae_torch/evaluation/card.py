@@ -243,9 +243,9 @@ def evaluate_images(
     said += [text.replace("log p(x)", log_px) for text in verdict(card.figures, num_samples)]
     if grey:
         said.append(
-            "The pixels are grey and the likelihood is Bernoulli: all of these nats are a score, "
-            "the cross-entropy, and no log p(x) of a density. Compare them with such scores only, "
-            "or try likelihood=continuous_bernoulli or data.binarize=dynamic."
+            "The pixels are grey and the likelihood is of black and white ones: these nats are a "
+            "score, the cross-entropy, and no log p(x) of a density. Compare them with such scores "
+            "only, or try likelihood=continuous_bernoulli or data.binarize=dynamic."
         )
     if vae.classes:
         said.append(

@@ -12,6 +12,7 @@ from vae_torch.data import Data, as_loader, images_of, labels_of
 from vae_torch.images import Batch
 from vae_torch.machine import wide
 from vae_torch.parts.likelihoods import Bernoulli
+from vae_torch.parts.pixelcnn import PixelCNN
 from vae_torch.parts.posteriors import DiagonalGaussian
 from vae_torch.vae import VAE
 
@@ -19,8 +20,8 @@ _LOG_PX = "log p(x)"
 
 
 def is_score(vae: VAE, x: Tensor) -> bool:
-    """Whether a Bernoulli likelihood sees grey pixels: it gives them a score and no density."""
-    return isinstance(vae.likelihood, Bernoulli) and not ((x == 0) | (x == 1)).all()
+    """Whether grey pixels meet a likelihood of black and white ones: a score and no density."""
+    return isinstance(vae.likelihood, Bernoulli | PixelCNN) and not ((x == 0) | (x == 1)).all()
 
 
 @torch.no_grad()
@@ -31,7 +32,7 @@ def is_gaussian(vae: VAE, batch: Batch) -> bool:
 
 
 def name_of_log_px(*, conditional: bool, grey: bool) -> str:
-    """What a card calls log p(x): grey pixels under a Bernoulli likelihood have only a score."""
+    """What a card calls log p(x): grey pixels under Bernoulli likelihoods have only a score."""
     return "the score" if grey else "log p(x|y)" if conditional else _LOG_PX
 
 

@@ -227,9 +227,13 @@ class DiscretizedLogistic(nn.Module):
         self.outputs = 2 if mixtures == 1 else 3 * mixtures
 
     def log_prob(self, x: Tensor, params: Tensor) -> Tensor:
-        """Nats per image: (B, *shape) and (..., B, *shape, outputs) -> (..., B)."""
-        log_weights, means, log_scales = self._logistics(params)
-        pixels = x.ndim - 1
+        """Nats per image: (B, *shape) and (..., B, *shape, outputs) -> (..., B).
+
+        Raises:
+            ValueError: x and params hold different numbers of images, or images of other shapes.
+        """
+        x, pixels = pair_images(x, params[..., 0])
+        log_weights, means, log_scales = self._logistics(params.reshape(*pixels.shape, -1))
         x = (((self.levels - 1) * x).round() / (self.levels - 1)).unsqueeze(-1)
         half = 0.5 / (self.levels - 1)
         precision = torch.exp(-log_scales)
@@ -239,7 +243,7 @@ class DiscretizedLogistic(nn.Module):
         inside = inside + torch.log(-torch.expm1(-2 * half * precision))
         mass = torch.where(x >= 1, F.logsigmoid(-low), inside)
         mass = torch.where(x <= 0, F.logsigmoid(high), mass)
-        return torch.logsumexp(log_weights + mass, -1).flatten(-pixels).sum(-1)
+        return torch.logsumexp(log_weights + mass, -1).sum(-1)
 
     def mean(self, params: Tensor) -> Tensor:
         """The logistics' clamped centres, averaged over the mixture: (..., *shape) in [0, 1]."""

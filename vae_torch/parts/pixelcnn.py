@@ -12,7 +12,8 @@ from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
 
-from vae_torch.config import ConfigError, Count
+from vae_torch.config import ConfigError
+from vae_torch.images import pair_images
 from vae_torch.parts.likelihoods import bernoulli_terms, likelihoods
 from vae_torch.parts.networks import image_shape
 
@@ -26,6 +27,7 @@ def _odd(number: int) -> int:
 
 
 Odd = Annotated[int, Field(strict=True, ge=3), AfterValidator(_odd)]
+Several = Annotated[int, Field(strict=True, ge=2)]
 
 
 @likelihoods.register("pixelcnn")
@@ -40,29 +42,33 @@ class PixelCNN(nn.Module):
     section 3.1. The channels of a pixel see earlier pixels of all channels, not each other.
 
     Args:
-        input_shape: Shape of one image; flat images must be square.
+        input_shape: Shape of one image, (channels, height, width) or (height, width); flat images
+            must be square.
         window: Side of the window, odd. A pixel sees window // 2 rows above its own and as many
             columns to the left and, in the rows above, to the right.
-        channels: Hidden numbers per pixel, which are also the decoder's outputs.
+        channels: Hidden numbers per pixel, two or more, which are also the decoder's outputs.
 
     Raises:
-        ValueError: A window that is even or below 3, or no channels.
+        ValueError: A window that is even or below 3, or fewer than two channels.
         ConfigError: Flat images that are not square.
     """
 
     def __init__(
-        self, input_shape: Sequence[int], *, window: Odd = 7, channels: Count = 16
+        self, input_shape: Sequence[int], *, window: Odd = 7, channels: Several = 16
     ) -> None:
         super().__init__()
-        if window < 3 or window % 2 == 0 or channels < 1:
+        if window < 3 or window % 2 == 0 or channels < 2:
             raise ValueError(
                 f"window is {window} and channels {channels}; the window must be odd and 3 or "
-                "more, the channels 1 or more"
+                "more, the channels 2 or more"
             )
-        self.shape = image_shape(input_shape)  # (c, height, width)
-        if len(self.shape) != 3:
+        shape = tuple(input_shape)
+        self.shape = (1, *shape) if len(shape) == 2 else shape
+        if len(shape) == 1:
+            self.shape = image_shape(shape)
+        if len(self.shape) != 3:  # (c, height, width)
             raise ConfigError(
-                f"likelihood is 'pixelcnn' and an image has shape {tuple(input_shape)}; it must be "
+                f"likelihood is 'pixelcnn' and an image has shape {shape}; it must be "
                 "(channels, height, width), (height, width), or flat and square"
             )
         self.reach, self.outputs = window // 2, channels
@@ -73,14 +79,19 @@ class PixelCNN(nn.Module):
         )
 
     def log_prob(self, x: Tensor, params: Tensor) -> Tensor:
-        """Nats per image: (B, *shape) and (..., B, *shape, channels) -> (..., B)."""
-        lead = params.shape[: params.ndim - x.ndim]  # (..., B)
+        """Nats per image: (B, *shape) and (..., B, *shape, channels) -> (..., B).
+
+        Raises:
+            ValueError: x and params hold different numbers of images, or images of other shapes.
+        """
+        x, pixels = pair_images(x, params[..., 0])
+        lead = pixels.shape[:-1]  # (..., B)
         windows = self._padded(x).unfold(2, self.reach + 1, 1).unfold(3, 2 * self.reach + 1, 1)
         windows = windows.permute(0, 2, 3, 1, 4, 5)  # (B, height, width, c, reach + 1, window)
         context = self._context(windows.flatten(4).to(params.dtype))
         hidden = params.reshape(*lead, *self.shape, self.outputs) + context.movedim(3, 1)
         logits = self.head(hidden).to(params.dtype)  # under autocast it computes in bf16
-        return bernoulli_terms(x.flatten(1), logits.flatten(len(lead)))
+        return bernoulli_terms(x, logits.flatten(len(lead)))
 
     def mean(self, params: Tensor) -> Tensor:
         """Expected pixels: (..., *shape, channels) -> (..., *shape), without a gradient.

@@ -137,9 +137,20 @@ class TwoLayerPrior(nn.Module):
         return torch.cat([z2, below.rsample(temperature * noise)], -1)
 
     def kl_per_layer(self, q: Posterior, z: Tensor) -> Tensor | None:
-        """Log q - log p of each layer at K samples z (K, B, latent_dim), averaged: (B, 2)."""
+        """Log q - log p of each layer at K samples z (K, B, latent_dim), averaged: (B, 2).
+
+        Raises:
+            ConfigError: The posterior's top layer has another number of dimensions.
+        """
         if not isinstance(q, TwoLayerDistribution):
             return None
+        of_prior, of_posterior = self.top.means.shape[-1], q.top.mean.shape[-1]
+        if of_prior != of_posterior:
+            raise ConfigError(
+                f"prior=two_layer with {of_prior} dimensions in its top layer, and "
+                f"posterior=two_layer with {of_posterior}; give prior_options.top and "
+                "posterior_options.top one value"
+            )
         return (q.log_prob_per_layer(z) - self.log_prob_per_layer(z)).mean(0)
 
 
