@@ -21,7 +21,7 @@ from vae_torch import (
 )
 from vae_torch.checkpoint import load_checkpoint, save_checkpoint
 from vae_torch.cli.compose import compose
-from vae_torch.cli.messages import EndedError
+from vae_torch.cli.messages import EndedError, told
 from vae_torch.cli.settings_line import asked
 from vae_torch.config import ConfigError, EvaluateConfig
 from vae_torch.data import DataError, idx_bytes, loaders_of
@@ -396,3 +396,13 @@ def test_one_image_a_last_batch_of_one_and_a_batch_larger_than_the_set(made_up_r
         history = train(VAE(intermediate_dim=8), *loaders, epochs=1)
         assert np.isfinite(history["train/elbo"]).all()
         assert np.isfinite(history["test/elbo"]).all()
+
+
+def test_too_little_memory_is_one_line(capsys):
+    with pytest.raises(EndedError), told("out=x.npz", smaller="use a chunk below 1024"):
+        torch.empty(1 << 60)
+    said = capsys.readouterr().err
+    assert said.endswith(": out of memory: use a chunk below 1024\n")
+    assert said.count("\n") == 1
+    with pytest.raises(RuntimeError, match="size of tensor"), told("out=x.npz"):
+        torch.ones(2) + torch.ones(3)

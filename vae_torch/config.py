@@ -400,7 +400,7 @@ class EvalConfig(Group):
     fit_images: Annotated[Count, about("images that get a fitted posterior, to split the gap")]
     chunk: Annotated[
         Count | None,
-        about("decoder rows at once: limits memory; null: 1024, on CUDA 65536"),
+        about("decoder rows at once: limits memory; null: 1024, on CUDA up to 65536"),
     ]
     seed: NoiseSeed
     checkpoint: Checkpoint

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tell_interrupts()
     about = "Latents, ELBO and log p(x) of images: run=DIR images=FOLDER out=latents.npz"
     config = asked("encode", about, EncodeConfig, arguments)
-    with told(f"out={config.out}"):
+    with told(f"out={config.out}", smaller=f"use a chunk below {config.chunk}"):
         write = writer_of(config)  # fails before any work
         print(encode_run(config, write))
 

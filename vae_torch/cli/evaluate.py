@@ -65,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     about = "The evaluation card of a run, as evaluation.json too."
     config = asked("evaluate", about, EvaluateConfig, arguments)
     threading.excepthook = leave_disk_errors_to_main
-    with told(f"run={config.run}", "run it again once it can"):
+    smaller = "use a smaller eval.chunk; what is computed is kept"
+    with told(f"run={config.run}", "run it again once it can", smaller):
         evaluate_run(config)
 
 
@@ -91,8 +92,9 @@ def evaluate_run(config: EvaluateConfig) -> None:
             "run that it was made from"
         )
     vae, run_config, device = open_run(config, config.eval.checkpoint)
-    # fits into a core's cache, or keeps a GPU busy
-    chunk = config.eval.chunk or (65536 if device.type == "cuda" else 1024)
+    # fits into a core's cache, or keeps a GPU busy and into its memory
+    busy = max(1024, 65536 // vae.outputs) if device.type == "cuda" else 1024
+    chunk = config.eval.chunk or busy
     if config.eval.exact and vae.latent_dim > 2:
         raise ConfigError(
             f"eval.exact=true: integration needs latent_dim 1 or 2, this run has {vae.latent_dim}; "

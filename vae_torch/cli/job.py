@@ -37,6 +37,7 @@ from vae_torch.cli.hooks import UNREPORTED
 from vae_torch.cli.messages import (
     EndedError,
     command,
+    is_out_of_memory,
     leave_disk_errors_to_main,
     program,
     refuse,
@@ -171,7 +172,7 @@ def one_run(cfg: DictConfig, run_dir: Path, *, in_sweep: bool) -> float:
     except UserError as error:
         refuse(str(error))
     except RuntimeError as error:
-        if "allocate memory" not in str(error) and "out of memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         refuse("out of memory: lower the model's sizes, data.batch_size or objective.num_samples")
     except DivergedError as error:

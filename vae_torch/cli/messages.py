@@ -67,11 +67,21 @@ def refuse(message: str) -> NoReturn:
     raise EndedError(2, reason)
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch found too little memory, on a processor or a GPU."""
+    return "allocate memory" in str(error) or "out of memory" in str(error)
+
+
 @contextmanager
-def told(place: str, remedy: str = "choose another file") -> Iterator[None]:
+def told(
+    place: str,
+    remedy: str = "choose another file",
+    smaller: str = "ask for fewer images, or use device=cpu",
+) -> Iterator[None]:
     """Inside the block, a user's mistake or a failed write ends the command with one line.
 
-    `place` is the setting that says where the command writes: `out=x.npz`.
+    So does too little memory. `place` is the setting that says where the command writes:
+    `out=x.npz`.
     """
     try:
         yield
@@ -79,6 +89,10 @@ def told(place: str, remedy: str = "choose another file") -> Iterator[None]:
         refuse(str(error))
     except OSError as error:
         refuse(f"{place}: cannot be written ({error.strerror}); {remedy}")
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        refuse(f"out of memory: {smaller}")
 
 
 class Parser(argparse.ArgumentParser):
