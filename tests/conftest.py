@@ -13,7 +13,7 @@ import torch
 
 from tests import rough as cheap
 from vae_torch import VAE, machine
-from vae_torch.data import idx_bytes
+from vae_torch.data import idx_bytes, sources
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -80,6 +80,14 @@ def made_up_root(tmp_path_factory) -> Path:
         (raw / f"{prefix}-images-idx3-ubyte").write_bytes(idx_bytes(images))
         (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(idx_bytes(labels))
     return root
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_installed_images(tmp_path_factory):
+    """Tests mean the same where Debian's dataset-fashion-mnist is installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "_SYSTEM", tmp_path_factory.mktemp("system"))
+        yield
 
 
 @pytest.fixture(autouse=True)
