@@ -8,7 +8,7 @@ ARGS   ?=
 # `make train model.latent_dim=8` works: what is no variable of this file is a setting.
 SETTINGS = $(filter-out PYTHON=% VENV=% ARGS=% RUN=% MATRIX=%,$(MAKEOVERRIDES)) $(ARGS)
 # The run to look at: the newest finished one, or RUN=DIR.
-RUN = $(patsubst %/summary.json,%,$(firstword $(shell ls -t outputs/*/*/summary.json 2>/dev/null)))
+RUN = $(patsubst %/summary.json,%,$(firstword $(shell ls -t outputs/*/summary.json outputs/*/*/summary.json 2>/dev/null)))
 
 .PHONY: help install train evaluate explore test test-all test-matrix lint format docs docs-serve clean
 

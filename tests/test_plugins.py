@@ -333,7 +333,11 @@ def test_parts_of_ones_own_resume_to_the_bit_after_a_kill(own_run, tmp_path):
     order = (*OWN, "train.monitor=test/mse", f"hydra.run.dir={tmp_path / 'run'}")
     killed = run_script("train.py", *order, killed=("step", 6), before=UNDRAWN)
     assert killed.returncode == -9
-    done = run_script("train.py", *order, "train.resume=auto", before=UNDRAWN)
+    resume = f"train.resume={tmp_path / 'run'}"
+    refused = run_script("train.py", resume)  # nothing is imported because a file says so
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert f"{resume}: its run has parts of your own; add {PLUGIN}" in refused.stderr
+    done = run_script("train.py", resume, PLUGIN, before=UNDRAWN)
     assert done.returncode == 0, done.stderr
     assert what_training_made(tmp_path / "run") == what_training_made(own_run[0])
 

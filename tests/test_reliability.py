@@ -186,18 +186,18 @@ def test_resume_auto_finds_the_newest_interrupted_run_of_these_settings(config, 
     from vae_torch.cli.hooks import interrupted_runs
 
     def interrupted(name, settings, age):
-        run_dir = tmp_path / "2026-01-01" / name
+        run_dir = tmp_path / name
         state = {"epoch": 1, "model": {}}
         Checkpoints(run_dir / "checkpoints", settings).save(state)
         when = time.time() - age
         os.utime(run_dir / "checkpoints" / "last.pt", (when, when))
         return run_dir
 
-    interrupted("oldest", config, 400)
+    interrupted("2026-01-01/oldest", config, 400)
     wanted = interrupted("wanted", config, 300)
-    running = interrupted("running", config, 250)
-    (interrupted("finished", config, 200) / "summary.json").write_text("{}")
-    other = interrupted("other seed", composed("seed=1"), 100)
+    running = interrupted("2026-01-01/running", config, 250)
+    (interrupted("2026-01-01/finished", config, 200) / "summary.json").write_text("{}")
+    other = interrupted("2026-01-01/other seed", composed("seed=1"), 100)
     with FileLock(running / LOCK):
         found, others = interrupted_runs(tmp_path, config)
     assert (found, others) == (wanted, [(other, "had seed=1, not 0")])

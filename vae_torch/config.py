@@ -224,9 +224,9 @@ class DataConfig(Group):
     ] = None
     split: Annotated[str | None, about("emnist, torchvision: the part of the images")] = None
     dataset: Annotated[str | None, about("torchvision: the class, CIFAR10")] = None
-    options: Annotated[dict[str, Any], about("options of a source of your own")] = field(
-        default_factory=dict
-    )
+    options: Annotated[
+        dict[str, Any], about("array: layout, NCHW or NHWC; and those of a source of your own")
+    ] = field(default_factory=dict)
 
 
 @dataclass
@@ -369,7 +369,9 @@ class Config(Group):
     objective: ObjectiveConfig
     optimizer: OptimizerConfig
     train: TrainConfig
-    prior_components: Annotated[Size, about("components of the mixture and vamp priors")] = 500
+    prior_components: Annotated[
+        Size, about("components of the mixture, vamp and two_layer priors")
+    ] = 500
     posterior: Annotated[
         Name, about("the posterior q(z|x): gaussian, flow, two_layer, or one of your own")
     ] = "gaussian"

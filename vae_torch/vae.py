@@ -139,12 +139,14 @@ class VAE(nn.Module):
             `parts.networks`.
         depth: Hidden layers (mlp) or blocks (residual, resnet) on each side.
         activation: `relu`, `tanh`, `silu` or `gelu`.
-        posterior: `gaussian`, `flow`, one of your own, or a module: see `parts.posteriors`.
+        posterior: `gaussian`, `flow`, `two_layer`, one of your own, or a module: see
+            `parts.posteriors`.
         likelihood: `bernoulli`, `continuous_bernoulli`, `gaussian`, `discretized_logistic`,
             `pixelcnn`, one of your own, or a module: see `parts.likelihoods`.
-        prior: `standard`, `mixture`, `vamp`, `flow`, one of your own, or a module: see
+        prior: `standard`, `mixture`, `vamp`, `flow`, `two_layer`, one of your own, or a module: see
             `parts.priors`.
-        prior_components: Components of the mixture or VampPrior.
+        prior_components: Components of the mixture, of the VampPrior, or of the upper of two
+            layers.
         classes: Number of classes of a conditional model; None for a model without labels.
         encoder: A module instead of the architecture's: (B, *shape) -> (B, features). With classes
             its input has one more channel per class, or one more number where images are flat.

@@ -148,7 +148,14 @@ def take_up(config: DictConfig, run_dir: Path) -> None:
             f"train.resume={run_dir}: no such folder, or no checkpoints/last.pt in it; name "
             "the folder of a run that was interrupted"
         )
+    from vae_torch.parts.registry import loaded_plugins
+
     settings = resumed_settings(config, run_dir)
+    if absent := [name for name in settings.plugins if name not in loaded_plugins()]:
+        raise ConfigError(  # a file alone must not import a module
+            f"train.resume={run_dir}: its run has parts of your own; add "
+            f"plugins=[{','.join(absent)}]"
+        )
     with read_write(config), open_dict(config):
         for key, value in settings.to_dict().items():
             config[key] = value
@@ -224,7 +231,7 @@ def resumed_settings(config: DictConfig, run_dir: Path) -> Config:
 
 
 def interrupted_runs(outputs: Path, settings: Config) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """The newest unfinished run of these settings below `outputs/<date>/<time>`, and others.
+    """The newest unfinished run of these settings below `outputs`, at most two levels, and others.
 
     The others come newest first, with how their settings differ.
     """
@@ -232,7 +239,8 @@ def interrupted_runs(outputs: Path, settings: Config) -> tuple[Path | None, list
     from vae_torch.runs.folders import is_running
 
     others = []
-    found = sorted(outputs.glob("*/*/checkpoints/last.pt"), key=lambda p: -p.stat().st_mtime)
+    kept = [*outputs.glob("*/checkpoints/last.pt"), *outputs.glob("*/*/checkpoints/last.pt")]
+    found = sorted(kept, key=lambda path: -path.stat().st_mtime)
     for run_dir in (path.parent.parent for path in found):
         if (run_dir / "summary.json").exists() or is_running(run_dir):
             continue

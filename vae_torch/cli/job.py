@@ -164,7 +164,7 @@ def one_run(cfg: DictConfig, run_dir: Path, *, in_sweep: bool) -> float:
         if in_sweep:  # the sweep's report says how to resume it
             log.info("%s: stopped: %s", run_dir.name, stopped)
         elif (run_dir / "checkpoints" / "last.pt").exists():
-            again = f"{command('train')} {typed_as('train.resume', run_dir)}"
+            again = f"{command('train')} {typed_as('train.resume', run_dir)}{naming(cfg.plugins)}"
             log.info("stopped: %s\n  resume with   %s", stopped, again)
         else:
             log.info("stopped: %s; nothing is lost, start it again", stopped)
@@ -226,13 +226,18 @@ def result_of(cfg: DictConfig, value: float) -> str:
     return f"{judged_on(config)} {name} {score(monitor, value):.{metric.digits}f}{unit}"
 
 
+def naming(plugins: Sequence[str]) -> str:
+    """What a command line adds to name these plug-ins."""
+    return f" plugins=[{','.join(plugins)}]" if plugins else ""
+
+
 def tell_what_next(run_dir: Path, result: str, plugins: Sequence[str]) -> None:
     """The last lines of a run: where it is and what to type next.
 
     TensorBoard gets the day's folder, where it shows this run by name beside the others.
     """
     named = any(str(o).startswith("hydra.run.dir=") for o in HydraConfig.get().overrides.hydra)
-    run = typed_as("run", run_dir) + (f" plugins=[{','.join(plugins)}]" if plugins else "")
+    run = typed_as("run", run_dir) + naming(plugins)
     log.info(
         "\nDone: %s.\n"
         "  run folder    %s\n"
